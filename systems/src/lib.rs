@@ -1,0 +1,3 @@
+//! DeepSeek-style mixture-of-experts models as plugins: scene, data, model, routing, pipeline, optimizer, generation.
+pub mod model_config;
+pub mod problem;
