@@ -38,8 +38,8 @@ PROMPT, NEW_TOKENS = 8, 12
 ADAMW_STEPS = 20
 ADAMW = dict(lr=1e-3, betas=(0.9, 0.95), eps=1e-8)
 WEIGHT_DECAY = 0.1
-MIN_GAP = 1e-4  # smallest distance allowed between the last chosen score and the first one left out
-MIN_GAP_TRAINING = 1e-5  # the same, over the AdamW steps
+MIN_GAP = 1e-3  # smallest distance allowed between the last chosen score and the first one left out
+MIN_GAP_TRAINING = 1e-4  # the same, over the AdamW steps
 MIN_GREEDY_MARGIN = 1e-3  # between the two best logits of every greedy step
 
 YARN_V3 = dict(type="yarn", factor=40, original_max_position_embeddings=4096, beta_fast=32, beta_slow=1)

@@ -1,0 +1,2 @@
+//! Hugging Face folders in and out.
+pub mod config;
