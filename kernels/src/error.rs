@@ -1,0 +1,49 @@
+//! What can go wrong on a device, with the operation and its subject.
+
+use crate::tensor::Tensor;
+
+/// Error of an op, a stream or a memory.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum Error {
+    /// A tensor does not fit its role.
+    #[error("{op}: `{role}` should be {expected}, found {:?} of {:?}", found.dtype, found.shape)]
+    Shape {
+        /// Operation.
+        op: &'static str,
+        /// The tensor's role in it.
+        role: &'static str,
+        /// What the contract says.
+        expected: String,
+        /// What came.
+        found: Tensor,
+    },
+    /// A value that poisons everything after it.
+    #[error("{task}: found {value} in `{tensor}`; lower the learning rate, or look at the step before")]
+    NotFinite {
+        /// Task that found it.
+        task: String,
+        /// Name of the tensor.
+        tensor: String,
+        /// NaN or an infinity.
+        value: f64,
+    },
+    /// A task panicked on its stream.
+    #[error("task `{task}` failed on stream `{stream}`: {message}")]
+    Task {
+        /// Stream.
+        stream: String,
+        /// Task.
+        task: String,
+        /// The panic's message.
+        message: String,
+    },
+    /// The stream's thread is gone.
+    #[error("stream `{stream}` has stopped")]
+    StreamStopped {
+        /// Stream.
+        stream: String,
+    },
+}
+
+/// Result of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -1,0 +1,82 @@
+//! Fill, copy, add and scale: the ops that only move bytes.
+
+use crate::{
+    cost::Cost,
+    dtype::{DType, Float},
+    error::Result,
+    ops::{expect_shape, parallel::for_row_chunks},
+    stream::Stream,
+    tensor::Tensor,
+    with_float,
+};
+
+/// `y = 0`.
+pub fn zero(s: &mut Stream, y: Tensor) {
+    s.launch(&[], &[y], move |m| match y.dtype {
+        DType::U32 => m.write::<u32>(y).fill(0),
+        dtype => with_float!(dtype, T => m.write::<T>(y).fill(T::of_f64(0.0))),
+    });
+}
+
+/// `y = x`, rounded or widened to y's type.
+pub fn copy(s: &mut Stream, x: Tensor, y: Tensor) -> Result<()> {
+    let dims: Vec<usize> = x.shape.dims().collect();
+    expect_shape("copy", "y", y.reshape(&dims), &dims)?;
+    s.launch(&[x], &[y], move |m| {
+        if x.dtype == DType::U32 {
+            m.write::<u32>(y).copy_from_slice(&m.read::<u32>(x));
+            return;
+        }
+        with_float!(x.dtype, T => with_float!(y.dtype, U => {
+            let (x, mut y) = (m.read::<T>(x), m.write::<U>(y));
+            for_row_chunks(&mut y, 1, #[inline(always)] |at, chunk| {
+                for (y, x) in chunk.iter_mut().zip(&x[at..]) {
+                    *y = U::of_f64(x.as_f64());
+                }
+            });
+        }));
+    });
+    Ok(())
+}
+
+/// `y += x`.
+pub fn add_acc(s: &mut Stream, x: Tensor, y: Tensor) -> Result<()> {
+    let dims: Vec<usize> = x.shape.dims().collect();
+    expect_shape("add", "y", y, &dims)?;
+    s.launch(&[x], &[y], move |m| {
+        with_float!(y.dtype, T => {
+            let (x, mut y) = (m.read::<T>(x), m.write::<T>(y));
+            for_row_chunks(&mut y, 1, #[inline(always)] |at, chunk| {
+                for (y, x) in chunk.iter_mut().zip(&x[at..]) {
+                    *y = T::from_acc(y.to_acc() + x.to_acc());
+                }
+            });
+        });
+    });
+    Ok(())
+}
+
+/// Cost of an op that reads `reads` tensors and writes one, elementwise.
+pub fn cost(len: usize, reads: usize, elem_bytes: usize) -> Cost {
+    Cost::stream(len as u64, (reads * len * elem_bytes) as u64, (len * elem_bytes) as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::*;
+
+    #[test]
+    #[expect(clippy::unwrap_used, reason = "tests")]
+    fn copy_rounds_and_add_adds() {
+        let mut s = stream();
+        let memory = s.memory().clone();
+        let x = memory.from_slice(&[3], &[1.0f32, 1.001, -2.0]);
+        let y = memory.alloc(DType::Bf16, &[3]);
+        copy(&mut s, x, y).unwrap();
+        let z = memory.from_slice(&[3], &[half::bf16::ONE; 3]);
+        add_acc(&mut s, y, z).unwrap();
+        s.synchronize().unwrap();
+        assert_eq!(memory.download::<half::bf16>(z).iter().map(|v| v.to_f32()).collect::<Vec<_>>(), [2.0, 2.0, -1.0]);
+    }
+}

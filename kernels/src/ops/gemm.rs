@@ -1,0 +1,249 @@
+//! Matrix products, by the `gemm` crate: C = alpha C + A B with any strides.
+//!
+//! A linear layer with weight w_oi maps x_ti to y_to = x_ti w_oi^T. Its passes:
+//! - F: y_to = x_ti w_oi^T
+//! - I: dx_ti = dy_to w_oi
+//! - W: dw_oi += dy_to^T x_ti
+//!
+//! bf16 operands are widened to f32 once, multiplied in f32 and rounded once, as a tensor core with f32 accumulators does.
+
+use gemm::Parallelism;
+
+use crate::{cost::Cost, dtype::Float, error::Result, ops::expect_shape, stream::Stream, tensor::Tensor, with_float};
+
+/// A matrix in a slice: element (r, c) is at `r * row_stride + c * col_stride`.
+#[derive(Clone, Copy)]
+pub struct Mat<'a, T> {
+    data: &'a [T],
+    rows: usize,
+    cols: usize,
+    row_stride: usize,
+    col_stride: usize,
+}
+
+impl<'a, T> Mat<'a, T> {
+    /// Row-major contiguous `rows` x `cols`.
+    pub fn new(data: &'a [T], rows: usize, cols: usize) -> Self {
+        Self::strided(data, rows, cols, cols)
+    }
+
+    /// Row-major with `row_stride` elements from row to row.
+    pub fn strided(data: &'a [T], rows: usize, cols: usize, row_stride: usize) -> Self {
+        Mat { data, rows, cols, row_stride, col_stride: 1 }
+    }
+
+    /// The transpose, without moving anything.
+    #[must_use]
+    pub fn t(self) -> Self {
+        Mat { rows: self.cols, cols: self.rows, row_stride: self.col_stride, col_stride: self.row_stride, ..self }
+    }
+
+    fn check(&self) {
+        if self.rows > 0 && self.cols > 0 {
+            let last = (self.rows - 1) * self.row_stride + (self.cols - 1) * self.col_stride;
+            assert!(last < self.data.len(), "a matrix reaches element {last} of a slice of {}", self.data.len());
+        }
+    }
+}
+
+/// Whether a product uses the thread pool.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Threads {
+    /// The calling thread; for products that run beside each other.
+    One,
+    /// The pool, where the product is large enough.
+    All,
+}
+
+/// `c = beta c + a b`, where `c` is row-major with `c_stride` elements from row to row.
+///
+/// # Panics
+/// If inner sizes differ or a matrix reaches past its slice.
+pub fn gemm<T: Float>(a: Mat<T>, b: Mat<T>, beta: f64, c: &mut [T], c_stride: usize, threads: Threads) {
+    let (m, k, n) = (a.rows, a.cols, b.cols);
+    assert_eq!(k, b.rows, "inner sizes of a product agree");
+    if m == 0 || n == 0 {
+        return;
+    }
+    assert!((m - 1) * c_stride + n <= c.len(), "the result fits its slice");
+    a.check();
+    b.check();
+    match T::DTYPE {
+        crate::dtype::DType::Bf16 => widened(a, b, beta, c, c_stride, threads),
+        _ => native(a, b, beta, c, c_stride, threads),
+    }
+}
+
+fn native<T: Float>(a: Mat<T>, b: Mat<T>, beta: f64, c: &mut [T], c_stride: usize, threads: Threads) {
+    let (m, k, n) = (a.rows, a.cols, b.cols);
+    let parallelism = match threads {
+        Threads::All if m * n * k >= 64 * 64 * 64 => Parallelism::Rayon(0),
+        _ => Parallelism::None,
+    };
+    // SAFETY: `gemm` checked that every element reached through these strides lies in its slice, `c` is exclusive and its
+    // rows do not overlap (c_stride >= n is implied by the bound on the last row), and all three have the same plain type.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            c.as_mut_ptr(),
+            1,
+            c_stride as isize,
+            beta != 0.0,
+            a.data.as_ptr(),
+            a.col_stride as isize,
+            a.row_stride as isize,
+            b.data.as_ptr(),
+            b.col_stride as isize,
+            b.row_stride as isize,
+            T::of_f64(beta),
+            T::of_f64(1.0),
+            false,
+            false,
+            false,
+            parallelism,
+        );
+    }
+}
+
+fn widened<T: Float>(a: Mat<T>, b: Mat<T>, beta: f64, c: &mut [T], c_stride: usize, threads: Threads) {
+    let (m, n) = (a.rows, b.cols);
+    let widen = |x: &[T]| x.iter().map(|v| v.as_f64() as f32).collect::<Vec<f32>>();
+    let (a_f32, b_f32) = (widen(a.data), widen(b.data));
+    let mut c_f32 = vec![0f32; m * n];
+    fn cast<'a, T>(m: Mat<'_, T>, data: &'a [f32]) -> Mat<'a, f32> {
+        Mat { data, rows: m.rows, cols: m.cols, row_stride: m.row_stride, col_stride: m.col_stride }
+    }
+    native(cast(a, &a_f32), cast(b, &b_f32), 0.0, &mut c_f32, n, threads);
+    for (r, row) in c_f32.chunks_exact(n).enumerate() {
+        for (out, &x) in c[r * c_stride..r * c_stride + n].iter_mut().zip(row) {
+            let old = if beta == 0.0 { 0.0 } else { beta * out.as_f64() };
+            *out = T::of_f64(old + f64::from(x));
+        }
+    }
+}
+
+/// F: `y_to = x_ti w_oi^T`, plus `bias_o` if given.
+pub fn forward(s: &mut Stream, x: Tensor, w: Tensor, bias: Option<Tensor>, y: Tensor) -> Result<()> {
+    let (o, i) = (w.dim(0), w.dim(1));
+    let t = x.len() / i.max(1);
+    expect_shape("linear", "x", x.reshape(&[t, i]), &[t, i])?;
+    expect_shape("linear", "y", y, &[t, o]).or_else(|e| if y.len() == t * o { Ok(()) } else { Err(e) })?;
+    let reads: Vec<Tensor> = [x, w].into_iter().chain(bias).collect();
+    s.launch(&reads, &[y], move |m| {
+        with_float!(x.dtype, T => {
+            let (x, w, mut y) = (m.read::<T>(x), m.read::<T>(w), m.write::<T>(y));
+            let mut beta = 0.0;
+            if let Some(bias) = bias {
+                let bias = m.read::<T>(bias);
+                y.chunks_exact_mut(o).for_each(|row| row.copy_from_slice(&bias));
+                beta = 1.0;
+            }
+            gemm(Mat::new(&x, t, i), Mat::new(&w, o, i).t(), beta, &mut y, o, Threads::All);
+        });
+    });
+    Ok(())
+}
+
+/// I: `dx_ti = dy_to w_oi`, or `+=` if `accumulate`.
+pub fn input_grad(s: &mut Stream, dy: Tensor, w: Tensor, dx: Tensor, accumulate: bool) -> Result<()> {
+    let (o, i) = (w.dim(0), w.dim(1));
+    let t = dx.len() / i.max(1);
+    if dy.len() != t * o {
+        expect_shape("linear input gradient", "dy", dy, &[t, o])?;
+    }
+    s.launch(&[dy, w], &[dx], move |m| {
+        with_float!(dy.dtype, T => {
+            let (dy, w, mut dx) = (m.read::<T>(dy), m.read::<T>(w), m.write::<T>(dx));
+            let beta = if accumulate { 1.0 } else { 0.0 };
+            gemm(Mat::new(&dy, t, o), Mat::new(&w, o, i), beta, &mut dx, i, Threads::All);
+        });
+    });
+    Ok(())
+}
+
+/// W: `dw_oi += dy_to^T x_ti`, and `dbias_o += sum_t dy_to` if given.
+pub fn weight_grad(s: &mut Stream, dy: Tensor, x: Tensor, dw: Tensor, dbias: Option<Tensor>) -> Result<()> {
+    let (o, i) = (dw.dim(0), dw.dim(1));
+    let t = x.len() / i.max(1);
+    if dy.len() != t * o {
+        expect_shape("linear weight gradient", "dy", dy, &[t, o])?;
+    }
+    let writes: Vec<Tensor> = std::iter::once(dw).chain(dbias).collect();
+    s.launch(&[dy, x], &writes, move |m| {
+        with_float!(dy.dtype, T => {
+            let (dy, x, mut dw) = (m.read::<T>(dy), m.read::<T>(x), m.write::<T>(dw));
+            gemm(Mat::new(&dy, t, o).t(), Mat::new(&x, t, i), 1.0, &mut dw, i, Threads::All);
+            if let Some(dbias) = dbias {
+                let mut dbias = m.write::<T>(dbias);
+                for row in dy.chunks_exact(o) {
+                    for (sum, &v) in dbias.iter_mut().zip(row) {
+                        *sum = T::from_acc(sum.to_acc() + v.to_acc());
+                    }
+                }
+            }
+        });
+    });
+    Ok(())
+}
+
+/// Cost of one pass over `t` tokens; the three passes cost the same.
+pub fn cost(t: usize, o: usize, i: usize, elem_bytes: usize) -> Cost {
+    Cost::gemm(t, o, i, elem_bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::*;
+
+    #[test]
+    fn products_match_the_definition_for_every_stride() {
+        let (m, k, n) = (7, 5, 9);
+        let (a, b) = (random(m * k, 1), random(k * n, 2));
+        let at: Vec<f64> = (0..k * m).map(|j| a[(j % m) * k + j / m]).collect();
+        let bt: Vec<f64> = (0..n * k).map(|j| b[(j % k) * n + j / k]).collect();
+        let want: Vec<f64> =
+            (0..m * n).map(|j| (0..k).map(|l| a[(j / n) * k + l] * b[l * n + j % n]).sum::<f64>() + 2.0).collect();
+        for (a, b) in [
+            (Mat::new(&a, m, k), Mat::new(&b, k, n)),
+            (Mat::new(&at, k, m).t(), Mat::new(&b, k, n)),
+            (Mat::new(&a, m, k), Mat::new(&bt, n, k).t()),
+        ] {
+            let mut c = vec![1.0; m * n];
+            gemm(a, b, 2.0, &mut c, n, Threads::One);
+            assert_close(&c, &want, 1e-12);
+        }
+    }
+
+    #[test]
+    fn linear_gradients_match_finite_differences() {
+        let (t, o, i) = (4, 3, 5);
+        check_gradients(
+            &[(&[t, i], 1), (&[o, i], 2), (&[o], 3)],
+            &[t, o],
+            |s, x| {
+                let y = s.memory().alloc(crate::dtype::DType::F64, &[t, o]);
+                forward(s, x[0], x[1], Some(x[2]), y)?;
+                Ok(y)
+            },
+            |s, x, dy, dx| {
+                input_grad(s, dy, x[1], dx[0], false)?;
+                weight_grad(s, dy, x[0], dx[1], Some(dx[2]))
+            },
+        );
+    }
+
+    #[test]
+    fn bf16_products_round_once() {
+        let a: Vec<half::bf16> = random(6 * 8, 3).iter().map(|&x| half::bf16::from_f64(x)).collect();
+        let b: Vec<half::bf16> = random(8 * 4, 4).iter().map(|&x| half::bf16::from_f64(x)).collect();
+        let mut c = vec![half::bf16::ZERO; 24];
+        gemm(Mat::new(&a, 6, 8), Mat::new(&b, 8, 4), 0.0, &mut c, 4, Threads::One);
+        for (j, got) in c.iter().enumerate() {
+            let want: f64 = (0..8).map(|l| f64::from(a[(j / 4) * 8 + l]) * f64::from(b[l * 4 + j % 4])).sum();
+            assert!((f64::from(*got) - want).abs() <= want.abs() / 256.0 + 1e-6, "{got} for {want}");
+        }
+    }
+}

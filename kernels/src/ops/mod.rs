@@ -1,0 +1,25 @@
+//! Ops: one file each, with the contract (shapes, formula, source), the CPU code, the launch, the cost and the tests.
+//!
+//! Passes are apart: `forward` (F), `input_grad` (I) and `weight_grad` (W). Activation gradients are assigned unless a
+//! function says `_acc`; weight gradients are added to, so that microbatches accumulate.
+//!
+//! Shape letters: t tokens, d model width, f feed-forward width, o output width, i input width, h heads, e experts, v vocabulary.
+
+pub mod elementwise;
+pub mod gemm;
+pub mod parallel;
+#[cfg(test)]
+pub(crate) mod testing;
+
+/// `Err` if `tensor` has not the shape its contract wants.
+pub(crate) fn expect_shape(
+    op: &'static str,
+    role: &'static str,
+    tensor: crate::tensor::Tensor,
+    dims: &[usize],
+) -> crate::error::Result<()> {
+    if tensor.shape == *dims {
+        return Ok(());
+    }
+    Err(crate::error::Error::Shape { op, role, expected: format!("{dims:?}"), found: tensor })
+}

@@ -1,0 +1,349 @@
+//! Streams: named FIFO queues of ops with CUDA's semantics, so that ordering bugs show on a CPU.
+//!
+//! A CPU stream is a thread; the host enqueues closures and runs ahead. Streams are ordered by events only. In debug builds a
+//! [`Hazards`] tracker, shared by the streams of a device, knows the last writer and readers of each buffer and reports an
+//! access that no event orders, whether or not the threads happened to collide.
+
+use std::{
+    collections::HashMap,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{Arc, mpsc},
+    thread::JoinHandle,
+};
+
+use parking_lot::{Condvar, Mutex};
+
+use crate::{
+    clock,
+    error::{Error, Result},
+    memory::Memory,
+    tensor::{BufferId, Tensor},
+};
+
+/// A moment in a stream: reached when all that was enqueued before it is done.
+#[derive(Clone)]
+pub struct Event {
+    state: Arc<EventState>,
+    /// What is ordered before whoever waits for this event: per stream, the number of ops.
+    seen: Arc<VectorClock>,
+}
+
+struct EventState {
+    done_nanos: Mutex<Option<u64>>,
+    reached: Condvar,
+}
+
+impl Event {
+    fn new(seen: VectorClock) -> Self {
+        Event {
+            state: Arc::new(EventState { done_nanos: Mutex::new(None), reached: Condvar::new() }),
+            seen: Arc::new(seen),
+        }
+    }
+
+    fn signal(&self) {
+        *self.state.done_nanos.lock() = Some(clock::now_nanos());
+        self.state.reached.notify_all();
+    }
+
+    /// Blocks until the event is reached; returns when that was, in nanoseconds of [`clock::now_nanos`].
+    pub fn synchronize(&self) -> u64 {
+        let mut done = self.state.done_nanos.lock();
+        loop {
+            match *done {
+                Some(nanos) => return nanos,
+                None => self.state.reached.wait(&mut done),
+            }
+        }
+    }
+
+    /// When the event was reached, if it was.
+    pub fn done_nanos(&self) -> Option<u64> {
+        *self.state.done_nanos.lock()
+    }
+}
+
+type VectorClock = Vec<u64>;
+
+#[derive(Default)]
+struct Access {
+    writer: Option<(usize, u64, Arc<str>)>,
+    readers: Vec<(usize, u64, Arc<str>)>,
+}
+
+/// Last users of each buffer, over all streams of one device.
+#[derive(Default)]
+pub struct Hazards {
+    inner: Mutex<HazardsInner>,
+}
+
+#[derive(Default)]
+struct HazardsInner {
+    accesses: HashMap<BufferId, Access>,
+    num_streams: usize,
+}
+
+impl Hazards {
+    fn check(&self, stream: usize, clock: &VectorClock, task: &Arc<str>, reads: &[Tensor], writes: &[Tensor]) {
+        let mut inner = self.inner.lock();
+        let seen = |s: usize, n: u64| s == stream || clock.get(s).is_some_and(|&c| c >= n);
+        let now = clock[stream];
+        for tensor in reads {
+            let access = inner.accesses.entry(tensor.buffer).or_default();
+            if let Some((s, n, label)) = &access.writer
+                && !seen(*s, *n)
+            {
+                panic!("`{task}` reads {tensor:?}, which `{label}` writes on another stream: an edge is missing");
+            }
+            access.readers.retain(|(s, ..)| *s != stream);
+            access.readers.push((stream, now, task.clone()));
+        }
+        for tensor in writes {
+            let access = inner.accesses.entry(tensor.buffer).or_default();
+            for (s, n, label) in access.writer.iter().chain(&access.readers) {
+                if !seen(*s, *n) {
+                    panic!("`{task}` writes {tensor:?}, which `{label}` uses on another stream: an edge is missing");
+                }
+            }
+            access.readers.clear();
+            access.writer = Some((stream, now, task.clone()));
+        }
+    }
+}
+
+type Job = Box<dyn FnOnce(&Memory) + Send>;
+
+enum Message {
+    Run { task: Arc<str>, job: Job },
+    Record(Event),
+    Wait(Event),
+}
+
+/// A FIFO of ops on one device.
+pub struct Stream {
+    name: String,
+    memory: Memory,
+    backend: Backend,
+    task: Arc<str>,
+    hazards: Arc<Hazards>,
+    index: usize,
+    clock: VectorClock,
+}
+
+enum Backend {
+    Cpu {
+        sender: Option<mpsc::SyncSender<Message>>,
+        thread: Option<JoinHandle<()>>,
+        failure: Arc<Mutex<Option<Error>>>,
+    },
+    Meta,
+}
+
+/// Ops in flight per stream before the host waits: far more than a step has, so a step never blocks on it.
+const QUEUE_LEN: usize = 1 << 16;
+
+impl Stream {
+    /// A stream over `memory`; streams that share `hazards` are checked against each other in debug builds.
+    pub fn new(name: &str, memory: &Memory, hazards: &Arc<Hazards>) -> Result<Self> {
+        let index = {
+            let mut inner = hazards.inner.lock();
+            inner.num_streams += 1;
+            inner.num_streams - 1
+        };
+        let backend = match memory.device() {
+            crate::device::Device::Meta => Backend::Meta,
+            crate::device::Device::Cpu => Self::spawn(name, memory)?,
+        };
+        Ok(Stream {
+            name: name.to_owned(),
+            memory: memory.clone(),
+            backend,
+            task: Arc::from("set-up"),
+            hazards: hazards.clone(),
+            index,
+            clock: vec![0; index + 1],
+        })
+    }
+
+    fn spawn(name: &str, memory: &Memory) -> Result<Backend> {
+        let (sender, receiver) = mpsc::sync_channel::<Message>(QUEUE_LEN);
+        let failure = Arc::new(Mutex::new(None));
+        let worker = Worker { name: name.to_owned(), memory: memory.clone(), failure: failure.clone() };
+        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || worker.run(&receiver));
+        let thread = thread.map_err(|e| Error::Task {
+            stream: name.to_owned(),
+            task: "start".into(),
+            message: format!("the operating system gave no thread: {e}"),
+        })?;
+        Ok(Backend::Cpu { sender: Some(sender), thread: Some(thread), failure })
+    }
+
+    /// Name of the stream and its thread.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The memory its ops work on.
+    pub fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// Ops launched from here on belong to `task`; errors name it.
+    pub fn begin_task(&mut self, task: &Arc<str>) {
+        self.task = task.clone();
+    }
+
+    /// Enqueues an op that reads and writes the given tensors. On `Meta` nothing runs.
+    pub fn launch(&mut self, reads: &[Tensor], writes: &[Tensor], job: impl FnOnce(&Memory) + Send + 'static) {
+        self.clock[self.index] += 1;
+        if cfg!(debug_assertions) {
+            self.hazards.check(self.index, &self.clock, &self.task, reads, writes);
+        }
+        if let Backend::Cpu { .. } = self.backend {
+            self.send(Message::Run { task: self.task.clone(), job: Box::new(job) });
+        }
+    }
+
+    /// An event that is reached when all that was enqueued so far is done.
+    pub fn record(&mut self) -> Event {
+        let event = Event::new(self.clock.clone());
+        match self.backend {
+            Backend::Cpu { .. } => self.send(Message::Record(event.clone())),
+            Backend::Meta => event.signal(),
+        }
+        event
+    }
+
+    /// What is enqueued from here on runs after `event`.
+    pub fn wait(&mut self, event: &Event) {
+        if self.clock.len() < event.seen.len() {
+            self.clock.resize(event.seen.len(), 0);
+        }
+        for (mine, theirs) in self.clock.iter_mut().zip(event.seen.iter()) {
+            *mine = (*mine).max(*theirs);
+        }
+        if let Backend::Cpu { .. } = self.backend {
+            self.send(Message::Wait(event.clone()));
+        }
+    }
+
+    /// Blocks until the stream is empty; the first failure since the last call is returned here.
+    pub fn synchronize(&mut self) -> Result<()> {
+        self.record().synchronize();
+        self.failure()
+    }
+
+    /// The first failure of an op since the last call, if any; does not block.
+    pub fn failure(&self) -> Result<()> {
+        match &self.backend {
+            Backend::Cpu { failure, .. } => failure.lock().take().map_or(Ok(()), Err),
+            Backend::Meta => Ok(()),
+        }
+    }
+
+    fn send(&self, message: Message) {
+        if let Backend::Cpu { sender: Some(sender), .. } = &self.backend {
+            // The worker outlives every sender: it only ends when the sender is dropped.
+            let _ = sender.send(message);
+        }
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        if let Backend::Cpu { sender, thread, .. } = &mut self.backend {
+            drop(sender.take());
+            if let Some(thread) = thread.take() {
+                let _ = thread.join();
+            }
+        }
+    }
+}
+
+struct Worker {
+    name: String,
+    memory: Memory,
+    failure: Arc<Mutex<Option<Error>>>,
+}
+
+impl Worker {
+    fn run(&self, receiver: &mpsc::Receiver<Message>) {
+        while let Ok(message) = receiver.recv() {
+            match message {
+                Message::Record(event) => event.signal(),
+                Message::Wait(event) => {
+                    event.synchronize();
+                }
+                Message::Run { task, job } => {
+                    // After a failure the stream drains without running: events still fire, so nobody hangs.
+                    if self.failure.lock().is_some() {
+                        continue;
+                    }
+                    if let Err(panic) = catch_unwind(AssertUnwindSafe(|| job(&self.memory))) {
+                        let message = panic
+                            .downcast_ref::<String>()
+                            .cloned()
+                            .or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned()))
+                            .unwrap_or_else(|| "a panic without a message".to_owned());
+                        let error = match panic.downcast::<Error>() {
+                            Ok(error) => *error,
+                            Err(_) => Error::Task { stream: self.name.clone(), task: task.to_string(), message },
+                        };
+                        *self.failure.lock() = Some(error);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "tests")]
+    use super::*;
+    use crate::{device::Device, dtype::DType};
+
+    fn two_streams() -> (Memory, Stream, Stream, Tensor) {
+        let memory = Memory::new(Device::Cpu);
+        let hazards = Arc::default();
+        let a = Stream::new("a", &memory, &hazards).unwrap();
+        let b = Stream::new("b", &memory, &hazards).unwrap();
+        let x = memory.alloc(DType::F32, &[4]);
+        (memory, a, b, x)
+    }
+
+    #[test]
+    fn ops_run_in_order_and_events_order_streams() {
+        let (memory, mut a, mut b, x) = two_streams();
+        for i in 0..100 {
+            a.launch(&[], &[x], move |m| m.write::<f32>(x)[0] = i as f32);
+        }
+        let event = a.record();
+        b.wait(&event);
+        b.launch(&[x], &[x], move |m| m.write::<f32>(x)[0] *= 2.0);
+        b.synchronize().unwrap();
+        assert_eq!(memory.download::<f32>(x)[0], 198.0);
+    }
+
+    #[test]
+    #[cfg(debug_assertions)]
+    #[should_panic(expected = "`reader` reads")]
+    fn a_missing_edge_is_reported_with_both_tasks() {
+        let (_, mut a, mut b, x) = two_streams();
+        a.begin_task(&Arc::from("writer"));
+        a.launch(&[], &[x], |_| ());
+        b.begin_task(&Arc::from("reader"));
+        b.launch(&[x], &[], |_| ());
+    }
+
+    #[test]
+    fn a_failing_op_names_its_task_and_stops_what_follows() {
+        let (memory, mut a, _, x) = two_streams();
+        a.begin_task(&Arc::from("head"));
+        a.launch(&[], &[x], |_| panic!("boom"));
+        a.launch(&[], &[x], move |m| m.write::<f32>(x)[0] = 1.0);
+        let error = a.synchronize().unwrap_err().to_string();
+        assert_eq!(error, "task `head` failed on stream `a`: boom");
+        assert_eq!(memory.download::<f32>(x)[0], 0.0);
+    }
+}
