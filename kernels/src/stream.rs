@@ -15,6 +15,7 @@ use parking_lot::{Condvar, Mutex};
 
 use crate::{
     clock,
+    cost::Cost,
     error::{Error, Result},
     memory::Memory,
     tensor::{BufferId, Tensor},
@@ -128,6 +129,18 @@ pub struct Stream {
     hazards: Arc<Hazards>,
     index: usize,
     clock: VectorClock,
+    recording: Option<Recording>,
+}
+
+/// What the ops of a task touch and cost, found by launching them without running them.
+#[derive(Clone, Debug, Default)]
+pub struct Recording {
+    /// Tensors read, in order, repeats kept.
+    pub reads: Vec<Tensor>,
+    /// Tensors written, in order, repeats kept.
+    pub writes: Vec<Tensor>,
+    /// Sum over the ops.
+    pub cost: Cost,
 }
 
 enum Backend {
@@ -162,6 +175,7 @@ impl Stream {
             hazards: hazards.clone(),
             index,
             clock: vec![0; index + 1],
+            recording: None,
         })
     }
 
@@ -195,12 +209,34 @@ impl Stream {
 
     /// Enqueues an op that reads and writes the given tensors. On `Meta` nothing runs.
     pub fn launch(&mut self, reads: &[Tensor], writes: &[Tensor], job: impl FnOnce(&Memory) + Send + 'static) {
+        if let Some(recording) = &mut self.recording {
+            recording.reads.extend(reads);
+            recording.writes.extend(writes);
+            return;
+        }
         self.clock[self.index] += 1;
         if cfg!(debug_assertions) {
             self.hazards.check(self.index, &self.clock, &self.task, reads, writes);
         }
         if let Backend::Cpu { .. } = self.backend {
             self.send(Message::Run { task: self.task.clone(), job: Box::new(job) });
+        }
+    }
+
+    /// From here to [`Stream::finish_recording`] ops check their contracts and note what they touch; nothing runs.
+    pub fn start_recording(&mut self) {
+        self.recording = Some(Recording::default());
+    }
+
+    /// Ends a recording and returns it.
+    pub fn finish_recording(&mut self) -> Recording {
+        self.recording.take().unwrap_or_default()
+    }
+
+    /// Adds an op's cost to a recording; ops call it beside `launch`.
+    pub fn account(&mut self, cost: Cost) {
+        if let Some(recording) = &mut self.recording {
+            recording.cost += cost;
         }
     }
 

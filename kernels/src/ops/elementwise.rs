@@ -39,6 +39,30 @@ pub fn copy(s: &mut Stream, x: Tensor, y: Tensor) -> Result<()> {
     Ok(())
 }
 
+/// Columns `from..from + cols` of x [t, c] = columns `to..to + cols` of y [t, e]; other columns of y stay.
+pub fn copy_columns(
+    s: &mut Stream,
+    (x, from): (Tensor, usize),
+    (y, to): (Tensor, usize),
+    cols: usize,
+    accumulate: bool,
+) -> Result<()> {
+    let (t, c, e) = (x.rows(), x.cols(), y.cols());
+    expect_shape("copy columns", "y", y.reshape(&[y.rows(), e]), &[t, e])?;
+    assert!(from + cols <= c && to + cols <= e, "columns lie in their rows");
+    s.launch(&[x], &[y], move |m| {
+        with_float!(x.dtype, T => {
+            let (x, mut y) = (m.read::<T>(x), m.write::<T>(y));
+            for (x, y) in x.chunks_exact(c).zip(y.chunks_exact_mut(e)) {
+                for (y, x) in y[to..to + cols].iter_mut().zip(&x[from..from + cols]) {
+                    *y = if accumulate { T::from_acc(y.to_acc() + x.to_acc()) } else { *x };
+                }
+            }
+        });
+    });
+    Ok(())
+}
+
 /// `y += x`.
 pub fn add_acc(s: &mut Stream, x: Tensor, y: Tensor) -> Result<()> {
     let dims: Vec<usize> = x.shape.dims().collect();

@@ -130,6 +130,7 @@ pub fn forward(s: &mut Stream, x: Tensor, w: Tensor, bias: Option<Tensor>, y: Te
     let t = x.len() / i.max(1);
     expect_shape("linear", "x", x.reshape(&[t, i]), &[t, i])?;
     expect_shape("linear", "y", y, &[t, o]).or_else(|e| if y.len() == t * o { Ok(()) } else { Err(e) })?;
+    s.account(cost(t, o, i, x.dtype.size_bytes()));
     let reads: Vec<Tensor> = [x, w].into_iter().chain(bias).collect();
     s.launch(&reads, &[y], move |m| {
         with_float!(x.dtype, T => {
@@ -153,6 +154,7 @@ pub fn input_grad(s: &mut Stream, dy: Tensor, w: Tensor, dx: Tensor, accumulate:
     if dy.len() != t * o {
         expect_shape("linear input gradient", "dy", dy, &[t, o])?;
     }
+    s.account(cost(t, o, i, dy.dtype.size_bytes()));
     s.launch(&[dy, w], &[dx], move |m| {
         with_float!(dy.dtype, T => {
             let (dy, w, mut dx) = (m.read::<T>(dy), m.read::<T>(w), m.write::<T>(dx));
@@ -170,6 +172,7 @@ pub fn weight_grad(s: &mut Stream, dy: Tensor, x: Tensor, dw: Tensor, dbias: Opt
     if dy.len() != t * o {
         expect_shape("linear weight gradient", "dy", dy, &[t, o])?;
     }
+    s.account(cost(t, o, i, dy.dtype.size_bytes()));
     let writes: Vec<Tensor> = std::iter::once(dw).chain(dbias).collect();
     s.launch(&[dy, x], &writes, move |m| {
         with_float!(dy.dtype, T => {

@@ -5,9 +5,16 @@
 //!
 //! Shape letters: t tokens, d model width, f feed-forward width, o output width, i input width, h heads, e experts, v vocabulary.
 
+pub mod adamw;
+pub mod cross_entropy;
 pub mod elementwise;
+pub mod embedding;
 pub mod gemm;
+pub mod muon;
+pub mod norm;
 pub mod parallel;
+pub mod rms_norm;
+pub mod swiglu;
 #[cfg(test)]
 pub(crate) mod testing;
 

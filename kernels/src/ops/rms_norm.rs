@@ -1,0 +1,184 @@
+//! RMSNorm (arXiv 1910.07467): y_td = x_td r_t w_d with r_t = 1 / sqrt(mean_d x_td^2 + eps).
+//!
+//! The input may be the first d columns of wider rows: a projection that yields a latent and a rotary key side by side is
+//! normalized in place of its latent, without a copy.
+
+use rayon::prelude::*;
+
+use crate::{
+    cost::Cost,
+    dtype::{Float, Real},
+    error::Result,
+    ops::{
+        expect_shape,
+        parallel::{for_row_chunks, for_row_chunks2},
+    },
+    simd::vectorize,
+    stream::Stream,
+    tensor::Tensor,
+    with_float,
+};
+
+/// F: the first d columns of `x` [t, c] -> `y` [t, d], with weight `w` [d]; `rstd` [t] is kept for the backward passes.
+pub fn forward(s: &mut Stream, x: Tensor, w: Tensor, y: Tensor, rstd: Tensor, eps: f64) -> Result<()> {
+    let (t, c, d) = (x.rows(), x.cols(), w.len());
+    expect_shape("rms_norm", "y", y, &[t, d])?;
+    expect_shape("rms_norm", "rstd", rstd, &[t])?;
+    s.account(cost(t, d, x.dtype.size_bytes()));
+    s.launch(&[x, w], &[y, rstd], move |m| {
+        with_float!(x.dtype, T => {
+            let (x, w) = (m.read::<T>(x), m.read::<T>(w));
+            let (mut y, mut rstd) = (m.write::<T>(y), m.write::<T>(rstd));
+            for_row_chunks2((&mut y, d), (&mut rstd, 1), #[inline(always)] |first, y, rstd| {
+                for (i, (y, rstd)) in y.chunks_exact_mut(d).zip(rstd).enumerate() {
+                    let x = &x[(first + i) * c..][..d];
+                    let mean = sum(d, #[inline(always)] |j| x[j].to_acc() * x[j].to_acc()) / <T as Float>::Acc::of_f64(d as f64);
+                    let r = num_traits::Float::recip(num_traits::Float::sqrt(mean + <T as Float>::Acc::of_f64(eps)));
+                    *rstd = T::from_acc(r);
+                    for j in 0..d {
+                        y[j] = T::from_acc(x[j].to_acc() * r * w[j].to_acc());
+                    }
+                }
+            });
+        });
+    });
+    Ok(())
+}
+
+/// Eight partial sums, so that the loop vectorizes and the order of additions is fixed.
+#[inline(always)]
+fn sum<A: Real>(n: usize, f: impl Fn(usize) -> A) -> A {
+    let mut acc = [A::zero(); 16];
+    let whole = n / 16 * 16;
+    let mut i = 0;
+    while i < whole {
+        for (l, a) in acc.iter_mut().enumerate() {
+            *a += f(i + l);
+        }
+        i += 16;
+    }
+    let mut total = A::zero();
+    for a in acc {
+        total += a;
+    }
+    while i < n {
+        total += f(i);
+        i += 1;
+    }
+    total
+}
+
+/// I: the gradient of the first d columns of `x` goes to the same columns of `dx` [t, c]: assigned, or added with `accumulate`.
+#[expect(clippy::too_many_arguments, reason = "the tensors of the contract")]
+pub fn input_grad(
+    s: &mut Stream,
+    x: Tensor,
+    w: Tensor,
+    rstd: Tensor,
+    dy: Tensor,
+    dx: Tensor,
+    accumulate: bool,
+) -> Result<()> {
+    let (t, c, d) = (x.rows(), x.cols(), w.len());
+    expect_shape("rms_norm input gradient", "dy", dy, &[t, d])?;
+    expect_shape("rms_norm input gradient", "dx", dx.reshape(&[t, c]), &[t, c])?;
+    s.account(cost(2 * t, d, x.dtype.size_bytes()));
+    s.launch(&[x, w, rstd, dy], &[dx], move |m| {
+        with_float!(x.dtype, T => {
+            let (x, w, rstd, dy) = (m.read::<T>(x), m.read::<T>(w), m.read::<T>(rstd), m.read::<T>(dy));
+            let mut dx = m.write::<T>(dx);
+            for_row_chunks(&mut dx, c, #[inline(always)] |first, dx| {
+                for (i, dx) in dx.chunks_exact_mut(c).enumerate() {
+                    let row = first + i;
+                    let (x, dy, r) = (&x[row * c..][..d], &dy[row * d..][..d], rstd[row].to_acc());
+                    let dot = sum(d, #[inline(always)] |j| x[j].to_acc() * dy[j].to_acc() * w[j].to_acc());
+                    let k = dot * r * r * r / <T as Float>::Acc::of_f64(d as f64);
+                    for j in 0..d {
+                        let g = dy[j].to_acc() * w[j].to_acc() * r - x[j].to_acc() * k;
+                        dx[j] = T::from_acc(if accumulate { dx[j].to_acc() + g } else { g });
+                    }
+                }
+            });
+        });
+    });
+    Ok(())
+}
+
+/// W: `dw` [d] += sum over t of dy_td x_td r_t.
+pub fn weight_grad(s: &mut Stream, x: Tensor, rstd: Tensor, dy: Tensor, dw: Tensor) -> Result<()> {
+    let (t, c, d) = (x.rows(), x.cols(), dw.len());
+    expect_shape("rms_norm weight gradient", "dy", dy, &[t, d])?;
+    s.account(cost(t, d, x.dtype.size_bytes()));
+    s.launch(&[x, rstd, dy], &[dw], move |m| {
+        with_float!(x.dtype, T => {
+            let (x, rstd, dy) = (m.read::<T>(x), m.read::<T>(rstd), m.read::<T>(dy));
+            column_sums::<T>(&x, c, &rstd, &dy, &mut m.write::<T>(dw));
+        });
+    });
+    Ok(())
+}
+
+fn column_sums<T: Float>(x: &[T], c: usize, rstd: &[T], dy: &[T], dw: &mut [T]) {
+    let d = dw.len();
+    // Partial sums over fixed blocks of rows, added in block order: the same result on any number of threads.
+    const ROWS: usize = 128;
+    let partial: Vec<Vec<T::Acc>> = rstd
+        .par_chunks(ROWS)
+        .enumerate()
+        .map(|(block, rstd)| {
+            vectorize(
+                #[inline(always)]
+                || {
+                    let mut sum = vec![T::of_f64(0.0).to_acc(); d];
+                    for (i, r) in rstd.iter().enumerate() {
+                        let row = block * ROWS + i;
+                        let (x, dy) = (&x[row * c..][..d], &dy[row * d..][..d]);
+                        for j in 0..d {
+                            sum[j] += x[j].to_acc() * dy[j].to_acc() * r.to_acc();
+                        }
+                    }
+                    sum
+                },
+            )
+        })
+        .collect();
+    for sums in partial {
+        for (w, s) in dw.iter_mut().zip(sums) {
+            *w = T::from_acc(w.to_acc() + s);
+        }
+    }
+}
+
+/// Cost of the forward pass; backward passes are about twice that.
+pub fn cost(t: usize, d: usize, elem_bytes: usize) -> Cost {
+    let n = (t * d) as u64;
+    Cost::stream(4 * n, n * elem_bytes as u64, n * elem_bytes as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{dtype::DType, ops::testing::*};
+
+    #[test]
+    fn gradients_match_finite_differences_on_a_column_range() {
+        let (t, c, d) = (3, 21, 18);
+        check_gradients(
+            &[(&[t, c], 1), (&[d], 2)],
+            &[t, d],
+            |s, x| {
+                let y = s.memory().alloc(DType::F64, &[t, d]);
+                let rstd = s.memory().alloc(DType::F64, &[t]);
+                forward(s, x[0], x[1], y, rstd, 1e-6)?;
+                Ok(y)
+            },
+            |s, x, dy, dx| {
+                let y = s.memory().alloc(DType::F64, &[t, d]);
+                let rstd = s.memory().alloc(DType::F64, &[t]);
+                forward(s, x[0], x[1], y, rstd, 1e-6)?;
+                input_grad(s, x[0], x[1], rstd, dy, dx[0], true)?;
+                weight_grad(s, x[0], rstd, dy, dx[1])
+            },
+        );
+    }
+}

@@ -1,0 +1,110 @@
+//! SwiGLU (arXiv 2002.05202): a_tf = silu(g_tf) u_tf, where h [t, 2f] holds g and u side by side.
+
+use crate::{
+    cost::Cost,
+    dtype::{Float, Real},
+    error::Result,
+    ops::{expect_shape, parallel::for_row_chunks},
+    stream::Stream,
+    tensor::Tensor,
+    with_float,
+};
+
+/// One element: silu(g) u.
+#[inline(always)]
+pub fn value<A: Real>(g: A, u: A) -> A {
+    g / (A::one() + (-g).exp_fast()) * u
+}
+
+/// Gradients of one element with respect to g and u.
+#[inline(always)]
+pub fn gradient<A: Real>(g: A, u: A, da: A) -> (A, A) {
+    let sigmoid = A::one() / (A::one() + (-g).exp_fast());
+    let silu = g * sigmoid;
+    (da * u * (sigmoid + silu * (A::one() - sigmoid)), da * silu)
+}
+
+/// One row: `a` [f] from `h` [2f].
+#[inline(always)]
+pub fn forward_row<T: Float>(h: &[T], a: &mut [T]) {
+    let f = a.len();
+    let (g, u) = (&h[..f], &h[f..2 * f]);
+    for j in 0..f {
+        a[j] = T::from_acc(value(g[j].to_acc(), u[j].to_acc()));
+    }
+}
+
+/// One row: `dh` [2f] from `h` [2f] and `da` [f].
+#[inline(always)]
+pub fn input_grad_row<T: Float>(h: &[T], da: &[T], dh: &mut [T]) {
+    let f = da.len();
+    let ((g, u), (dg, du)) = (h.split_at(f), dh.split_at_mut(f));
+    let (u, du) = (&u[..f], &mut du[..f]);
+    for j in 0..f {
+        let (x, y) = gradient(g[j].to_acc(), u[j].to_acc(), da[j].to_acc());
+        (dg[j], du[j]) = (T::from_acc(x), T::from_acc(y));
+    }
+}
+
+/// F: `h` [t, 2f] -> `a` [t, f].
+pub fn forward(s: &mut Stream, h: Tensor, a: Tensor) -> Result<()> {
+    let (t, f) = (a.rows(), a.cols());
+    expect_shape("swiglu", "h", h.reshape(&[t, h.len() / t.max(1)]), &[t, 2 * f])?;
+    s.account(cost(t, f, h.dtype.size_bytes()));
+    s.launch(&[h], &[a], move |m| {
+        with_float!(h.dtype, T => {
+            let (h, mut a) = (m.read::<T>(h), m.write::<T>(a));
+            for_row_chunks(&mut a, f, #[inline(always)] |first, rows| {
+                for (i, row) in rows.chunks_exact_mut(f).enumerate() {
+                    forward_row(&h[(first + i) * 2 * f..][..2 * f], row);
+                }
+            });
+        });
+    });
+    Ok(())
+}
+
+/// I: `dh` [t, 2f] from `h` and `da` [t, f].
+pub fn input_grad(s: &mut Stream, h: Tensor, da: Tensor, dh: Tensor) -> Result<()> {
+    let (t, f) = (da.rows(), da.cols());
+    expect_shape("swiglu input gradient", "dh", dh.reshape(&[t, dh.len() / t.max(1)]), &[t, 2 * f])?;
+    s.account(cost(2 * t, f, h.dtype.size_bytes()));
+    s.launch(&[h, da], &[dh], move |m| {
+        with_float!(h.dtype, T => {
+            let (h, da, mut dh) = (m.read::<T>(h), m.read::<T>(da), m.write::<T>(dh));
+            for_row_chunks(&mut dh, 2 * f, #[inline(always)] |first, rows| {
+                for (i, row) in rows.chunks_exact_mut(2 * f).enumerate() {
+                    let at = first + i;
+                    input_grad_row(&h[at * 2 * f..][..2 * f], &da[at * f..][..f], row);
+                }
+            });
+        });
+    });
+    Ok(())
+}
+
+/// Cost of the forward pass over `t` rows of width `f`.
+pub fn cost(t: usize, f: usize, elem_bytes: usize) -> Cost {
+    let n = (t * f) as u64;
+    Cost::stream(6 * n, 2 * n * elem_bytes as u64, n * elem_bytes as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{dtype::DType, ops::testing::*};
+
+    #[test]
+    fn gradient_matches_finite_differences() {
+        check_gradients(
+            &[(&[5, 8], 1)],
+            &[5, 4],
+            |s, x| {
+                let a = s.memory().alloc(DType::F64, &[5, 4]);
+                forward(s, x[0], a)?;
+                Ok(a)
+            },
+            |s, x, dy, dx| input_grad(s, x[0], dy, dx[0]),
+        );
+    }
+}
