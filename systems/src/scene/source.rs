@@ -126,7 +126,7 @@ fn read(
             Err(finding) => break Some(finding),
         }
     };
-    let mut broken = fatal.is_some();
+    let whole = fatal.is_none();
     findings.extend(fatal);
     let mut root = layers.into_iter().rev().reduce(tree::merge);
     for text in overrides {
@@ -136,14 +136,11 @@ fn read(
                 findings.extend(found);
                 root = root.map(|root| tree::merge(root, node));
             }
-            Err(finding) => {
-                broken = true;
-                findings.push(finding);
-            }
+            Err(finding) => findings.push(finding),
         }
     }
     match root {
-        Some(root) if !broken => Ok(Read { root, findings }),
+        Some(root) if whole => Ok(Read { root, findings }),
         _ => Err(findings),
     }
 }

@@ -264,6 +264,12 @@ fn a_fault_in_an_override_points_into_the_override() {
             [place],
             "{text}"
         );
+        // It hides no other.
+        assert_eq!(
+            faults_with("(train: (steps: 4), zzz: 1)", &[text]),
+            ["zzz 1:21", place],
+            "{text}"
+        );
     }
 }
 
@@ -408,7 +414,7 @@ fn a_chain_that_does_not_end_well_says_where() {
 #[test]
 fn later_findings_point_at_the_value_or_the_section_it_would_stand_in() {
     let loaded = Scene::parse(
-        "(\n  mtp: (\n    loss_weight: 0.5,\n  ),\n  optimizer: AdamW((eps: 1)),\n)",
+        "(\n  mtp: (\n    loss_weight: 0.5,\n  ),\n  optimizer: AdamW((eps: 1)),\n  data: (train: \"a\", tokenizer: File(\"t\")),\n)",
         &sets(&["seed=3"]),
     )
     .unwrap();
@@ -417,6 +423,8 @@ fn later_findings_point_at_the_value_or_the_section_it_would_stand_in() {
         ("mtp.depth.first", "scene.ron:2:3"),
         ("mtp", "scene.ron:2:3"),
         ("optimizer.eps", "scene.ron:5:26"),
+        ("data.train[0]", "scene.ron:6:17"),
+        ("data.tokenizer", "scene.ron:6:33"),
         ("seed", "--set:1:6"),
         ("model.n_group", "scene.ron:1:1"),
         ("", "scene.ron:1:1"),

@@ -126,6 +126,8 @@ impl Node {
             (Seg::Item(index), Kind::Map(entries)) => {
                 entries.get(*index).map(|(_, value)| (value, None))
             }
+            // A single path may stand for a list of one.
+            (Seg::Item(0), Kind::Text(_)) => Some((self, None)),
             (Seg::Inner, Kind::Tuple { items, .. }) => items.first().map(|node| (node, None)),
             _ => None,
         }
