@@ -2,3 +2,4 @@
 pub mod hf;
 pub mod model_config;
 pub mod problem;
+pub mod scene;
