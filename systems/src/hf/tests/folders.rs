@@ -12,7 +12,7 @@ use safetensors::tensor::Dtype;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 const EMBED: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
@@ -341,4 +341,34 @@ fn a_writer_refuses_what_would_not_be_a_checkpoint() {
     assert!(matches!(FolderWriter::create(dir.path(), &specs, &options), Err(WriteError::Occupied { .. })));
     fs::remove_file(dir.path().join("model.safetensors")).unwrap();
     assert!(FolderWriter::create(dir.path(), &specs, &options).is_ok());
+}
+
+/// Folders that transformers 5 wrote.
+fn fixtures() -> Vec<PathBuf> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/oracle/fixtures");
+    let items = fs::read_dir(&root).unwrap_or_else(|e| panic!("{}: {e}", root.display()));
+    let folders: Vec<PathBuf> = items.map(|item| item.unwrap().path()).filter(|path| path.is_dir()).collect();
+    assert!(folders.len() >= 6, "{folders:?}");
+    folders
+}
+
+#[test]
+fn folders_of_transformers_are_read_and_written_back_unchanged() {
+    for source in fixtures() {
+        let opened = HfFolder::open(&source).unwrap();
+        let model = opened.model().unwrap();
+        assert_eq!(model.notes, [""; 0], "{}", source.display());
+        let hub = ConfigDocument::parse(&fs::read_to_string(source.join("config_hub.json")).unwrap()).unwrap();
+        assert_eq!(model.config, hub.config().resolve().unwrap(), "rope_parameters and rope_scaling agree");
+        assert_eq!(HfConfig::from_model(&model.config).resolve().unwrap(), model.config);
+
+        let destination = tempfile::tempdir().unwrap();
+        convert(&source, destination.path(), None, 30_000).unwrap();
+        let (tensors, _) = load_all(destination.path());
+        assert_eq!(tensors, load(&source.join("model.safetensors")), "{}", source.display());
+        for name in ["config.json", "generation_config.json"] {
+            let text = |dir: &Path| fs::read_to_string(dir.join(name)).unwrap();
+            assert_eq!(text(destination.path()), text(&source), "{name}");
+        }
+    }
 }
