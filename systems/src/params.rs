@@ -366,21 +366,29 @@ mod tests {
     }
 
     #[test]
-    fn experts_lie_one_after_the_other_with_gate_before_up() {
+    fn gate_lies_before_up_and_experts_one_after_the_other() {
+        let (d, f, dense, shared) = (6, 3, 5, 6);
         let specs = param_specs(&tiny(0, false));
-        let experts = specs.iter().find(|s| s.name.ends_with("layers.1.mlp.experts.gate_up_proj")).unwrap();
-        let (f, d, e) = (3, 6, 2);
-        let place = |part: &str| {
-            let name = format!("model.layers.1.mlp.experts.{e}.{part}_proj.weight");
-            experts
-                .views
-                .iter()
-                .find(|view| view.hf_name == name)
-                .map(|view| (view.offset, view.shape.clone()))
-                .unwrap()
+        let places: Vec<(&str, &View)> =
+            specs.iter().flat_map(|spec| spec.views.iter().map(|view| (spec.name.as_str(), view))).collect();
+        let check = |spec: &str, name: &str, offset: usize, shape: [usize; 2]| {
+            let (owner, view) = places.iter().find(|(_, view)| view.hf_name == name).unwrap();
+            assert_eq!((*owner, view.offset, &view.shape[..]), (spec, offset, &shape[..]), "{name}");
         };
-        assert_eq!(place("gate"), (e * 2 * f * d, vec![f, d]));
-        assert_eq!(place("up"), (e * 2 * f * d + f * d, vec![f, d]));
+        for (stem, f) in [("model.layers.0.mlp", dense), ("model.layers.1.mlp.shared_experts", shared)] {
+            let packed = format!("{stem}.gate_up_proj");
+            check(&packed, &format!("{stem}.gate_proj.weight"), 0, [f, d]);
+            check(&packed, &format!("{stem}.up_proj.weight"), f * d, [f, d]);
+            let down = format!("{stem}.down_proj.weight");
+            check(&down, &down, 0, [d, f]);
+        }
+        let stem = "model.layers.1.mlp.experts";
+        for e in 0..4 {
+            let packed = format!("{stem}.gate_up_proj");
+            check(&packed, &format!("{stem}.{e}.gate_proj.weight"), e * 2 * f * d, [f, d]);
+            check(&packed, &format!("{stem}.{e}.up_proj.weight"), e * 2 * f * d + f * d, [f, d]);
+            check(&format!("{stem}.down_proj"), &format!("{stem}.{e}.down_proj.weight"), e * d * f, [d, f]);
+        }
     }
 
     #[test]

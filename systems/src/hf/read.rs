@@ -18,8 +18,8 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-/// Bytes read at once.
-const PIECE_BYTES: usize = 8 << 20;
+/// Bytes read at once; few in tests, so that small tensors come in pieces, too.
+const PIECE_BYTES: usize = if cfg!(test) { 50 } else { 8 << 20 };
 
 /// Where a tensor lies.
 #[derive(Clone, Debug)]

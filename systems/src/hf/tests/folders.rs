@@ -56,7 +56,7 @@ fn a_conversion_without_change_keeps_every_byte() {
         let mut tensors = released(dtype);
         // Files mix types: one matrix in another.
         let mut rng = ChaCha8Rng::seed_from_u64(3);
-        tensors.insert("lm_head.weight".into(), (Dtype::F16, vec![11, 6], random_bytes(Dtype::F16, 66, &mut rng)));
+        tensors.insert("lm_head.weight".into(), (Dtype::F16, vec![11, 7], random_bytes(Dtype::F16, 77, &mut rng)));
         tensors.insert(HEAD_COPY.into(), tensors[HEAD].clone());
         let source = folder(TINY, &tensors);
         let files = [("generation_config.json", "{ }"), ("tokenizer.json", "{\"a\" :1}"), ("configuration_x.py", "#")];
@@ -206,17 +206,17 @@ fn everything_missing_different_or_left_over_is_named() {
     let mut tensors = released(Dtype::BF16);
     tensors.remove("model.layers.1.mlp.experts.3.up_proj.weight");
     tensors.remove("model.norm.weight");
-    tensors.insert("model.layers.0.mlp.down_proj.weight".into(), (Dtype::BF16, vec![5, 6], vec![0; 60]));
-    tensors.insert("model.layers.0.input_layernorm.weight".into(), (Dtype::I64, vec![6], vec![0; 48]));
-    tensors.insert("model.layers.0.mlp.down_proj.bias".into(), (Dtype::BF16, vec![6], vec![0; 12]));
-    tensors.insert("model.layers.3.enorm.weight".into(), (Dtype::BF16, vec![6], vec![0; 12]));
+    tensors.insert("model.layers.0.mlp.down_proj.weight".into(), (Dtype::BF16, vec![5, 7], vec![0; 70]));
+    tensors.insert("model.layers.0.input_layernorm.weight".into(), (Dtype::I64, vec![7], vec![0; 56]));
+    tensors.insert("model.layers.0.mlp.down_proj.bias".into(), (Dtype::BF16, vec![7], vec![0; 14]));
+    tensors.insert("model.layers.3.enorm.weight".into(), (Dtype::BF16, vec![7], vec![0; 14]));
     tensors.insert("model.layers.0.self_attn.rotary_emb.inv_freq".into(), (Dtype::F32, vec![1], vec![0; 4]));
     let dir = folder(TINY, &tensors);
     let expected = [
         "wrong type: model.layers.0.input_layernorm.weight: expected F32, BF16, F16 or F8_E4M3, found I64",
-        "wrong shape: model.layers.0.mlp.down_proj.weight: expected [6, 5], found [5, 6]",
-        "missing: model.layers.1.mlp.experts.3.up_proj.weight [3, 6]",
-        "missing: model.norm.weight [6]",
+        "wrong shape: model.layers.0.mlp.down_proj.weight: expected [7, 5], found [5, 7]",
+        "missing: model.layers.1.mlp.experts.3.up_proj.weight [3, 7]",
+        "missing: model.norm.weight [7]",
         "not used: model.layers.0.mlp.down_proj.bias",
         "not used: model.layers.3.enorm.weight (an MTP module? Then config.json needs num_nextn_predict_layers = 2)",
     ];
@@ -234,7 +234,7 @@ fn an_mtp_module_without_weights_is_left_out_with_a_note() {
     assert_eq!(model.config.num_nextn_predict_layers, 0);
     assert!(model.notes[0].contains("read without MTP"), "{:?}", model.notes);
     // But half a module is a damaged folder.
-    tensors.insert("model.layers.2.enorm.weight".into(), (Dtype::BF16, vec![6], vec![0; 12]));
+    tensors.insert("model.layers.2.enorm.weight".into(), (Dtype::BF16, vec![7], vec![0; 14]));
     let dir = folder(TINY, &tensors);
     assert!(findings(&HfFolder::open(dir.path()).unwrap()).len() > 10);
 }
@@ -321,8 +321,8 @@ fn a_writer_refuses_what_would_not_be_a_checkpoint() {
     let dir = tempfile::tempdir().unwrap();
     let mut writer = FolderWriter::create(dir.path(), &specs, &options).unwrap();
     let embed = &specs[0];
-    assert!(matches!(writer.write_param(embed, &[0.0]), Err(WriteError::Length { expected: 66, found: 1, .. })));
-    let mut values = vec![1.0; 66];
+    assert!(matches!(writer.write_param(embed, &[0.0]), Err(WriteError::Length { expected: 77, found: 1, .. })));
+    let mut values = vec![1.0; 77];
     values[7] = 70000.0; // above the largest half
     let error = writer.write_param(embed, &values).unwrap_err();
     assert!(matches!(error, WriteError::NotFinite { index: 7, value: 70000.0, .. }), "{error}");

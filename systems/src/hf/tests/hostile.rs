@@ -132,7 +132,7 @@ fn problems_of_the_config_come_with_the_file() {
 fn experts_in_one_tensor_are_refused_with_a_way_out() {
     let mut tensors = random_tensors(TINY, Dtype::BF16);
     let name = "model.layers.1.mlp.experts.gate_up_proj";
-    tensors.insert(name.into(), (Dtype::BF16, vec![4, 6, 6], vec![0; 288]));
+    tensors.insert(name.into(), (Dtype::BF16, vec![4, 6, 7], vec![0; 336]));
     let dir = folder(TINY, &tensors);
     let text = HfFolder::open(dir.path()).unwrap().model().unwrap_err().to_string();
     assert!(text.contains(name) && text.contains("save_pretrained"), "{text}");

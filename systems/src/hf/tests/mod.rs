@@ -16,10 +16,10 @@ type Stored = (Dtype, Vec<usize>, Vec<u8>);
 /// Tensors by name.
 type Tensors = BTreeMap<String, Stored>;
 
-/// A small DeepSeek-V3 with one dense layer, one MoE layer, and an MTP module.
+/// A small DeepSeek-V3 with one dense layer, one MoE layer, and an MTP module; its odd width makes alignment matter.
 const TINY: &str = r#"{
   "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
-  "model_type": "deepseek_v3", "vocab_size": 11, "hidden_size": 6, "intermediate_size": 5, "moe_intermediate_size": 3,
+  "model_type": "deepseek_v3", "vocab_size": 11, "hidden_size": 7, "intermediate_size": 5, "moe_intermediate_size": 3,
   "num_hidden_layers": 2, "num_attention_heads": 2, "q_lora_rank": null, "kv_lora_rank": 4, "qk_nope_head_dim": 3,
   "qk_rope_head_dim": 2, "v_head_dim": 3, "n_routed_experts": 4, "n_shared_experts": 2, "num_experts_per_tok": 2,
   "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1, "num_nextn_predict_layers": 1, "rms_norm_eps": 1e-06,
