@@ -7,6 +7,7 @@ pub mod device;
 pub mod dtype;
 pub mod error;
 pub mod memory;
+pub mod mmap;
 pub mod ops;
 pub mod simd;
 pub mod stream;
