@@ -1,7 +1,24 @@
 //! DeepSeek-style mixture-of-experts models as plugins: scene, data, model, routing, pipeline, optimizer, generation.
+pub mod api;
+pub mod attention;
 pub mod data;
+pub mod dense;
+pub mod embedding;
+pub mod evaluate;
+pub mod expert;
+pub mod head;
 pub mod hf;
+pub mod lower;
+pub mod microbatch;
+pub mod model;
 pub mod model_config;
+pub mod mtp;
+pub mod optimizer;
 pub mod params;
+pub mod pipeline;
 pub mod problem;
+pub mod routing;
 pub mod scene;
+pub mod session;
+pub mod train;
+pub mod work;

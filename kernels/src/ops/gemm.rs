@@ -147,6 +147,21 @@ pub fn forward(s: &mut Stream, x: Tensor, w: Tensor, bias: Option<Tensor>, y: Te
     Ok(())
 }
 
+/// F onto what is there: `y_to += x_ti w_oi^T`, for residual streams.
+pub fn forward_acc(s: &mut Stream, x: Tensor, w: Tensor, y: Tensor) -> Result<()> {
+    let (o, i) = (w.dim(0), w.dim(1));
+    let t = x.len() / i.max(1);
+    expect_shape("linear onto", "y", y, &[t, o])?;
+    s.account(cost(t, o, i, x.dtype.size_bytes()));
+    s.launch(&[x, w, y], &[y], move |m| {
+        with_float!(x.dtype, T => {
+            let (x, w, mut y) = (m.read::<T>(x), m.read::<T>(w), m.write::<T>(y));
+            gemm(Mat::new(&x, t, i), Mat::new(&w, o, i).t(), 1.0, &mut y, o, Threads::All);
+        });
+    });
+    Ok(())
+}
+
 /// I: `dx_ti = dy_to w_oi`, or `+=` if `accumulate`.
 pub fn input_grad(s: &mut Stream, dy: Tensor, w: Tensor, dx: Tensor, accumulate: bool) -> Result<()> {
     let (o, i) = (w.dim(0), w.dim(1));

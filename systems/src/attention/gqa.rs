@@ -1,0 +1,205 @@
+//! Grouped-query attention (arXiv 2305.13245), as in qwen2 and llama: query heads share fewer key and value heads.
+//!
+//! Legend: t tokens, d model width, h query heads, g key-value heads, w head width.
+
+use bevy_ecs::prelude::*;
+use engine::prelude::*;
+use kernels::{
+    ops::{attention, elementwise, gemm, rms_norm, rope},
+    stream::Stream,
+    tensor::Tensor,
+};
+
+use super::{AttentionSizes, Rotary};
+use crate::{
+    lower::{Lowering, Saved},
+    microbatch::Inputs,
+    model::Weight,
+};
+
+/// F of grouped-query attention.
+pub const GQA_F: TaskKind = TaskKind("attention_forward_gqa");
+/// I of grouped-query attention.
+pub const GQA_I: TaskKind = TaskKind("attention_input_grad_gqa");
+/// W of grouped-query attention.
+pub const GQA_W: TaskKind = TaskKind("attention_weight_grad_gqa");
+
+/// A projection and its bias.
+pub type Projection = (Weight, Option<Weight>);
+
+/// Weights of grouped-query attention.
+#[derive(Component, Clone, Copy, Debug)]
+pub struct Gqa {
+    /// input_layernorm [d].
+    pub norm: Weight,
+    /// q_proj [h w, d].
+    pub query: Projection,
+    /// k_proj [g w, d].
+    pub key: Projection,
+    /// v_proj [g w, d].
+    pub value: Projection,
+    /// o_proj [d, h w].
+    pub out: Weight,
+}
+
+/// What F leaves for the other passes.
+#[derive(Clone, Copy, Debug)]
+pub struct GqaActivations {
+    x: Tensor,
+    normed: Tensor,
+    rstd: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    /// Output [t, d].
+    pub out: Tensor,
+}
+
+/// What I leaves for W.
+#[derive(Clone, Copy, Debug)]
+pub struct GqaGradients {
+    d_out: Tensor,
+    d_o: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    d_normed: Tensor,
+    /// Gradient of the input [t, d].
+    pub dx: Tensor,
+}
+
+#[derive(Component, Clone, Copy)]
+pub(crate) struct GqaTask {
+    gqa: Gqa,
+    sizes: AttentionSizes,
+    inputs: Inputs,
+    eps: f64,
+    acts: GqaActivations,
+    grads: Option<GqaGradients>,
+    renorm: bool,
+}
+
+impl Gqa {
+    fn task(&self, l: &Lowering, acts: GqaActivations, grads: Option<GqaGradients>) -> GqaTask {
+        let renorm = grads.is_some() && l.recomputes(Saved::Norm);
+        GqaTask { gqa: *self, sizes: l.attention, inputs: l.inputs, eps: l.eps, acts, grads, renorm }
+    }
+
+    /// Emits F.
+    pub fn lower_forward(&self, l: &mut Lowering, x: Tensor) -> Result<GqaActivations> {
+        let (t, d) = (x.dim(0), x.dim(1));
+        let AttentionSizes { heads, kv_heads, qk, v, .. } = l.attention;
+        let acts = GqaActivations {
+            x,
+            normed: l.alloc("attention normed", &[t, d]),
+            rstd: l.alloc("attention rstd", &[t]),
+            q: l.alloc("query", &[t, heads, qk]),
+            k: l.alloc("key", &[t, kv_heads, qk]),
+            v: l.alloc("value", &[t, kv_heads, v]),
+            o: l.alloc("attention heads", &[t, heads, v]),
+            lse: l.alloc_acc("attention logsumexp", &[t, heads]),
+            out: l.alloc("attention out", &[t, d]),
+        };
+        let task = self.task(l, acts, None);
+        l.task(GQA_F, Pass::Forward, task)?;
+        l.drop_recomputable(Saved::Norm, acts.normed);
+        Ok(acts)
+    }
+
+    /// Emits I.
+    pub fn lower_input_grad(
+        &self,
+        l: &mut Lowering,
+        mut acts: GqaActivations,
+        d_out: Tensor,
+    ) -> Result<(GqaActivations, GqaGradients)> {
+        acts.normed = l.alloc_again(Saved::Norm, acts.normed);
+        let grads = GqaGradients {
+            d_out,
+            d_o: l.alloc_like("d attention heads", acts.o),
+            dq: l.alloc_like("d query", acts.q),
+            dk: l.alloc_like("d key", acts.k),
+            dv: l.alloc_like("d value", acts.v),
+            d_normed: l.alloc_like("d attention normed", acts.x),
+            dx: l.alloc_like("d attention in", acts.x),
+        };
+        let task = self.task(l, acts, Some(grads));
+        l.task(GQA_I, Pass::InputGrad, task)?;
+        Ok((acts, grads))
+    }
+
+    /// Emits W.
+    pub fn lower_weight_grad(&self, l: &mut Lowering, acts: GqaActivations, grads: GqaGradients) -> Result<()> {
+        let task = self.task(l, acts, Some(grads));
+        l.task(GQA_W, Pass::WeightGrad, task)
+    }
+}
+
+impl GqaTask {
+    fn attention(&self) -> attention::Inputs {
+        let (a, doc_offsets, scale) = (&self.acts, self.inputs.doc_offsets, self.sizes.scale);
+        attention::Inputs { q: a.q, k: a.k, v: a.v, doc_offsets, scale }
+    }
+}
+
+pub(crate) fn gqa_forward(In(id): In<Entity>, mut launch: Launch<GqaTask>, rotary: Res<Rotary>) -> Result {
+    let (_, &task, s) = launch.get(id)?;
+    let (a, gqa) = (&task.acts, &task.gqa);
+    rms_norm::forward(s, a.x, gqa.norm.value, a.normed, a.rstd, task.eps)?;
+    for ((w, bias), y) in [(gqa.query, a.q), (gqa.key, a.k), (gqa.value, a.v)] {
+        gemm::forward(s, a.normed, w.value, bias.map(|b| b.value), flat(y))?;
+    }
+    for x in [a.q, a.k] {
+        rope::forward(s, x, task.sizes.nope, task.inputs.positions, &rotary.0)?;
+    }
+    attention::forward(s, task.attention(), a.o, a.lse)?;
+    elementwise::copy(s, a.x, a.out)?;
+    gemm::forward_acc(s, flat(a.o), gqa.out.value, a.out)?;
+    Ok(())
+}
+
+pub(crate) fn gqa_input_grad(In(id): In<Entity>, mut launch: Launch<GqaTask>, rotary: Res<Rotary>) -> Result {
+    let (_, &task, s) = launch.get(id)?;
+    let (a, gqa) = (&task.acts, &task.gqa);
+    let Some(g) = task.grads else { return Ok(()) };
+    if task.renorm {
+        rms_norm::forward(s, a.x, gqa.norm.value, a.normed, a.rstd, task.eps)?;
+    }
+    gemm::input_grad(s, g.d_out, gqa.out.value, flat(g.d_o), false)?;
+    let grads = attention::Grads { dq: g.dq, dk: g.dk, dv: g.dv };
+    attention::input_grad(s, task.attention(), a.o, a.lse, g.d_o, grads)?;
+    for dx in [g.dq, g.dk] {
+        rope::input_grad(s, dx, task.sizes.nope, task.inputs.positions, &rotary.0)?;
+    }
+    for ((w, _), dy, accumulate) in [(gqa.query, g.dq, false), (gqa.key, g.dk, true), (gqa.value, g.dv, true)] {
+        gemm::input_grad(s, flat(dy), w.value, g.d_normed, accumulate)?;
+    }
+    elementwise::copy(s, g.d_out, g.dx)?;
+    rms_norm::input_grad(s, a.x, gqa.norm.value, a.rstd, g.d_normed, g.dx, true)?;
+    Ok(())
+}
+
+pub(crate) fn gqa_weight_grad(In(id): In<Entity>, mut launch: Launch<GqaTask>) -> Result {
+    let (_, &task, s) = launch.get(id)?;
+    let (a, gqa) = (&task.acts, &task.gqa);
+    let Some(g) = task.grads else { return Ok(()) };
+    let linear = |s: &mut Stream, dy: Tensor, x: Tensor, (w, bias): Projection| match w.grad {
+        Some(dw) => gemm::weight_grad(s, flat(dy), x, dw, bias.and_then(|b| b.grad)),
+        None => Ok(()),
+    };
+    linear(s, g.d_out, flat(a.o), (gqa.out, None))?;
+    for (projection, dy) in [(gqa.query, g.dq), (gqa.key, g.dk), (gqa.value, g.dv)] {
+        linear(s, dy, a.normed, projection)?;
+    }
+    if let Some(dw) = gqa.norm.grad {
+        rms_norm::weight_grad(s, a.x, a.rstd, g.d_normed, dw)?;
+    }
+    Ok(())
+}
+
+/// [t, h, w] as [t, h w].
+fn flat(x: Tensor) -> Tensor {
+    x.reshape(&[x.dim(0), x.len() / x.dim(0)])
+}

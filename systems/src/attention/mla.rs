@@ -1,0 +1,326 @@
+//! Multi-head latent attention (DeepSeek-V2 report, section 2.1): queries, keys and values come from low-rank latents, and
+//! one rotary key is shared by all heads. Training multiplies the latents up; generation attends to the latents themselves.
+//!
+//! Legend: t tokens, d model width, h heads, n/r/v width of the no-position, rotary and value part of a head, q/c query and
+//! key-value latent width.
+
+use bevy_ecs::prelude::*;
+use engine::prelude::*;
+use kernels::{
+    ops::{attention, elementwise, gemm, mla, rms_norm, rope},
+    stream::Stream,
+    tensor::Tensor,
+};
+
+use super::{AttentionSizes, Rotary};
+use crate::{
+    lower::{Lowering, Saved},
+    microbatch::Inputs,
+    model::Weight,
+};
+
+/// F of latent attention.
+pub const MLA_F: TaskKind = TaskKind("attention_forward");
+/// I of latent attention.
+pub const MLA_I: TaskKind = TaskKind("attention_input_grad");
+/// W of latent attention.
+pub const MLA_W: TaskKind = TaskKind("attention_weight_grad");
+/// What of F is computed again before I.
+pub const MLA_R: TaskKind = TaskKind("attention_recompute");
+/// F over a cache of latents.
+pub const MLA_CACHED: TaskKind = TaskKind("attention_cached");
+
+/// Epsilon of the norms on the latents; every implementation fixes it, whatever `rms_norm_eps` says.
+const LATENT_EPS: f64 = 1e-6;
+
+/// Weights of latent attention.
+#[derive(Component, Clone, Copy, Debug)]
+pub struct Mla {
+    /// input_layernorm [d].
+    pub norm: Weight,
+    /// Query projection.
+    pub query: MlaQuery,
+    /// kv_a_proj_with_mqa [c + r, d].
+    pub kv_down: Weight,
+    /// kv_a_layernorm [c].
+    pub kv_norm: Weight,
+    /// kv_b_proj [h (n + v), c].
+    pub kv_up: Weight,
+    /// o_proj [d, h v].
+    pub out: Weight,
+}
+
+/// Query projection, with or without a latent.
+#[derive(Clone, Copy, Debug)]
+pub enum MlaQuery {
+    /// q_proj [h (n + r), d].
+    Full(Weight),
+    /// Down to the latent, norm, and up.
+    LowRank {
+        /// q_a_proj [q, d].
+        down: Weight,
+        /// q_a_layernorm [q].
+        norm: Weight,
+        /// q_b_proj [h (n + r), q].
+        up: Weight,
+    },
+}
+
+#[derive(Clone, Copy, Debug)]
+struct LatentQuery {
+    latent: Tensor,
+    normed: Tensor,
+    rstd: Tensor,
+}
+
+/// What F leaves for the other passes.
+#[derive(Clone, Copy, Debug)]
+pub struct MlaActivations {
+    x: Tensor,
+    normed: Tensor,
+    rstd: Tensor,
+    latent_query: Option<LatentQuery>,
+    q: Tensor,
+    kv_latent: Tensor,
+    kv_normed: Tensor,
+    kv_rstd: Tensor,
+    kv: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    /// Output [t, d].
+    pub out: Tensor,
+}
+
+/// What I leaves for W.
+#[derive(Clone, Copy, Debug)]
+pub struct MlaGradients {
+    d_out: Tensor,
+    d_o: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dkv: Tensor,
+    d_kv_normed: Tensor,
+    d_kv_latent: Tensor,
+    /// Gradients of the query latent, after and before its norm.
+    d_query: Option<(Tensor, Tensor)>,
+    d_normed: Tensor,
+    /// Gradient of the input [t, d].
+    pub dx: Tensor,
+}
+
+#[derive(Component, Clone, Copy)]
+pub(crate) struct MlaTask {
+    mla: Mla,
+    sizes: AttentionSizes,
+    inputs: Inputs,
+    eps: f64,
+    acts: MlaActivations,
+    grads: Option<MlaGradients>,
+    recompute: (bool, bool),
+}
+
+impl Mla {
+    fn task(&self, l: &Lowering, acts: MlaActivations, grads: Option<MlaGradients>) -> MlaTask {
+        let recompute = (l.recomputes(Saved::Norm), l.recomputes(Saved::MlaUp));
+        MlaTask { mla: *self, sizes: l.attention, inputs: l.inputs, eps: l.eps, acts, grads, recompute }
+    }
+
+    /// Emits F.
+    pub fn lower_forward(&self, l: &mut Lowering, x: Tensor) -> Result<MlaActivations> {
+        let (t, d) = (x.dim(0), x.dim(1));
+        let AttentionSizes { heads: h, qk, v, .. } = l.attention;
+        let (c_r, c) = (self.kv_down.value.dim(0), self.kv_norm.value.len());
+        let latent_query = match self.query {
+            MlaQuery::Full(_) => None,
+            MlaQuery::LowRank { norm, .. } => Some(LatentQuery {
+                latent: l.alloc("query latent", &[t, norm.value.len()]),
+                normed: l.alloc("query latent normed", &[t, norm.value.len()]),
+                rstd: l.alloc("query latent rstd", &[t]),
+            }),
+        };
+        let acts = MlaActivations {
+            x,
+            normed: l.alloc("attention normed", &[t, d]),
+            rstd: l.alloc("attention rstd", &[t]),
+            latent_query,
+            q: l.alloc("query", &[t, h, qk]),
+            kv_latent: l.alloc("key-value latent", &[t, c_r]),
+            kv_normed: l.alloc("key-value latent normed", &[t, c]),
+            kv_rstd: l.alloc("key-value latent rstd", &[t]),
+            kv: l.alloc("keys and values", &[t, self.kv_up.value.dim(0)]),
+            k: l.alloc("key", &[t, h, qk]),
+            v: l.alloc("value", &[t, h, v]),
+            o: l.alloc("attention heads", &[t, h, v]),
+            lse: l.alloc_acc("attention logsumexp", &[t, h]),
+            out: l.alloc("attention out", &[t, d]),
+        };
+        let task = self.task(l, acts, None);
+        l.task(MLA_F, Pass::Forward, task)?;
+        l.release(acts.kv);
+        l.drop_recomputable(Saved::Norm, acts.normed);
+        for tensor in [acts.q, acts.k, acts.v] {
+            l.drop_recomputable(Saved::MlaUp, tensor);
+        }
+        Ok(acts)
+    }
+
+    /// Emits I.
+    pub fn lower_input_grad(&self, l: &mut Lowering, mut acts: MlaActivations, d_out: Tensor) -> Result<(MlaActivations, MlaGradients)> {
+        let (t, d) = (acts.x.dim(0), acts.x.dim(1));
+        let AttentionSizes { heads: h, qk, v, .. } = l.attention;
+        acts.normed = l.alloc_again(Saved::Norm, acts.normed);
+        for tensor in [&mut acts.q, &mut acts.k, &mut acts.v] {
+            *tensor = l.alloc_again(Saved::MlaUp, *tensor);
+        }
+        if l.recomputes(Saved::Norm) || l.recomputes(Saved::MlaUp) {
+            acts.kv = l.alloc("keys and values", &[t, self.kv_up.value.dim(0)]);
+            let task = self.task(l, acts, None);
+            l.task(MLA_R, Pass::InputGrad, task)?;
+            l.release(acts.kv);
+        }
+        let like = |l: &mut Lowering, name, x: Tensor| l.alloc_like(name, x);
+        let grads = MlaGradients {
+            d_out,
+            d_o: like(l, "d attention heads", acts.o),
+            dq: l.alloc("d query", &[t, h, qk]),
+            dk: l.alloc("d key", &[t, h, qk]),
+            dv: l.alloc("d value", &[t, h, v]),
+            dkv: l.alloc("d keys and values", &[t, self.kv_up.value.dim(0)]),
+            d_kv_normed: like(l, "d key-value latent normed", acts.kv_normed),
+            d_kv_latent: like(l, "d key-value latent", acts.kv_latent),
+            d_query: acts.latent_query.map(|q| {
+                (l.alloc_like("d query latent normed", q.normed), l.alloc_like("d query latent", q.latent))
+            }),
+            d_normed: l.alloc("d attention normed", &[t, d]),
+            dx: l.alloc("d attention in", &[t, d]),
+        };
+        let task = self.task(l, acts, Some(grads));
+        l.task(MLA_I, Pass::InputGrad, task)?;
+        Ok((acts, grads))
+    }
+
+    /// Emits W.
+    pub fn lower_weight_grad(&self, l: &mut Lowering, acts: MlaActivations, grads: MlaGradients) -> Result<()> {
+        let task = self.task(l, acts, Some(grads));
+        l.task(MLA_W, Pass::WeightGrad, task)
+    }
+}
+
+impl MlaTask {
+    fn norm(&self, s: &mut Stream) -> Result {
+        let a = &self.acts;
+        Ok(rms_norm::forward(s, a.x, self.mla.norm.value, a.normed, a.rstd, self.eps)?)
+    }
+
+    fn attention(&self) -> attention::Inputs {
+        let (a, doc_offsets, scale) = (&self.acts, self.inputs.doc_offsets, self.sizes.scale);
+        attention::Inputs { q: a.q, k: a.k, v: a.v, doc_offsets, scale }
+    }
+
+    /// Latents to rotated queries, keys and values.
+    fn up(&self, s: &mut Stream, rotary: &Rotary) -> Result {
+        let (a, sizes) = (&self.acts, &self.sizes);
+        let q = a.q.reshape(&[a.q.dim(0), sizes.heads * sizes.qk]);
+        match (self.mla.query, a.latent_query) {
+            (MlaQuery::LowRank { up, .. }, Some(latent)) => gemm::forward(s, latent.normed, up.value, None, q)?,
+            (MlaQuery::Full(w), _) => gemm::forward(s, a.normed, w.value, None, q)?,
+            _ => {}
+        }
+        rope::forward(s, a.q, sizes.nope, self.inputs.positions, &rotary.0)?;
+        gemm::forward(s, a.kv_normed, self.mla.kv_up.value, None, a.kv)?;
+        mla::assemble(s, a.kv, a.kv_latent, self.inputs.positions, rotary.table, rotary.layout, a.k, a.v)?;
+        Ok(())
+    }
+}
+
+pub(crate) fn mla_forward(In(id): In<Entity>, mut launch: Launch<MlaTask>, rotary: Res<Rotary>) -> Result {
+    let (_, &task, s) = launch.get(id)?;
+    let (a, mla) = (&task.acts, &task.mla);
+    task.norm(s)?;
+    if let (MlaQuery::LowRank { down, norm, .. }, Some(q)) = (mla.query, a.latent_query) {
+        gemm::forward(s, a.normed, down.value, None, q.latent)?;
+        rms_norm::forward(s, q.latent, norm.value, q.normed, q.rstd, LATENT_EPS)?;
+    }
+    gemm::forward(s, a.normed, mla.kv_down.value, None, a.kv_latent)?;
+    rms_norm::forward(s, a.kv_latent, mla.kv_norm.value, a.kv_normed, a.kv_rstd, LATENT_EPS)?;
+    task.up(s, &rotary)?;
+    attention::forward(s, task.attention(), a.o, a.lse)?;
+    elementwise::copy(s, a.x, a.out)?;
+    gemm::forward_acc(s, flat(a.o), mla.out.value, a.out)?;
+    Ok(())
+}
+
+pub(crate) fn mla_recompute(In(id): In<Entity>, mut launch: Launch<MlaTask>, rotary: Res<Rotary>) -> Result {
+    let (_, &task, s) = launch.get(id)?;
+    let (norm, up) = task.recompute;
+    if norm {
+        task.norm(s)?;
+    }
+    if up {
+        task.up(s, &rotary)?;
+    }
+    Ok(())
+}
+
+pub(crate) fn mla_input_grad(In(id): In<Entity>, mut launch: Launch<MlaTask>, rotary: Res<Rotary>) -> Result {
+    let (_, &task, s) = launch.get(id)?;
+    let (a, mla, sizes) = (&task.acts, &task.mla, &task.sizes);
+    let Some(g) = task.grads else { return Ok(()) };
+    gemm::input_grad(s, g.d_out, mla.out.value, flat(g.d_o), false)?;
+    let grads = attention::Grads { dq: g.dq, dk: g.dk, dv: g.dv };
+    attention::input_grad(s, task.attention(), a.o, a.lse, g.d_o, grads)?;
+    rope::input_grad(s, g.dq, sizes.nope, task.inputs.positions, &rotary.0)?;
+    mla::assemble_grad(s, g.dk, g.dv, task.inputs.positions, rotary.table, rotary.layout, g.dkv, g.d_kv_latent)?;
+    gemm::input_grad(s, g.dkv, mla.kv_up.value, g.d_kv_normed, false)?;
+    rms_norm::input_grad(s, a.kv_latent, mla.kv_norm.value, a.kv_rstd, g.d_kv_normed, g.d_kv_latent, false)?;
+    gemm::input_grad(s, g.d_kv_latent, mla.kv_down.value, g.d_normed, false)?;
+    match (mla.query, a.latent_query, g.d_query) {
+        (MlaQuery::LowRank { down, norm, up }, Some(q), Some((d_normed, d_latent))) => {
+            gemm::input_grad(s, flat(g.dq), up.value, d_normed, false)?;
+            rms_norm::input_grad(s, q.latent, norm.value, q.rstd, d_normed, d_latent, false)?;
+            gemm::input_grad(s, d_latent, down.value, g.d_normed, true)?;
+        }
+        (MlaQuery::Full(w), ..) => gemm::input_grad(s, flat(g.dq), w.value, g.d_normed, true)?,
+        _ => {}
+    }
+    elementwise::copy(s, g.d_out, g.dx)?;
+    rms_norm::input_grad(s, a.x, mla.norm.value, a.rstd, g.d_normed, g.dx, true)?;
+    Ok(())
+}
+
+pub(crate) fn mla_weight_grad(In(id): In<Entity>, mut launch: Launch<MlaTask>) -> Result {
+    let (_, &task, s) = launch.get(id)?;
+    let (a, mla) = (&task.acts, &task.mla);
+    let Some(g) = task.grads else { return Ok(()) };
+    let linear = |s: &mut Stream, dy: Tensor, x: Tensor, w: Weight| match w.grad {
+        Some(dw) => gemm::weight_grad(s, dy, x, dw, None),
+        None => Ok(()),
+    };
+    let norm = |s: &mut Stream, x: Tensor, rstd: Tensor, dy: Tensor, w: Weight| match w.grad {
+        Some(dw) => rms_norm::weight_grad(s, x, rstd, dy, dw),
+        None => Ok(()),
+    };
+    linear(s, g.d_out, flat(a.o), mla.out)?;
+    linear(s, g.dkv, a.kv_normed, mla.kv_up)?;
+    norm(s, a.kv_latent, a.kv_rstd, g.d_kv_normed, mla.kv_norm)?;
+    linear(s, g.d_kv_latent, a.normed, mla.kv_down)?;
+    match (mla.query, a.latent_query, g.d_query) {
+        (MlaQuery::LowRank { down, norm: w, up }, Some(q), Some((d_normed, d_latent))) => {
+            linear(s, flat(g.dq), q.normed, up)?;
+            norm(s, q.latent, q.rstd, d_normed, w)?;
+            linear(s, d_latent, a.normed, down)?;
+        }
+        (MlaQuery::Full(w), ..) => linear(s, flat(g.dq), a.normed, w)?,
+        _ => {}
+    }
+    norm(s, a.x, a.rstd, g.d_normed, mla.norm)?;
+    Ok(())
+}
+
+/// [t, h, w] as [t, h w].
+fn flat(x: Tensor) -> Tensor {
+    x.reshape(&[x.dim(0), x.len() / x.dim(0)])
+}

@@ -1,0 +1,123 @@
+//! Evaluation: the loss on text that is not trained on, in nats per token and bits per byte. One step a batch, forward only.
+
+use bevy_app::prelude::*;
+use bevy_ecs::prelude::*;
+use engine::prelude::*;
+
+use crate::{
+    data::packing::Batch,
+    head::{self, Loss, LossSums},
+    lower::Lowering,
+    microbatch::Inputs,
+    model::Model,
+    optimizer::zero_losses,
+    pipeline::stage::Stage,
+    session::Session,
+    work::{Work, turn_of},
+};
+
+/// Evaluates when it is its turn, then hands over to `then`.
+pub struct EvaluatePlugin;
+
+/// What is being evaluated, and how far that is.
+#[derive(Resource)]
+pub struct Evaluation {
+    /// Tensors of a batch.
+    pub inputs: Inputs,
+    /// Batches to run.
+    pub batches: Vec<Batch>,
+    /// UTF-8 bytes that the targets stand for, if the batches are a text.
+    pub num_bytes: Option<u64>,
+    /// Whose turn it is afterwards.
+    pub then: Work,
+    /// The last result.
+    pub result: Option<EvaluationResult>,
+    next: usize,
+    nats: f64,
+    num_tokens: u64,
+}
+
+/// A loss over a text.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct EvaluationResult {
+    /// Mean over the targets.
+    pub loss_nats_per_token: f64,
+    /// Sum over bytes, if the batches are a text.
+    pub bits_per_byte: Option<f64>,
+    /// Targets.
+    pub num_tokens: u64,
+}
+
+impl Evaluation {
+    /// Evaluation of `batches`, each of the shape of `inputs`.
+    pub fn new(inputs: Inputs, batches: Vec<Batch>, num_bytes: Option<u64>, then: Work) -> Self {
+        Evaluation { inputs, batches, num_bytes, then, result: None, next: 0, nats: 0.0, num_tokens: 0 }
+    }
+}
+
+impl Plugin for EvaluatePlugin {
+    fn build(&self, app: &mut App) {
+        app.add_systems(
+            Step,
+            (
+                admit.in_set(StepSystems::Admit).run_if(turn_of(Work::Evaluate)),
+                plan.in_set(StepSystems::Plan).run_if(turn_of(Work::Evaluate)),
+                record.in_set(StepSystems::Record).run_if(turn_of(Work::Evaluate)),
+            ),
+        );
+    }
+}
+
+fn admit(evaluation: Res<Evaluation>, tensors: Res<Tensors>, sums: Res<LossSums>) {
+    zero_losses(tensors.memory(), &sums);
+    if let Some(batch) = evaluation.batches.get(evaluation.next) {
+        evaluation.inputs.upload(tensors.memory(), batch);
+    }
+}
+
+fn plan(world: &mut World) -> Result {
+    let inputs = world.resource::<Evaluation>().inputs;
+    let key = PlanKey(format!("evaluate {} tokens", inputs.num_tokens()));
+    if world.resource::<Plans>().contains(&key) {
+        world.resource_mut::<Plans>().active = Some(key);
+        return Ok(());
+    }
+    let model = world.resource::<Model>().clone();
+    let mut l = Lowering::for_session(world, inputs, false)?;
+    let head_weight = model.head;
+    let h = Stage::new(model, Vec::new()).lower_inference(&mut l, inputs)?;
+    head::lower_head(&mut l, Loss::Main, head_weight, h, inputs.targets)?;
+    let rest = l.take_scope();
+    l.release_scope(rest, None);
+    let graph = l.finish()?;
+    world.resource_mut::<Plans>().insert(key, graph);
+    Ok(())
+}
+
+fn record(
+    mut evaluation: ResMut<Evaluation>,
+    tensors: Res<Tensors>,
+    sums: Res<LossSums>,
+    mut work: ResMut<Work>,
+    session: Res<Session>,
+) {
+    let nats = tensors.memory().read::<f64>(sums.main)[0];
+    let Evaluation { batches, next, nats: total, num_tokens, .. } = &mut *evaluation;
+    if let Some(batch) = batches.get(*next) {
+        *total += nats;
+        *num_tokens += batch.num_targets() as u64;
+        *next += 1;
+    }
+    if evaluation.next < evaluation.batches.len() {
+        return;
+    }
+    let result = EvaluationResult {
+        loss_nats_per_token: evaluation.nats / evaluation.num_tokens.max(1) as f64,
+        bits_per_byte: evaluation.num_bytes.map(|bytes| evaluation.nats / std::f64::consts::LN_2 / bytes as f64),
+        num_tokens: evaluation.num_tokens,
+    };
+    session.progress.evaluated(&result);
+    evaluation.result = Some(result);
+    (evaluation.next, evaluation.nats, evaluation.num_tokens) = (0, 0.0, 0);
+    *work = evaluation.then;
+}

@@ -1,0 +1,237 @@
+//! The model as entities: one per layer, composed of the parts its configuration names, and one per routed expert.
+//!
+//! Weights are handles into the device's memory; [`Parameters`] is the one list of them, in the order of
+//! [`crate::params::param_specs`], that initialization, optimizer, checkpoints and gradients walk.
+
+use std::collections::BTreeMap;
+
+use bevy_ecs::prelude::*;
+use kernels::{
+    dtype::DType,
+    memory::Memory,
+    tensor::Tensor,
+};
+use rand::{RngExt as _, SeedableRng as _};
+use rand_chacha::ChaCha8Rng;
+
+use crate::{
+    attention::{Gqa, Mla, MlaQuery},
+    dense::Dense,
+    expert::{ExpertKey, Moe},
+    model_config::{Attention, ModelConfig},
+    mtp::MtpModule,
+    params::{ParamKind, ParamSpec, param_specs},
+};
+
+/// A parameter's handles.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Weight {
+    /// Its place in [`Parameters`].
+    pub index: usize,
+    /// Value in the compute type.
+    pub value: Tensor,
+    /// Gradient in the compute type's accumulator type; `None` when nothing is trained.
+    pub grad: Option<Tensor>,
+}
+
+/// All parameters of the model.
+#[derive(Resource)]
+pub struct Parameters {
+    /// What each is, and its names on disk.
+    pub specs: Vec<ParamSpec>,
+    /// Handles, in the order of `specs`.
+    pub weights: Vec<Weight>,
+    by_name: BTreeMap<String, usize>,
+}
+
+impl Parameters {
+    /// Allocates the parameters of `config`; with gradients if `trainable`.
+    pub fn allocate(config: &ModelConfig, memory: &Memory, compute: DType, trainable: bool) -> Self {
+        let specs = param_specs(config);
+        let by_name = specs.iter().enumerate().map(|(i, spec)| (spec.name.clone(), i)).collect();
+        let mut weights = Vec::with_capacity(specs.len());
+        for (index, spec) in specs.iter().enumerate() {
+            let dtype = spec.kind.dtype(compute);
+            let value = memory.alloc(dtype, &spec.shape);
+            let grad = (trainable && spec.kind.is_trained()).then(|| memory.alloc(dtype, &spec.shape));
+            weights.push(Weight { index, value, grad });
+        }
+        Parameters { specs, weights, by_name }
+    }
+
+    /// The parameter called `name`.
+    ///
+    /// # Panics
+    /// If the configuration has no such parameter: the name was made from the same configuration.
+    pub fn get(&self, name: &str) -> Weight {
+        match self.by_name.get(name) {
+            Some(&index) => self.weights[index],
+            None => panic!("the model has no parameter `{name}`"),
+        }
+    }
+
+    /// Spec and handles, in order.
+    pub fn iter(&self) -> impl Iterator<Item = (&ParamSpec, Weight)> {
+        self.specs.iter().zip(self.weights.iter().copied())
+    }
+}
+
+impl ParamKind {
+    /// The type a parameter of this kind has when products are computed in `compute`. The router is always at least f32:
+    /// its scores decide who works.
+    pub fn dtype(self, compute: DType) -> DType {
+        match (self, compute) {
+            (ParamKind::ExpertBias, _) => DType::F32,
+            (_, DType::F64) => DType::F64,
+            (ParamKind::Gate, _) => DType::F32,
+            (_, compute) => compute,
+        }
+    }
+
+    /// Whether gradients move it.
+    pub fn is_trained(self) -> bool {
+        self != ParamKind::ExpertBias
+    }
+
+    /// Whether weight decay and Muon apply: matrices, and not vectors.
+    pub fn is_matrix(self) -> bool {
+        !matches!(self, ParamKind::Norm | ParamKind::Bias | ParamKind::ExpertBias)
+    }
+}
+
+/// A decoder layer; its parts are components beside this one.
+#[derive(Component, Clone, Copy, Debug)]
+pub struct Layer {
+    /// Position, MTP modules counted on from the last layer.
+    pub index: usize,
+}
+
+/// What the layers are run between.
+#[derive(Resource, Clone, Debug)]
+pub struct Model {
+    /// Shapes and formulas.
+    pub config: ModelConfig,
+    /// Decoder layers in order.
+    pub layers: Vec<Entity>,
+    /// MTP modules in order.
+    pub mtp: Vec<MtpModule>,
+    /// Embedding [v, d].
+    pub embedding: Weight,
+    /// Final norm [d].
+    pub norm: Weight,
+    /// Head [v, d]; the embedding when tied.
+    pub head: Weight,
+    /// Type of activations.
+    pub compute: DType,
+}
+
+/// Draws every weight from a normal distribution of standard deviation `initializer_range`; norms are 1, biases 0.
+///
+/// Each parameter has a stream of its own, named by its place in the list, so that its values do not depend on the others.
+pub fn initial_values(spec: &ParamSpec, index: usize, config: &ModelConfig, seed: u64) -> Vec<f32> {
+    let len = spec.num_elements();
+    match spec.kind {
+        ParamKind::Norm => vec![1.0; len],
+        ParamKind::Bias | ParamKind::ExpertBias => vec![0.0; len],
+        _ => {
+            let mut rng = ChaCha8Rng::seed_from_u64(seed);
+            rng.set_stream(index as u64 + 1);
+            let mut values = Vec::with_capacity(len + 1);
+            while values.len() < len {
+                // Box and Muller: two uniform numbers give two normal ones.
+                let radius = (-2.0 * (1.0 - rng.random::<f64>()).ln()).sqrt() * config.initializer_range;
+                let angle = rng.random::<f64>() * std::f64::consts::TAU;
+                values.extend([(radius * angle.cos()) as f32, (radius * angle.sin()) as f32]);
+            }
+            values.truncate(len);
+            values
+        }
+    }
+}
+
+/// Writes `values` into a parameter, in whatever type it has.
+pub fn upload(memory: &Memory, tensor: Tensor, values: &[f32]) {
+    kernels::with_float!(tensor.dtype, T => {
+        let mut out = memory.write::<T>(tensor);
+        for (out, &x) in out.iter_mut().zip(values) {
+            *out = <T as kernels::dtype::Float>::of_f64(f64::from(x));
+        }
+    });
+}
+
+/// Reads a parameter as f32.
+pub fn download(memory: &Memory, tensor: Tensor) -> Vec<f32> {
+    kernels::with_float!(tensor.dtype, T => {
+        memory.read::<T>(tensor).iter().map(|x| kernels::dtype::Float::as_f64(*x) as f32).collect()
+    })
+}
+
+/// Spawns the layers and experts of `config` over allocated parameters and returns the model.
+pub fn spawn(world: &mut World, config: &ModelConfig, parameters: &Parameters, compute: DType) -> Model {
+    let layers = (0..config.num_hidden_layers).map(|i| spawn_layer(world, config, parameters, i)).collect();
+    let mtp_layers = config.num_hidden_layers..config.num_hidden_layers + config.num_nextn_predict_layers;
+    let mtp = mtp_layers
+        .map(|i| MtpModule {
+            enorm: parameters.get(&format!("model.layers.{i}.enorm.weight")),
+            hnorm: parameters.get(&format!("model.layers.{i}.hnorm.weight")),
+            eh_proj: parameters.get(&format!("model.layers.{i}.eh_proj.weight")),
+            layer: spawn_layer(world, config, parameters, i),
+            norm: parameters.get(&format!("model.layers.{i}.shared_head.norm.weight")),
+        })
+        .collect();
+    let embedding = parameters.get("model.embed_tokens.weight");
+    let head = if config.tie_word_embeddings { embedding } else { parameters.get("lm_head.weight") };
+    Model { config: config.clone(), layers, mtp, embedding, norm: parameters.get("model.norm.weight"), head, compute }
+}
+
+fn spawn_layer(world: &mut World, config: &ModelConfig, parameters: &Parameters, index: usize) -> Entity {
+    let get = |name: &str| parameters.get(&format!("model.layers.{index}.{name}"));
+    let mut layer = world.spawn((Layer { index }, Name::new(format!("layer {index}"))));
+    match config.attention {
+        Attention::Mla { q_lora_rank, .. } => layer.insert(Mla {
+            norm: get("input_layernorm.weight"),
+            query: match q_lora_rank {
+                None => MlaQuery::Full(get("self_attn.q_proj.weight")),
+                Some(_) => MlaQuery::LowRank {
+                    down: get("self_attn.q_a_proj.weight"),
+                    norm: get("self_attn.q_a_layernorm.weight"),
+                    up: get("self_attn.q_b_proj.weight"),
+                },
+            },
+            kv_down: get("self_attn.kv_a_proj_with_mqa.weight"),
+            kv_norm: get("self_attn.kv_a_layernorm.weight"),
+            kv_up: get("self_attn.kv_b_proj.weight"),
+            out: get("self_attn.o_proj.weight"),
+        }),
+        Attention::Gqa { attention_bias, .. } => {
+            let bias = |name: &str| attention_bias.then(|| get(name));
+            layer.insert(Gqa {
+                norm: get("input_layernorm.weight"),
+                query: (get("self_attn.q_proj.weight"), bias("self_attn.q_proj.bias")),
+                key: (get("self_attn.k_proj.weight"), bias("self_attn.k_proj.bias")),
+                value: (get("self_attn.v_proj.weight"), bias("self_attn.v_proj.bias")),
+                out: get("self_attn.o_proj.weight"),
+            })
+        }
+    };
+    let Some(moe) = config.moe.as_ref().filter(|_| config.is_moe_layer(index)) else {
+        layer.insert(Dense {
+            norm: get("post_attention_layernorm.weight"),
+            gate_up: get("mlp.gate_up_proj"),
+            down: get("mlp.down_proj.weight"),
+        });
+        return layer.id();
+    };
+    layer.insert(Moe {
+        norm: get("post_attention_layernorm.weight"),
+        gate: get("mlp.gate.weight"),
+        bias: moe.correction_bias.then(|| get("mlp.gate.e_score_correction_bias")),
+        experts_gate_up: get("mlp.experts.gate_up_proj"),
+        experts_down: get("mlp.experts.down_proj"),
+        shared: (moe.n_shared_experts > 0)
+            .then(|| (get("mlp.shared_experts.gate_up_proj"), get("mlp.shared_experts.down_proj.weight"))),
+    });
+    let layer = layer.id();
+    world.spawn_batch((0..moe.n_routed_experts).map(move |expert| ExpertKey { layer: index as u16, expert: expert as u16 }));
+    layer
+}

@@ -1,0 +1,154 @@
+//! Multi-token prediction (DeepSeek-V3 report, section 2.2): module k joins the hidden state at a position with the embedding
+//! of the token k places on, runs a layer of its own, and predicts the token after that, through the main head.
+//!
+//! eh_proj takes the normed embedding first and the normed hidden state second, as the released weights do (the report's
+//! Equation 21 has them the other way round). The first module is given the state after the final norm, which is what
+//! serving engines feed the released module; each next one the state of the module before.
+//!
+//! Legend: t tokens, d model width.
+
+use bevy_ecs::prelude::*;
+use engine::prelude::*;
+use kernels::{
+    ops::{elementwise, gemm, rms_norm},
+    stream::Stream,
+    tensor::Tensor,
+};
+
+use crate::{lower::Lowering, model::Weight};
+
+/// F of joining embedding and hidden state.
+pub const JOIN_F: TaskKind = TaskKind("mtp_join_forward");
+/// I of the join.
+pub const JOIN_I: TaskKind = TaskKind("mtp_join_input_grad");
+/// W of the join.
+pub const JOIN_W: TaskKind = TaskKind("mtp_join_weight_grad");
+
+/// Weights of one module, and its layer.
+#[derive(Clone, Copy, Debug)]
+pub struct MtpModule {
+    /// Norm of the embedding [d].
+    pub enorm: Weight,
+    /// Norm of the hidden state [d].
+    pub hnorm: Weight,
+    /// Both, side by side, back to the model width [d, 2d].
+    pub eh_proj: Weight,
+    /// The decoder layer.
+    pub layer: Entity,
+    /// Norm in front of the shared head [d].
+    pub norm: Weight,
+}
+
+/// What F leaves for the other passes.
+#[derive(Clone, Copy, Debug)]
+pub struct JoinActivations {
+    embedded: Tensor,
+    hidden: Tensor,
+    normed: [Tensor; 2],
+    rstd: [Tensor; 2],
+    joined: Tensor,
+    /// Output [t, d].
+    pub out: Tensor,
+}
+
+/// What I leaves for W.
+#[derive(Clone, Copy, Debug)]
+pub struct JoinGradients {
+    d_out: Tensor,
+    d_joined: Tensor,
+    d_normed: [Tensor; 2],
+    /// Gradient of the embedding [t, d].
+    pub d_embedded: Tensor,
+    /// Gradient of the hidden state [t, d].
+    pub d_hidden: Tensor,
+}
+
+#[derive(Component, Clone, Copy)]
+pub(crate) struct JoinTask {
+    module: MtpModule,
+    eps: f64,
+    acts: JoinActivations,
+    grads: Option<JoinGradients>,
+}
+
+impl MtpModule {
+    /// Emits F of the join.
+    pub fn lower_forward(&self, l: &mut Lowering, embedded: Tensor, hidden: Tensor) -> Result<JoinActivations> {
+        let (t, d) = (hidden.dim(0), hidden.dim(1));
+        let acts = JoinActivations {
+            embedded,
+            hidden,
+            normed: [(); 2].map(|()| l.alloc("mtp normed", &[t, d])),
+            rstd: [(); 2].map(|()| l.alloc("mtp rstd", &[t])),
+            joined: l.alloc("mtp joined", &[t, 2 * d]),
+            out: l.alloc("mtp in", &[t, d]),
+        };
+        l.task(JOIN_F, Pass::Forward, JoinTask { module: *self, eps: l.eps, acts, grads: None })?;
+        Ok(acts)
+    }
+
+    /// Emits I of the join.
+    pub fn lower_input_grad(&self, l: &mut Lowering, acts: JoinActivations, d_out: Tensor) -> Result<JoinGradients> {
+        let grads = JoinGradients {
+            d_out,
+            d_joined: l.alloc_like("d mtp joined", acts.joined),
+            d_normed: [(); 2].map(|()| l.alloc_like("d mtp normed", acts.hidden)),
+            d_embedded: l.alloc_like("d mtp embedding", acts.hidden),
+            d_hidden: l.alloc_like("d mtp hidden", acts.hidden),
+        };
+        l.task(JOIN_I, Pass::InputGrad, JoinTask { module: *self, eps: l.eps, acts, grads: Some(grads) })?;
+        Ok(grads)
+    }
+
+    /// Emits W of the join.
+    pub fn lower_weight_grad(&self, l: &mut Lowering, acts: JoinActivations, grads: JoinGradients) -> Result<()> {
+        l.task(JOIN_W, Pass::WeightGrad, JoinTask { module: *self, eps: l.eps, acts, grads: Some(grads) })
+    }
+}
+
+impl JoinTask {
+    /// The two halves: input, norm, and where its columns begin.
+    fn halves(&self) -> [(usize, Tensor, Weight); 2] {
+        [(0, self.acts.embedded, self.module.enorm), (1, self.acts.hidden, self.module.hnorm)]
+    }
+}
+
+pub(crate) fn join_forward(In(id): In<Entity>, mut launch: Launch<JoinTask>) -> Result {
+    let (_, &task, s) = launch.get(id)?;
+    let (a, d) = (&task.acts, task.acts.hidden.dim(1));
+    for (i, x, norm) in task.halves() {
+        rms_norm::forward(s, x, norm.value, a.normed[i], a.rstd[i], task.eps)?;
+        elementwise::copy_columns(s, (a.normed[i], 0), (a.joined, i * d), d, false)?;
+    }
+    Ok(gemm::forward(s, a.joined, task.module.eh_proj.value, None, a.out)?)
+}
+
+pub(crate) fn join_input_grad(In(id): In<Entity>, mut launch: Launch<JoinTask>) -> Result {
+    let (_, &task, s) = launch.get(id)?;
+    let (a, d) = (&task.acts, task.acts.hidden.dim(1));
+    let Some(g) = task.grads else { return Ok(()) };
+    gemm::input_grad(s, g.d_out, task.module.eh_proj.value, g.d_joined, false)?;
+    for (i, x, norm) in task.halves() {
+        elementwise::copy_columns(s, (g.d_joined, i * d), (g.d_normed[i], 0), d, false)?;
+        let dx = [g.d_embedded, g.d_hidden][i];
+        rms_norm::input_grad(s, x, norm.value, a.rstd[i], g.d_normed[i], dx, false)?;
+    }
+    Ok(())
+}
+
+pub(crate) fn join_weight_grad(In(id): In<Entity>, mut launch: Launch<JoinTask>) -> Result {
+    let (_, &task, s) = launch.get(id)?;
+    let a = &task.acts;
+    let Some(g) = task.grads else { return Ok(()) };
+    if let Some(dw) = task.module.eh_proj.grad {
+        gemm::weight_grad(s, g.d_out, a.joined, dw, None)?;
+    }
+    let norm = |s: &mut Stream, i: usize, x: Tensor, w: Weight| match w.grad {
+        Some(dw) => rms_norm::weight_grad(s, x, a.rstd[i], g.d_normed[i], dw),
+        None => Ok(()),
+    };
+    for (i, x, w) in task.halves() {
+        norm(s, i, x, w)?;
+    }
+    Ok(())
+}

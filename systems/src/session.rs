@@ -1,0 +1,185 @@
+//! A model in an app: the parts that training, evaluation and generation share, and the loading of weights into them.
+
+use std::sync::Arc;
+
+use bevy_app::prelude::*;
+use bevy_ecs::prelude::*;
+use engine::prelude::*;
+use kernels::{dtype::DType, memory::Memory};
+
+use crate::{
+    api::Progress,
+    attention::{AttentionSizes, Rotary, gqa, mla},
+    dense, embedding, expert, head,
+    head::LossSums,
+    lower::{self, Lowering},
+    microbatch::Inputs,
+    model::{self, Model, Parameters},
+    model_config::ModelConfig,
+    mtp, optimizer,
+    params::ParamSpec,
+    pipeline::stage,
+    routing::{self, ExpertCounts, RoutingState},
+    scene::{Compute, Recompute},
+    work::Work,
+};
+
+/// What every part of a session needs.
+#[derive(Resource, Clone)]
+pub struct Session {
+    /// Who is told.
+    pub progress: Arc<dyn Progress>,
+    /// Entity of the compute stream.
+    pub stream: Entity,
+    /// What the backward pass computes again.
+    pub recompute: Recompute,
+}
+
+/// Why a session could not be started or ended badly.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct SessionError {
+    /// What happened and what to do.
+    pub message: String,
+    /// Exit code of the process: 1 for a runtime error, 2 for bad input.
+    pub exit_code: u8,
+}
+
+impl SessionError {
+    /// A runtime error.
+    pub fn runtime(error: impl std::fmt::Display) -> Self {
+        SessionError { message: error.to_string(), exit_code: 1 }
+    }
+
+    /// Bad input.
+    pub fn input(error: impl std::fmt::Display) -> Self {
+        SessionError { message: error.to_string(), exit_code: 2 }
+    }
+
+    /// Exit code of the process.
+    pub fn exit_code(&self) -> u8 {
+        self.exit_code
+    }
+}
+
+/// The handlers of all tasks a model is made of.
+pub struct ModelPlugin;
+
+impl Plugin for ModelPlugin {
+    fn build(&self, app: &mut App) {
+        app.init_resource::<RoutingState>().init_resource::<ExpertCounts>().init_resource::<Work>();
+        app.on_task(embedding::EMBED_F, embedding::embed_forward)
+            .on_task(embedding::EMBED_W, embedding::embed_weight_grad)
+            .on_task(mla::MLA_F, mla::mla_forward)
+            .on_task(mla::MLA_R, mla::mla_recompute)
+            .on_task(mla::MLA_I, mla::mla_input_grad)
+            .on_task(mla::MLA_W, mla::mla_weight_grad)
+            .on_task(gqa::GQA_F, gqa::gqa_forward)
+            .on_task(gqa::GQA_I, gqa::gqa_input_grad)
+            .on_task(gqa::GQA_W, gqa::gqa_weight_grad)
+            .on_task(dense::MLP_F, dense::mlp_forward)
+            .on_task(dense::MLP_I, dense::mlp_input_grad)
+            .on_task(dense::MLP_W, dense::mlp_weight_grad)
+            .on_task(routing::ROUTE_F, routing::route_forward)
+            .on_task(routing::ROUTE_I, routing::route_input_grad)
+            .on_task(routing::ROUTE_W, routing::route_weight_grad)
+            .on_task(routing::BIAS_UPDATE, routing::bias_update)
+            .on_task(expert::EXPERTS_F, expert::experts_forward)
+            .on_task(expert::EXPERTS_I, expert::experts_input_grad)
+            .on_task(expert::EXPERTS_W, expert::experts_weight_grad)
+            .on_task(expert::COMBINE_F, expert::combine_forward)
+            .on_task(expert::COMBINE_I, expert::combine_input_grad)
+            .on_task(head::NORM_F, head::norm_forward)
+            .on_task(head::NORM_B, head::norm_backward)
+            .on_task(head::HEAD_F, head::head_forward)
+            .on_task(head::LOGITS_F, head::logits_forward)
+            .on_task(mtp::JOIN_F, mtp::join_forward)
+            .on_task(mtp::JOIN_I, mtp::join_input_grad)
+            .on_task(mtp::JOIN_W, mtp::join_weight_grad)
+            .on_task(lower::CHECK_FINITE, lower::check_finite)
+            .on_task(stage::ADD_GRAD, stage::add_gradient)
+            .on_task(optimizer::ZERO, optimizer::zero_gradients)
+            .on_task(optimizer::GRAD_NORM, optimizer::gradient_norm)
+            .on_task(optimizer::UPDATE, optimizer::optimizer_update);
+    }
+}
+
+/// The type of activations and weights.
+pub fn dtype(compute: Compute) -> DType {
+    match compute {
+        Compute::F32 => DType::F32,
+        Compute::Bf16 => DType::Bf16,
+        Compute::F64 => DType::F64,
+    }
+}
+
+/// How a session's model is set up.
+pub struct ModelSetup<'a> {
+    /// Shapes and formulas.
+    pub config: &'a ModelConfig,
+    /// Type of activations and weights.
+    pub compute: DType,
+    /// Positions that will be used.
+    pub max_positions: usize,
+    /// Gradients are wanted.
+    pub trainable: bool,
+    /// What the backward pass computes again.
+    pub recompute: Recompute,
+    /// Who is told.
+    pub progress: Arc<dyn Progress>,
+}
+
+/// An app with a model whose weights are `values` of each parameter in the list of [`crate::params::param_specs`].
+///
+/// # Errors
+/// Those of `values`, and the operating system's if it gives no thread.
+pub fn app_with_model(
+    setup: ModelSetup,
+    mut values: impl FnMut(&ParamSpec, usize) -> Result<Vec<f32>, SessionError>,
+) -> Result<App, SessionError> {
+    let mut app = App::new();
+    app.add_plugins((EnginePlugin::default(), ModelPlugin));
+    let world = app.world_mut();
+    let memory = world.resource::<Tensors>().memory().clone();
+    let stream = Queue::spawn(world, 0, "compute").map_err(SessionError::runtime)?;
+    let ModelSetup { config, compute, max_positions, trainable, recompute, progress } = setup;
+    let parameters = Parameters::allocate(config, &memory, compute, trainable);
+    for (index, (spec, weight)) in parameters.iter().enumerate() {
+        model::upload(&memory, weight.value, &values(spec, index)?);
+    }
+    let model = model::spawn(world, config, &parameters, compute);
+    let sum = || memory.from_slice(&[1], &[0f64]);
+    let sums = LossSums { main: sum(), mtp: (0..config.num_nextn_predict_layers).map(|_| sum()).collect() };
+    world.insert_resource(Rotary::new(config, &memory, compute, max_positions));
+    world.insert_resource(ExpertCounts::allocate(config, &memory));
+    world.insert_resource(sums);
+    world.insert_resource(parameters);
+    world.insert_resource(model);
+    world.insert_resource(Session { progress, stream, recompute });
+    Ok(app)
+}
+
+impl<'w> Lowering<'w> {
+    /// Starts a graph over the session's model.
+    ///
+    /// # Errors
+    /// None yet; a stage that holds a part of the model will have some.
+    pub fn for_session(world: &'w mut World, inputs: Inputs, training: bool) -> Result<Self> {
+        let model = world.resource::<Model>();
+        let sizes = (AttentionSizes::new(&model.config), model.config.rms_norm_eps, model.compute);
+        let session = world.resource::<Session>();
+        let (stream, recompute) = (session.stream, session.recompute.clone());
+        let memory: Memory = world.resource::<Tensors>().memory().clone();
+        let named: Vec<_> = world
+            .resource::<Parameters>()
+            .iter()
+            .flat_map(|(spec, w)| [Some((w.value, spec.name.clone())), w.grad.map(|g| (g, format!("gradient of {}", spec.name)))])
+            .flatten()
+            .collect();
+        let mut lowering = Lowering::new(world, (memory, stream), sizes, inputs, recompute, training);
+        for (tensor, name) in named {
+            lowering.name(tensor, name);
+        }
+        Ok(lowering)
+    }
+}

@@ -1,0 +1,25 @@
+//! What the next step is: an optimizer step, a batch of evaluation, or tokens to generate. What a step does follows from the
+//! microbatches that Admit brings in; this resource says whose turn it is to bring them.
+
+use bevy_ecs::prelude::*;
+
+/// Whose turn it is.
+#[derive(Resource, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Work {
+    /// An optimizer step.
+    Train,
+    /// A batch of held-out text.
+    Evaluate,
+    /// Tokens to generate.
+    Generate,
+    /// The same optimizer step again, checking every tensor, to name the first that is not finite.
+    LocateNotFinite,
+    /// Nothing is left to do.
+    #[default]
+    Rest,
+}
+
+/// Run condition: it is the turn of `work`.
+pub fn turn_of(work: Work) -> impl Fn(Res<Work>) -> bool + Clone {
+    move |now: Res<Work>| *now == work
+}
