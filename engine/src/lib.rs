@@ -6,15 +6,15 @@ pub mod clock;
 pub mod dispatch;
 pub mod error;
 pub mod graph;
-//pub mod log;
+pub mod log;
 pub mod step;
 pub mod stream;
 pub mod task;
 pub mod telemetry;
 //pub mod tensor_file;
-//pub mod tensorboard;
+pub mod tensorboard;
 pub mod tensors;
-//pub mod trace;
+pub mod trace;
 
 /// What a plugin needs: one import, so that a change of `bevy_ecs` is met in one place.
 pub mod prelude {
