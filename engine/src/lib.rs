@@ -1,7 +1,7 @@
 //! The workflow engine: steps, tasks, graph, dispatch, clock, telemetry, traces and checkpoints. It knows no model.
 
 pub mod app;
-// pub mod checkpoint;
+pub mod checkpoint;
 pub mod clock;
 pub mod dispatch;
 pub mod error;
@@ -11,7 +11,7 @@ pub mod step;
 pub mod stream;
 pub mod task;
 pub mod telemetry;
-//pub mod tensor_file;
+pub mod tensor_file;
 pub mod tensorboard;
 pub mod tensors;
 pub mod trace;
