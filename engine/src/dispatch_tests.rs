@@ -113,7 +113,7 @@ fn three_steps_on_two_streams_give_the_right_numbers() {
     let snapshot = app.world().resource::<Telemetry>().last().unwrap().clone();
     let labels: Vec<&str> = snapshot.spans.iter().map(|span| &*span.label).collect();
     assert_eq!(labels, ["fill x", "fill y", "add x", "add y", "sum"]);
-    for (task, dep) in [(2, 0), (3, 1), (3, 2), (4, 3)] {
+    for (task, dep) in [(2, 0), (3, 1), (3, 2), (4, 2), (4, 3)] {
         let (task, dep) = (&snapshot.spans[task], &snapshot.spans[dep]);
         assert!(dep.end_nanos <= task.start_nanos, "{} starts before {} ends", task.label, dep.label);
     }

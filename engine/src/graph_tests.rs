@@ -46,7 +46,8 @@ impl Bench {
 
 #[test]
 fn waits_follow_from_buffers_and_only_needed_ones_stay() {
-    let cases: [(&str, &[&str], &[&[u32]]); 9] = [
+    type Case = (&'static str, &'static [&'static str], &'static [&'static [u32]]);
+    let cases: [Case; 9] = [
         ("read after write", &["a >0", "b 0>"], &[&[], &[0]]),
         ("write after read", &["a >0", "a 0>", "b >0"], &[&[], &[], &[1]]),
         ("write after write", &["a >0", "b >0"], &[&[], &[0]]),
