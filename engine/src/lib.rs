@@ -3,7 +3,7 @@
 pub mod app;
 pub mod checkpoint;
 pub mod clock;
-pub mod dispatch;
+mod dispatch;
 pub mod error;
 pub mod graph;
 pub mod log;
