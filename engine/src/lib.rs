@@ -1,1 +1,34 @@
-//! stub
+//! The workflow engine: steps, tasks, graph, dispatch, clock, telemetry, traces and checkpoints. It knows no model.
+
+pub mod app;
+pub mod checkpoint;
+pub mod clock;
+mod dispatch;
+pub mod error;
+pub mod graph;
+pub mod log;
+pub mod step;
+pub mod stream;
+pub mod task;
+pub mod telemetry;
+pub mod tensor_file;
+pub mod tensorboard;
+pub mod tensors;
+pub mod trace;
+
+/// What a plugin needs: one import, so that a change of `bevy_ecs` is met in one place.
+pub mod prelude {
+    pub use bevy_app::prelude::{App, Plugin, Startup, Update};
+    pub use bevy_ecs::prelude::*;
+
+    pub use crate::{
+        app::{AppTaskExt as _, EnginePlugin, Exit, ExitReason},
+        clock::{Clock, DeviceSpec},
+        graph::{Graph, GraphBuilder, PlanKey, Plans},
+        step::{Finish, Step, StepIndex, StepSystems},
+        stream::Queue,
+        task::{Launch, Pass, Task, TaskKind},
+        telemetry::{Snapshot, Span, Telemetry},
+        tensors::Tensors,
+    };
+}

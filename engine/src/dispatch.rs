@@ -1,0 +1,233 @@
+//! Dispatch: goes through the active graph once, in its order, and later collects when everything ran.
+//!
+//! Under the wall clock the host enqueues and runs ahead; streams wait for each other through events, and the host waits only
+//! in [`collect`]. Under the virtual clock nothing is launched: times follow from costs.
+
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::Arc,
+};
+
+use bevy_ecs::{
+    error::ContextExt as _,
+    prelude::*,
+    system::{BoxedSystem, RunSystemError},
+};
+use kernels::{clock::now_nanos, stream::Event};
+
+use crate::{
+    clock::{Clock, DeviceSpec},
+    error::{Error, panic_message},
+    graph::{Graph, Plans},
+    stream::Queue,
+    task::{Task, TaskKind},
+    telemetry::{Span, StepTimes, Telemetry},
+};
+
+type Handler = BoxedSystem<In<Entity>, Result>;
+
+/// One handler per kind of task.
+#[derive(Resource, Default)]
+pub(crate) struct Handlers {
+    kinds: Vec<TaskKind>,
+    systems: Vec<Handler>,
+}
+
+impl Handlers {
+    pub(crate) fn insert(&mut self, kind: TaskKind, handler: Handler) {
+        assert!(!self.kinds.contains(&kind), "tasks of kind `{kind}` have a handler already");
+        self.kinds.push(kind);
+        self.systems.push(handler);
+    }
+
+    /// Index of the handler of each kind in `graph`.
+    fn resolve(&self, graph: &Graph) -> Result<Vec<usize>, Error> {
+        let missing = |i: usize, kind| {
+            let task = graph.kind_of.iter().position(|&k| k as usize == i).unwrap_or(0);
+            Error::MissingHandler { kind, task: graph.spans[task].label.clone() }
+        };
+        let find =
+            |(i, kind): (usize, &TaskKind)| self.kinds.iter().position(|k| k == kind).ok_or_else(|| missing(i, *kind));
+        graph.kinds.iter().enumerate().map(find).collect()
+    }
+}
+
+/// Times of the step in flight.
+#[derive(Resource, Default)]
+pub(crate) struct Timeline {
+    begin_nanos: u64,
+    /// Whether Dispatch ran to its end in this step.
+    dispatched: bool,
+    /// End of the step before, once there was one.
+    previous_end_nanos: Option<u64>,
+    graph: Option<Arc<Graph>>,
+    /// Wall clock: start and end of each task, to be reached.
+    events: Vec<(Event, Event)>,
+    /// Virtual clock: start and end of each task.
+    times: Vec<(u64, u64)>,
+}
+
+impl Timeline {
+    pub(crate) fn begin(&mut self, clock: &Clock) {
+        self.begin_nanos = match clock {
+            Clock::Wall => now_nanos(),
+            Clock::Virtual(_) => self.previous_end_nanos.unwrap_or(0),
+        };
+        self.dispatched = false;
+        self.graph = None;
+        self.events.clear();
+        self.times.clear();
+    }
+
+    pub(crate) fn dispatched(&self) -> bool {
+        self.dispatched
+    }
+
+    /// Waits for all tasks; the times of each.
+    fn resolve(&mut self) -> Vec<(u64, u64)> {
+        if self.events.is_empty() {
+            return std::mem::take(&mut self.times);
+        }
+        // A stream reaches the end of a task after its start.
+        let times = self.events.drain(..).map(|(start, end)| {
+            let end = end.synchronize();
+            (start.done_nanos().unwrap_or(end), end)
+        });
+        times.collect()
+    }
+}
+
+/// Launches the active graph, or computes its times.
+pub(crate) fn dispatch(world: &mut World) -> Result {
+    if let Some(graph) = world.resource::<Plans>().active_graph()?.cloned() {
+        dispatch_graph(world, graph)?;
+    }
+    world.resource_mut::<Timeline>().dispatched = true;
+    Ok(())
+}
+
+fn dispatch_graph(world: &mut World, graph: Arc<Graph>) -> Result {
+    let spec = match world.resource::<Clock>() {
+        Clock::Wall => None,
+        Clock::Virtual(spec) => Some(spec.clone()),
+    };
+    world.resource_scope(|world, mut timeline: Mut<Timeline>| {
+        timeline.graph = Some(graph.clone());
+        match spec {
+            Some(spec) => timeline.times = simulate(world, &graph, &spec, timeline.begin_nanos)?,
+            None => {
+                let launch = |world: &mut World, mut handlers: Mut<Handlers>| {
+                    launch(world, &graph, &mut handlers, &mut timeline.events)
+                };
+                world.resource_scope(launch)?;
+            }
+        }
+        Ok(())
+    })
+}
+
+fn simulate(world: &World, graph: &Graph, spec: &DeviceSpec, begin_nanos: u64) -> Result<Vec<(u64, u64)>> {
+    let nanos = |&task: &Entity| Ok(spec.task_nanos(&world.get_entity(task)?.get_components::<&Task>()?.cost));
+    let durations_nanos: Vec<u64> = graph.order.iter().map(nanos).collect::<Result<_>>()?;
+    Ok(graph.simulate(&durations_nanos, begin_nanos))
+}
+
+fn launch(world: &mut World, graph: &Graph, handlers: &mut Handlers, events: &mut Vec<(Event, Event)>) -> Result {
+    let handler_of_kind = handlers.resolve(graph)?;
+    order_streams(world);
+    events.reserve(graph.order.len());
+    let mut task = 0;
+    // One guard around the whole loop: a handler's panic names the task that was being launched.
+    let launched = catch_unwind(AssertUnwindSafe(|| -> Result {
+        while task < graph.order.len() {
+            let handler = handler_of_kind[graph.kind_of[task] as usize];
+            launch_task(world, graph, task, &mut handlers.systems[handler], events)?;
+            task += 1;
+        }
+        Ok(())
+    }));
+    launched.unwrap_or_else(|payload| {
+        Err(Error::Panicked { task: graph.spans[task].label.clone(), message: panic_message(&*payload) }.into())
+    })
+}
+
+fn launch_task(
+    world: &mut World,
+    graph: &Graph,
+    task: usize,
+    handler: &mut Handler,
+    events: &mut Vec<(Event, Event)>,
+) -> Result {
+    let label = &graph.spans[task].label;
+    let on = graph.streams[graph.stream_of[task] as usize];
+    let no_stream = || Error::NoStream { task: label.clone(), stream: on.to_string() };
+    let stream = &mut world.get_mut::<Queue>(on).ok_or_else(no_stream)?.into_inner().stream;
+    for &dep in &graph.deps[task] {
+        stream.wait(&events[dep as usize].1);
+    }
+    stream.begin_task(label);
+    let start = stream.record();
+    let in_task = || format!("task `{label}`");
+    match handler.run(graph.order[task], world) {
+        Ok(result) => result.with_context(in_task)?,
+        Err(RunSystemError::Failed(error)) => return Err(error).with_context(in_task),
+        Err(RunSystemError::Skipped(reason)) => {
+            let kind = graph.kinds[graph.kind_of[task] as usize];
+            return Err(Error::Skipped { kind, task: label.clone(), reason: reason.to_string() }.into());
+        }
+    }
+    let end = world.get_mut::<Queue>(on).ok_or_else(no_stream)?.stream.record();
+    events.push((start, end));
+    Ok(())
+}
+
+/// Puts all that was enqueued so far, on any stream, before what this step launches: a graph knows nothing of the steps
+/// before it.
+fn order_streams(world: &mut World) {
+    let mut queues = world.query::<&mut Queue>();
+    let events: Vec<Event> = queues.iter_mut(world).map(|mut queue| queue.stream.record()).collect();
+    for (i, mut queue) in queues.iter_mut(world).enumerate() {
+        for (_, event) in events.iter().enumerate().filter(|(j, _)| *j != i) {
+            queue.stream.wait(event);
+        }
+    }
+}
+
+/// Waits for the step's tasks and opens its record. An op that failed on a stream fails the step here.
+pub(crate) fn collect(
+    clock: Res<Clock>,
+    mut timeline: ResMut<Timeline>,
+    mut telemetry: ResMut<Telemetry>,
+    queues: Query<&Queue>,
+) -> Result {
+    let times = timeline.resolve();
+    for queue in &queues {
+        queue.stream.failure()?;
+    }
+    let end_nanos = match *clock {
+        Clock::Wall => now_nanos(),
+        Clock::Virtual(_) => times.iter().map(|(_, end)| *end).max().unwrap_or(timeline.begin_nanos),
+    };
+    let spans: Arc<[Span]> = match timeline.graph.take() {
+        None => Arc::default(),
+        Some(graph) => {
+            let span = |((span, deps), &(start_nanos, end_nanos)): ((&Span, &Vec<u32>), &(u64, u64))| Span {
+                start_nanos,
+                end_nanos,
+                waited_for: deps.iter().copied().max_by_key(|&dep| times[dep as usize].1),
+                ..span.clone()
+            };
+            graph.spans.iter().zip(&graph.deps).zip(&times).map(span).collect()
+        }
+    };
+    let mut accounts = StepTimes::of(&spans, timeline.begin_nanos, end_nanos);
+    let previous = timeline.previous_end_nanos.unwrap_or(timeline.begin_nanos);
+    accounts.between_secs = (timeline.begin_nanos - previous) as f64 * 1e-9;
+    timeline.previous_end_nanos = Some(end_nanos);
+    telemetry.open(spans, accounts);
+    Ok(())
+}
+
+#[cfg(test)]
+#[path = "dispatch_tests.rs"]
+mod tests;

@@ -1,0 +1,334 @@
+//! What a run tells about itself: spans, scalars and histograms, once per step, to whoever listens.
+//!
+//! Listeners get an `Arc` of one [`Snapshot`] per step through a bounded channel that drops the oldest: a slow editor misses
+//! steps and is told how many, and the run never waits for it.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use bevy_ecs::prelude::*;
+use crossbeam::channel::{self, RecvTimeoutError, TryRecvError, TrySendError};
+
+use crate::task::{Pass, Task, TaskKind};
+
+/// When a task ran, and what it was. Times are nanoseconds of the run's clock.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Span {
+    /// The task's name.
+    pub label: Arc<str>,
+    /// What it does.
+    pub kind: TaskKind,
+    /// Pass, if it has one.
+    pub pass: Option<Pass>,
+    /// Pipeline stage.
+    pub stage: u32,
+    /// Layer, if it is of one.
+    pub layer: Option<u32>,
+    /// Microbatch, if it is of one.
+    pub microbatch: Option<u32>,
+    /// Rank of the stream.
+    pub rank: u32,
+    /// Name of the stream.
+    pub stream: Arc<str>,
+    /// Start on the stream, after its waits.
+    pub start_nanos: u64,
+    /// End on the stream.
+    pub end_nanos: u64,
+    /// Index in the snapshot of the task on another stream that it waited for last.
+    pub waited_for: Option<u32>,
+}
+
+impl Span {
+    /// The span of `task`, with no stream and no times yet.
+    pub(crate) fn of(task: &Task) -> Self {
+        Span {
+            label: task.label.clone(),
+            kind: task.kind,
+            pass: task.pass,
+            stage: task.stage,
+            layer: task.layer,
+            microbatch: task.microbatch,
+            rank: 0,
+            stream: "".into(),
+            start_nanos: 0,
+            end_nanos: 0,
+            waited_for: None,
+        }
+    }
+
+    /// Nanoseconds it took.
+    pub fn nanos(&self) -> u64 {
+        self.end_nanos - self.start_nanos
+    }
+}
+
+/// One step as seen from outside.
+#[derive(Clone, Debug, Default)]
+pub struct Snapshot {
+    /// Number of the step.
+    pub step: u64,
+    /// A span per task, in launch order.
+    pub spans: Arc<[Span]>,
+    /// Values by name, units in the name, in the order they were added.
+    pub scalars: Vec<(String, f64)>,
+    /// Distributions by name: one value per thing (per layer, per device), not binned.
+    pub histograms: Vec<(String, Vec<f64>)>,
+}
+
+impl Snapshot {
+    /// The scalar called `name`.
+    pub fn scalar(&self, name: &str) -> Option<f64> {
+        self.scalars.iter().find(|(key, _)| key == name).map(|(_, value)| *value)
+    }
+}
+
+/// Where the time of a step went.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct StepTimes {
+    /// From the begin of the step to the end of its last task.
+    pub step_secs: f64,
+    /// Of that, while no stream of this world ran a task: what the engine costs, as opposed to what it schedules.
+    pub overhead_secs: f64,
+    /// From the end of the last task of the step before to the begin of this one: records, logs, checkpoints.
+    pub between_secs: f64,
+    /// Seconds busy by stream (`compute`, or `rank1/compute` where a world holds several ranks), in order of first use.
+    pub busy_secs_by_stream: Vec<(String, f64)>,
+    /// Seconds busy by kind of task, over all streams.
+    pub busy_secs_by_kind: BTreeMap<TaskKind, f64>,
+}
+
+impl StepTimes {
+    /// Accounts for a step that began and ended at the given times; `between_secs` is the caller's.
+    pub fn of(spans: &[Span], begin_nanos: u64, end_nanos: u64) -> Self {
+        let secs = |nanos: u64| nanos as f64 * 1e-9;
+        let several_ranks = spans.iter().any(|span| span.rank != spans[0].rank);
+        let mut streams: Vec<(u32, &Arc<str>, u64)> = Vec::new();
+        let mut kinds: BTreeMap<TaskKind, u64> = BTreeMap::new();
+        for span in spans {
+            match streams.iter_mut().find(|(rank, name, _)| *rank == span.rank && **name == span.stream) {
+                Some((.., nanos)) => *nanos += span.nanos(),
+                None => streams.push((span.rank, &span.stream, span.nanos())),
+            }
+            *kinds.entry(span.kind).or_default() += span.nanos();
+        }
+        let name = |rank, stream: &str| if several_ranks { format!("rank{rank}/{stream}") } else { stream.to_owned() };
+        StepTimes {
+            step_secs: secs(end_nanos - begin_nanos),
+            overhead_secs: secs(end_nanos - begin_nanos - covered_nanos(spans, begin_nanos, end_nanos)),
+            between_secs: 0.0,
+            busy_secs_by_stream: streams.iter().map(|(rank, s, nanos)| (name(*rank, s), secs(*nanos))).collect(),
+            busy_secs_by_kind: kinds.into_iter().map(|(kind, nanos)| (kind, secs(nanos))).collect(),
+        }
+    }
+}
+
+/// Nanoseconds within `[begin, end]` at which at least one span runs.
+fn covered_nanos(spans: &[Span], begin: u64, end: u64) -> u64 {
+    let clip = |span: &Span| (span.start_nanos.clamp(begin, end), span.end_nanos.clamp(begin, end));
+    let mut intervals: Vec<(u64, u64)> = spans.iter().map(clip).collect();
+    intervals.sort_unstable();
+    let (mut covered, mut reached) = (0, begin);
+    for (from, to) in intervals {
+        covered += to.saturating_sub(from.max(reached));
+        reached = reached.max(to);
+    }
+    covered
+}
+
+/// The step being recorded, and the listeners.
+#[derive(Resource, Default)]
+pub struct Telemetry {
+    current: Snapshot,
+    times: StepTimes,
+    last: Option<Arc<Snapshot>>,
+    subscribers: Vec<Subscriber>,
+}
+
+struct Subscriber {
+    sender: channel::Sender<Arc<Snapshot>>,
+    /// To drop the oldest; so the channel alone cannot tell whether anyone listens: `dropped` is shared with who does.
+    oldest: channel::Receiver<Arc<Snapshot>>,
+    dropped: Arc<AtomicU64>,
+}
+
+/// A listener's end.
+pub struct Receiver {
+    receiver: channel::Receiver<Arc<Snapshot>>,
+    dropped: Arc<AtomicU64>,
+}
+
+impl Receiver {
+    /// The oldest snapshot not yet received, if any.
+    ///
+    /// # Errors
+    /// `Empty`, or `Disconnected` when the run is over and all was received.
+    pub fn try_recv(&self) -> Result<Arc<Snapshot>, TryRecvError> {
+        self.receiver.try_recv()
+    }
+
+    /// The same, waiting for one.
+    ///
+    /// # Errors
+    /// `Timeout`, or `Disconnected` when the run is over and all was received.
+    pub fn recv_timeout(&self, timeout: Duration) -> Result<Arc<Snapshot>, RecvTimeoutError> {
+        self.receiver.recv_timeout(timeout)
+    }
+
+    /// How many snapshots were dropped because this end was slow.
+    pub fn num_dropped(&self) -> u64 {
+        self.dropped.load(Ordering::Relaxed)
+    }
+}
+
+impl Telemetry {
+    /// Listens from the next publication on; at most `capacity` (at least one) snapshots wait.
+    pub fn subscribe(&mut self, capacity: usize) -> Receiver {
+        let (sender, receiver) = channel::bounded(capacity.max(1));
+        let dropped = Arc::new(AtomicU64::new(0));
+        self.subscribers.push(Subscriber { sender, oldest: receiver.clone(), dropped: dropped.clone() });
+        Receiver { receiver, dropped }
+    }
+
+    /// Adds a value to the step's snapshot, units in the name; one of the same name is replaced.
+    pub fn scalar(&mut self, name: impl Into<String>, value: f64) {
+        put(&mut self.current.scalars, name.into(), value);
+    }
+
+    /// Adds a distribution to the step's snapshot; one of the same name is replaced.
+    pub fn histogram(&mut self, name: impl Into<String>, values: Vec<f64>) {
+        put(&mut self.current.histograms, name.into(), values);
+    }
+
+    /// Spans of the step being recorded, in launch order.
+    pub fn spans(&self) -> &Arc<[Span]> {
+        &self.current.spans
+    }
+
+    /// Where the time of the step being recorded went.
+    pub fn times(&self) -> &StepTimes {
+        &self.times
+    }
+
+    /// The snapshot published last.
+    pub fn last(&self) -> Option<&Arc<Snapshot>> {
+        self.last.as_ref()
+    }
+
+    /// Opens the record of a step with what the engine itself knows.
+    pub(crate) fn open(&mut self, spans: Arc<[Span]>, times: StepTimes) {
+        self.current.spans = spans;
+        self.scalar("step_secs", times.step_secs);
+        self.scalar("overhead_secs", times.overhead_secs);
+        self.scalar("between_secs", times.between_secs);
+        for (stream, secs) in &times.busy_secs_by_stream {
+            self.scalar(format!("busy_secs/stream/{stream}"), *secs);
+        }
+        for (kind, secs) in &times.busy_secs_by_kind {
+            self.scalar(format!("busy_secs/kind/{kind}"), *secs);
+        }
+        self.times = times;
+    }
+
+    /// Closes the record and sends it.
+    pub(crate) fn publish(&mut self, step: u64) {
+        let mut snapshot = std::mem::take(&mut self.current);
+        snapshot.step = step;
+        let snapshot = Arc::new(snapshot);
+        self.subscribers.retain(|subscriber| Arc::strong_count(&subscriber.dropped) > 1);
+        for Subscriber { sender, oldest, dropped } in &self.subscribers {
+            let mut unsent = snapshot.clone();
+            while let Err(TrySendError::Full(back)) = sender.try_send(unsent) {
+                if oldest.try_recv().is_ok() {
+                    dropped.fetch_add(1, Ordering::Relaxed);
+                }
+                unsent = back;
+            }
+        }
+        self.last = Some(snapshot);
+    }
+}
+
+fn put<T>(list: &mut Vec<(String, T)>, name: String, value: T) {
+    match list.iter_mut().find(|(key, _)| *key == name) {
+        Some((_, old)) => *old = value,
+        None => list.push((name, value)),
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use super::*;
+
+    /// A span `label` of kind `k` on `rank`'s `stream`.
+    pub(crate) fn span(label: &str, rank: u32, stream: &str, start_nanos: u64, end_nanos: u64) -> Span {
+        Span {
+            label: label.into(),
+            kind: TaskKind("k"),
+            pass: None,
+            stage: 0,
+            layer: None,
+            microbatch: None,
+            rank,
+            stream: stream.into(),
+            start_nanos,
+            end_nanos,
+            waited_for: None,
+        }
+    }
+
+    #[test]
+    fn a_slow_listener_misses_the_oldest_and_is_told() {
+        let mut telemetry = Telemetry::default();
+        let slow = telemetry.subscribe(2);
+        let gone = telemetry.subscribe(2);
+        drop(gone);
+        for step in 1..=5 {
+            telemetry.scalar("x", step as f64);
+            telemetry.scalar("x", step as f64 * 10.0);
+            telemetry.publish(step);
+        }
+        let steps: Vec<u64> = std::iter::from_fn(|| slow.try_recv().ok()).map(|s| s.step).collect();
+        assert_eq!((steps, slow.num_dropped()), (vec![4, 5], 3));
+        assert_eq!(telemetry.subscribers.len(), 1, "who hung up is forgotten");
+        assert_eq!(telemetry.last().unwrap().scalars, [("x".to_owned(), 50.0)]);
+        drop(telemetry);
+        assert_eq!(slow.try_recv().unwrap_err(), TryRecvError::Disconnected);
+    }
+
+    #[test]
+    fn a_step_accounts_for_its_time() {
+        let spans = [
+            span("a", 0, "compute", 100, 300),
+            span("b", 0, "comm", 250, 400),
+            span("c", 0, "compute", 600, 900),
+            span("d", 0, "comm", 650, 700),
+        ];
+        let times = StepTimes::of(&spans, 0, 1000);
+        let nanos = |secs: f64| (secs * 1e9).round() as u64;
+        assert_eq!((nanos(times.step_secs), nanos(times.overhead_secs)), (1000, 400));
+        let by_stream: Vec<_> = times.busy_secs_by_stream.iter().map(|(s, t)| (s.as_str(), nanos(*t))).collect();
+        assert_eq!(by_stream, [("compute", 500), ("comm", 200)]);
+        assert_eq!(nanos(times.busy_secs_by_kind[&TaskKind("k")]), 700);
+    }
+
+    #[test]
+    fn streams_of_several_ranks_are_kept_apart() {
+        let spans = [span("a", 0, "compute", 0, 10), span("b", 1, "compute", 0, 20)];
+        let names: Vec<String> = StepTimes::of(&spans, 0, 20).busy_secs_by_stream.into_iter().map(|(s, _)| s).collect();
+        assert_eq!(names, ["rank0/compute", "rank1/compute"]);
+    }
+
+    #[test]
+    fn a_step_without_tasks_is_all_overhead() {
+        let times = StepTimes::of(&[], 5, 10);
+        assert_eq!((times.step_secs, times.overhead_secs), (5e-9, 5e-9));
+    }
+}
