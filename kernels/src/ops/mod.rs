@@ -5,15 +5,26 @@
 //!
 //! Shape letters: t tokens, d model width, f feed-forward width, o output width, i input width, h heads, e experts, v vocabulary.
 
+mod expect;
 pub mod adamw;
+pub mod attention;
+pub mod balance;
 pub mod cross_entropy;
 pub mod elementwise;
 pub mod embedding;
+pub mod gate;
 pub mod gemm;
+pub mod gemv;
+pub mod grouped_gemm;
+pub mod lanes;
+pub mod mla;
 pub mod muon;
 pub mod norm;
 pub mod parallel;
+pub mod permute;
 pub mod rms_norm;
+pub mod rope;
+pub mod sampling;
 pub mod swiglu;
 #[cfg(test)]
 pub(crate) mod testing;
