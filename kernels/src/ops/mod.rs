@@ -5,9 +5,14 @@
 //!
 //! Shape letters: t tokens, d model width, f feed-forward width, o output width, i input width, h heads, e experts, v vocabulary.
 
+pub mod attention;
 pub mod elementwise;
 pub mod gemm;
+pub mod gemv;
+pub mod lanes;
+pub mod mla;
 pub mod parallel;
+pub mod rope;
 #[cfg(test)]
 pub(crate) mod testing;
 
