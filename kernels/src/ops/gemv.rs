@@ -10,7 +10,7 @@ use crate::{
     cost::Cost,
     dtype::Float,
     error::{Error, Result},
-    ops::{expect_shape, lanes::dots},
+    ops::{expect_shape, lanes},
     simd::vectorize,
     stream::Stream,
     tensor::Tensor,
@@ -83,15 +83,14 @@ fn rows<T: Float, W: Float<Acc = T::Acc>>(w: &[W], x: &[T], i: usize, n: usize, 
     for (w, y) in w.chunks(BLOCK * i).zip(y.chunks_mut(BLOCK * n)) {
         if w.len() == BLOCK * i {
             for (j, x) in x.chunks_exact(i).enumerate() {
-                let sums = dots::<BLOCK, W, T>([&w[..i], &w[i..2 * i], &w[2 * i..3 * i], &w[3 * i..]], x);
-                for (b, sum) in sums.into_iter().enumerate() {
+                for (b, sum) in lanes::dot4(w, x).into_iter().enumerate() {
                     y[b * n + j] = sum;
                 }
             }
         } else {
             for (w, y) in w.chunks_exact(i).zip(y.chunks_exact_mut(n)) {
                 for (x, y) in x.chunks_exact(i).zip(y) {
-                    [*y] = dots::<1, W, T>([w], x);
+                    *y = lanes::dot(w, x);
                 }
             }
         }

@@ -3,21 +3,27 @@
 //! A compiler may not reorder a floating-point sum, so a plain one runs at one element per add. Here the order is ours: sixteen
 //! partial sums, then a tree. It vectorizes under [`crate::simd::vectorize`], and gives the same bits on every instruction set.
 
+use num_traits::Zero;
+
 use crate::dtype::{Float, Real};
 
 /// Partial results kept side by side: one AVX-512 register of f32.
 pub const LANES: usize = 16;
 
-#[inline(always)]
-fn tree<A: Real>(mut lanes: [A; LANES], join: impl Fn(A, A) -> A) -> A {
+/// Joins the lanes of each row. Not inlined, and given copies: seen beside the loops that fill the lanes, it would make
+/// compilers split these into its halves, or keep the lanes in memory.
+#[inline(never)]
+fn tree<const R: usize, A: Real>(lanes: &mut [[A; LANES]; R], join: impl Fn(A, A) -> A) -> [A; R] {
     let mut width = LANES / 2;
     while width > 0 {
-        for i in 0..width {
-            lanes[i] = join(lanes[i], lanes[i + width]);
+        for row in &mut *lanes {
+            for i in 0..width {
+                row[i] = join(row[i], row[i + width]);
+            }
         }
         width /= 2;
     }
-    lanes[0]
+    std::array::from_fn(|r| lanes[r][0])
 }
 
 #[inline(always)]
@@ -35,7 +41,8 @@ pub fn max<A: Real>(x: &[A]) -> A {
             lanes[i] = larger(lanes[i], chunk[i]);
         }
     }
-    rest.iter().fold(tree(lanes, larger), |a, &b| larger(a, b))
+    let [top] = tree(&mut [lanes], larger);
+    rest.iter().fold(top, |a, &b| larger(a, b))
 }
 
 /// `x = e^(x - shift)`; returns the sum.
@@ -46,10 +53,12 @@ pub fn exp_and_sum<A: Real>(x: &mut [A], shift: A) -> A {
     for chunk in chunks {
         for i in 0..LANES {
             chunk[i] = (chunk[i] - shift).exp_fast();
+        }
+        for i in 0..LANES {
             lanes[i] += chunk[i];
         }
     }
-    let mut sum = tree(lanes, |a, b| a + b);
+    let [mut sum] = tree(&mut [lanes], |a, b| a + b);
     for x in rest {
         *x = (*x - shift).exp_fast();
         sum += *x;
@@ -57,36 +66,60 @@ pub fn exp_and_sum<A: Real>(x: &mut [A], shift: A) -> A {
     sum
 }
 
-/// Dot products of each row of `a` with `b`; the rows' chains of additions hide each other's latency.
 #[inline(always)]
-pub fn dots<const R: usize, T: Float, U: Float<Acc = T::Acc>>(a: [&[T]; R], b: &[U]) -> [T::Acc; R] {
-    let mut lanes = [[num_traits::Zero::zero(); LANES]; R];
-    let (b_chunks, b_rest) = b.as_chunks::<LANES>();
-    let a = a.map(|row| row[..b.len()].as_chunks::<LANES>());
-    for (c, b) in b_chunks.iter().enumerate() {
-        for r in 0..R {
-            let chunk = &a[r].0[c];
-            for i in 0..LANES {
-                lanes[r][i] += chunk[i].to_acc() * b[i].to_acc();
-            }
-        }
+fn multiply_add<T: Float, U: Float<Acc = T::Acc>>(lanes: &mut [T::Acc; LANES], a: &[T; LANES], b: &[U; LANES]) {
+    for i in 0..LANES {
+        lanes[i] += a[i].to_acc() * b[i].to_acc();
     }
-    std::array::from_fn(
-        #[inline(always)]
-        |r| {
-            let mut sum = tree(lanes[r], |a, b| a + b);
-            for (x, y) in a[r].1.iter().zip(b_rest) {
-                sum += x.to_acc() * y.to_acc();
-            }
-            sum
-        },
-    )
+}
+
+#[inline(always)]
+fn dot_from<T: Float, U: Float<Acc = T::Acc>>(mut sum: T::Acc, a: &[T], b: &[U]) -> T::Acc {
+    for (x, y) in a.iter().zip(b) {
+        sum += x.to_acc() * y.to_acc();
+    }
+    sum
 }
 
 /// `a . b`
 #[inline(always)]
 pub fn dot<T: Float, U: Float<Acc = T::Acc>>(a: &[T], b: &[U]) -> T::Acc {
-    dots([a], b)[0]
+    let mut lanes = [T::Acc::zero(); LANES];
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    for (a, b) in a.iter().zip(b) {
+        multiply_add(&mut lanes, a, b);
+    }
+    let [sum] = tree(&mut [lanes], |a, b| a + b);
+    dot_from(sum, a_rest, b_rest)
+}
+
+/// Dot products of the four rows of `a` [4, n] with `b`: four chains of additions hide each other's latency.
+///
+/// # Panics
+/// If `a` is not four times as long as `b`.
+#[inline(always)]
+pub fn dot4<T: Float, U: Float<Acc = T::Acc>>(a: &[T], b: &[U]) -> [T::Acc; 4] {
+    let n = b.len();
+    assert_eq!(a.len(), 4 * n, "four rows as long as the other operand");
+    let (a0, a1, a2, a3) = (&a[..n], &a[n..2 * n], &a[2 * n..3 * n], &a[3 * n..]);
+    let [mut l0, mut l1, mut l2, mut l3] = [[T::Acc::zero(); LANES]; 4];
+    let (chunks, rest) = b.as_chunks::<LANES>();
+    let (c0, c1) = (a0.as_chunks::<LANES>().0.iter(), a1.as_chunks::<LANES>().0.iter());
+    let (c2, c3) = (a2.as_chunks::<LANES>().0.iter(), a3.as_chunks::<LANES>().0.iter());
+    for ((((b, a0), a1), a2), a3) in chunks.iter().zip(c0).zip(c1).zip(c2).zip(c3) {
+        multiply_add(&mut l0, a0, b);
+        multiply_add(&mut l1, a1, b);
+        multiply_add(&mut l2, a2, b);
+        multiply_add(&mut l3, a3, b);
+    }
+    let [s0, s1, s2, s3] = tree(&mut [l0, l1, l2, l3], |a, b| a + b);
+    let at = n - rest.len();
+    [
+        dot_from(s0, &a0[at..], rest),
+        dot_from(s1, &a1[at..], rest),
+        dot_from(s2, &a2[at..], rest),
+        dot_from(s3, &a3[at..], rest),
+    ]
 }
 
 /// `y += scale x`

@@ -263,15 +263,14 @@ pub(crate) fn forward_rows<Q: Float, T: Float<Acc = Q::Acc>>(
                 let k_d = &k[part.k.range(key)];
                 let mut i = 0;
                 while i + DOTS <= r {
-                    let q_rd = &q_rd[i * d..];
-                    let four = [&q_rd[..d], &q_rd[d..2 * d], &q_rd[2 * d..3 * d], &q_rd[3 * d..4 * d]];
-                    for (j, score) in lanes::dots::<DOTS, Q::Acc, T>(four, k_d).into_iter().enumerate() {
+                    let four = lanes::dot4(&q_rd[i * d..(i + DOTS) * d], k_d);
+                    for (j, score) in four.into_iter().enumerate() {
                         scores_rk[(i + j) * num_keys + key] = score;
                     }
                     i += DOTS;
                 }
                 for i in i..r {
-                    scores_rk[i * num_keys + key] = lanes::dot::<Q::Acc, T>(&q_rd[i * d..(i + 1) * d], k_d);
+                    scores_rk[i * num_keys + key] = lanes::dot(&q_rd[i * d..(i + 1) * d], k_d);
                 }
             }
         },
