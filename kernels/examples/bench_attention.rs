@@ -1,0 +1,58 @@
+//! Attention on this machine: milliseconds and GFLOP/s of forward and input gradient, f32, at training shapes.
+#![expect(clippy::print_stdout, clippy::unwrap_used, reason = "a benchmark")]
+
+use std::sync::Arc;
+
+use kernels::{
+    clock,
+    device::Device,
+    dtype::DType,
+    memory::Memory,
+    ops::attention::{self, Grads, Inputs},
+    stream::Stream,
+};
+
+/// Best of `n` runs, in milliseconds.
+fn best_ms(s: &mut Stream, n: usize, mut run: impl FnMut(&mut Stream)) -> f64 {
+    (0..n)
+        .map(|_| {
+            let start = clock::now_nanos();
+            run(s);
+            s.synchronize().unwrap();
+            (clock::now_nanos() - start) as f64 / 1e6
+        })
+        .fold(f64::INFINITY, f64::min)
+}
+
+fn main() {
+    for (docs, len, [h, g, d, v]) in [
+        (8, 256, [4, 4, 48, 32]),
+        (1, 4096, [4, 4, 48, 32]),
+        (8, 256, [8, 2, 64, 64]),
+        (1, 2048, [4, 4, 192, 128]),
+    ] {
+        let t = docs * len;
+        let m = Memory::new(Device::Cpu);
+        let mut s = Stream::new("bench", &m, &Arc::default()).unwrap();
+        let fill = |dims: &[usize]| {
+            let n: usize = dims.iter().product();
+            m.from_slice(dims, &(0..n).map(|i| ((i * 37 % 101) as f32 - 50.0) / 50.0).collect::<Vec<_>>())
+        };
+        let offsets: Vec<u32> = (0..=docs).map(|i| (i * len) as u32).collect();
+        let doc_offsets = m.from_slice(&[docs + 1], &offsets);
+        let scale = 1.0 / (d as f64).sqrt();
+        let x = Inputs { q: fill(&[t, h, d]), k: fill(&[t, g, d]), v: fill(&[t, g, v]), doc_offsets, scale };
+        let (o, lse, d_o) = (fill(&[t, h, v]), m.alloc(DType::F32, &[t, h]), fill(&[t, h, v]));
+        let grads = Grads { dq: fill(&[t, h, d]), dk: fill(&[t, g, d]), dv: fill(&[t, g, v]) };
+        let pairs = docs as u64 * attention::causal_pairs(len as u64);
+        let forward = best_ms(&mut s, 30, |s| attention::forward(s, x, o, lse).unwrap());
+        let backward = best_ms(&mut s, 30, |s| attention::input_grad(s, x, o, lse, d_o, grads).unwrap());
+        let gflops = |flops: u64, ms: f64| flops as f64 / ms / 1e6;
+        println!(
+            "{docs} x {len} tokens, h {h}, g {g}, d {d}, v {v}: forward {forward:.2} ms, {:.0} GFLOP/s; \
+             input gradient {backward:.2} ms, {:.0} GFLOP/s",
+            gflops(attention::cost(t, pairs, [h, g, d, v], 4).flops, forward),
+            gflops(attention::input_grad_cost(t, pairs, [h, g, d, v], 4).flops, backward),
+        );
+    }
+}

@@ -1,0 +1,202 @@
+//! `y_no = x_ni w_oi^T` for a few rows of x: what generation does with every weight, once a token.
+//!
+//! One read of the weight is the whole cost, so there is no packing: each row of w is dotted with the rows of x while it is in
+//! the first cache. A small weight stays on the calling thread, where it is faster than waking another. w may be bf16
+//! under f32 activations; it is widened in registers.
+
+use rayon::prelude::*;
+
+use crate::{
+    cost::Cost,
+    dtype::Float,
+    error::{Error, Result},
+    ops::{expect_shape, lanes},
+    simd::vectorize,
+    stream::Stream,
+    tensor::Tensor,
+};
+
+/// Weight bytes from which the pool is used.
+const MIN_PARALLEL_BYTES: usize = 1 << 20;
+/// Weight bytes one thread takes at a time.
+const CHUNK_BYTES: usize = 128 << 10;
+/// Rows of w dotted at once.
+const BLOCK: usize = 4;
+
+/// Runs `$body` with `$t` and `$w` bound to the types of activations and weights: equal, or bf16 weights under f32.
+macro_rules! with_weight {
+    ($x:expr, $weight:expr, $t:ident, $w:ident => $body:expr) => {
+        match ($x.dtype, $weight.dtype) {
+            ($crate::dtype::DType::F32, $crate::dtype::DType::Bf16) => {
+                type $t = f32;
+                type $w = ::half::bf16;
+                $body
+            }
+            (dtype, _) => $crate::with_float!(dtype, $t => {
+                type $w = $t;
+                $body
+            }),
+        }
+    };
+}
+pub(crate) use with_weight;
+
+/// `Err` unless the weight has the activations' type, or is bf16 under f32.
+pub(crate) fn expect_weight(op: &'static str, x: Tensor, weight: Tensor) -> Result<()> {
+    use crate::dtype::DType::{Bf16, F32};
+    if x.dtype == weight.dtype || (x.dtype, weight.dtype) == (F32, Bf16) {
+        return Ok(());
+    }
+    let expected = format!("{:?}, or Bf16 under F32", x.dtype);
+    Err(Error::Shape { op, role: "weight", expected, found: weight })
+}
+
+/// Accumulates nothing: `y_on = w_oi x_ni^T`, each row of y the products of one row of w. `i` is the row length.
+///
+/// # Panics
+/// If a slice is shorter than `y` implies.
+pub fn gemv<T: Float, W: Float<Acc = T::Acc>>(w: &[W], x: &[T], i: usize, y_on: &mut [T::Acc]) {
+    let n = x.len() / i.max(1);
+    let o = y_on.len() / n.max(1);
+    assert!(o * n == y_on.len() && o * i == w.len() && n * i == x.len(), "sizes of a product agree");
+    if y_on.is_empty() {
+        return;
+    }
+    let chunk = (CHUNK_BYTES / (i * size_of::<W>())).max(1).next_multiple_of(BLOCK);
+    if size_of_val(w) < MIN_PARALLEL_BYTES {
+        vectorize(
+            #[inline(always)]
+            || rows(w, x, i, n, y_on),
+        );
+    } else {
+        y_on.par_chunks_mut(chunk * n).zip(w.par_chunks(chunk * i)).for_each(|(y, w)| {
+            vectorize(
+                #[inline(always)]
+                || rows(w, x, i, n, y),
+            )
+        });
+    }
+}
+
+#[inline(always)]
+fn rows<T: Float, W: Float<Acc = T::Acc>>(w: &[W], x: &[T], i: usize, n: usize, y: &mut [T::Acc]) {
+    for (w, y) in w.chunks(BLOCK * i).zip(y.chunks_mut(BLOCK * n)) {
+        if w.len() == BLOCK * i {
+            for (j, x) in x.chunks_exact(i).enumerate() {
+                for (b, sum) in lanes::dot4(w, x).into_iter().enumerate() {
+                    y[b * n + j] = sum;
+                }
+            }
+        } else {
+            for (w, y) in w.chunks_exact(i).zip(y.chunks_exact_mut(n)) {
+                for (x, y) in x.chunks_exact(i).zip(y) {
+                    *y = lanes::dot(w, x);
+                }
+            }
+        }
+    }
+}
+
+/// F: `y_no = x_ni w_oi^T`, plus `bias_o` (of x's or w's type) if given. The contract of [`super::gemm::forward`].
+pub fn forward(s: &mut Stream, x: Tensor, w: Tensor, bias: Option<Tensor>, y: Tensor) -> Result<()> {
+    let (o, i) = (w.dim(0), w.dim(1));
+    let n = x.len() / i.max(1);
+    if x.len() != n * i || y.len() != n * o || y.dtype != x.dtype {
+        expect_shape("linear", "x", x, &[n, i])?;
+        let expected = format!("{:?} of [{n}, {o}]", x.dtype);
+        return Err(Error::Shape { op: "linear", role: "y", expected, found: y });
+    }
+    expect_weight("linear", x, w)?;
+    if let Some(bias) = bias {
+        expect_shape("linear", "bias", bias, &[o])?;
+        expect_weight("linear", x, bias)?;
+    }
+    let reads: Vec<Tensor> = [x, w].into_iter().chain(bias).collect();
+    s.launch(&reads, &[y], move |m| {
+        with_weight!(x, w, T, W => {
+            let mut y_on = vec![<T as Float>::Acc::default(); o * n];
+            gemv::<T, W>(&m.read::<W>(w), &m.read::<T>(x), i, &mut y_on);
+            match bias {
+                Some(bias) if bias.dtype == w.dtype => add_bias(&mut y_on, n, &m.read::<W>(bias)),
+                Some(bias) => add_bias(&mut y_on, n, &m.read::<T>(bias)),
+                None => (),
+            }
+            for (j, y) in m.write::<T>(y).chunks_exact_mut(o).enumerate() {
+                for (y, &sum) in y.iter_mut().zip(y_on[j..].iter().step_by(n)) {
+                    *y = T::from_acc(sum);
+                }
+            }
+        });
+    });
+    Ok(())
+}
+
+fn add_bias<B: Float>(y_on: &mut [B::Acc], n: usize, bias: &[B]) {
+    for (y, bias) in y_on.chunks_exact_mut(n).zip(bias) {
+        y.iter_mut().for_each(|y| *y += bias.to_acc());
+    }
+}
+
+/// Cost over `n` rows of x; the weight's elements have `weight_bytes` each, the others `elem_bytes`.
+pub fn cost(n: usize, o: usize, i: usize, elem_bytes: usize, weight_bytes: usize) -> Cost {
+    let (n, o, i) = (n as u64, o as u64, i as u64);
+    Cost::stream(2 * n * o * i, o * i * weight_bytes as u64 + n * i * elem_bytes as u64, n * o * elem_bytes as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "tests")]
+    use super::*;
+    use crate::{
+        dtype::DType,
+        ops::{gemm, testing::*},
+    };
+
+    fn cast<T: Float>(x: &[f64]) -> Vec<T> {
+        x.iter().map(|&x| T::of_f64(x)).collect()
+    }
+
+    /// The op's y, and the f64 product of the operands as rounded.
+    fn run<T: Float, W: Float>(n: usize, o: usize, i: usize, bias: bool) -> (Vec<f64>, Vec<f64>) {
+        let mut s = stream();
+        let m = s.memory().clone();
+        let (x, w, b): (Vec<T>, Vec<W>, Vec<W>) = (cast(&random(n * i, 1)), cast(&random(o * i, 2)), cast(&random(o, 3)));
+        let wide = |v: &[W]| v.iter().map(|v| v.as_f64()).collect::<Vec<_>>();
+        let x_f64: Vec<f64> = x.iter().map(|v| v.as_f64()).collect();
+        let y = m.alloc(T::DTYPE, &[n, o]);
+        let b_given = bias.then(|| m.from_slice(&[o], &b));
+        forward(&mut s, m.from_slice(&[n, i], &x), m.from_slice(&[o, i], &w), b_given, y).unwrap();
+        let want = m.alloc(DType::F64, &[n, o]);
+        let b_f64 = bias.then(|| m.from_slice(&[o], &wide(&b)));
+        gemm::forward(&mut s, m.from_slice(&[n, i], &x_f64), m.from_slice(&[o, i], &wide(&w)), b_f64, want).unwrap();
+        s.synchronize().unwrap();
+        (m.download::<T>(y).iter().map(|v| v.as_f64()).collect(), m.download(want))
+    }
+
+    #[test]
+    fn every_shape_and_type_matches_the_matrix_product() {
+        use half::bf16;
+        for (n, o, i) in [(1, 1, 1), (1, 7, 33), (3, 4, 16), (8, 13, 50), (1, 1030, 300), (2, 1030, 300)] {
+            for bias in [false, true] {
+                let (got, want) = run::<f64, f64>(n, o, i, bias);
+                assert_close(&got, &want, 1e-12);
+                let (got, want) = run::<f32, f32>(n, o, i, bias);
+                assert_close(&got, &want, 1e-4);
+                let (got, want) = run::<f32, bf16>(n, o, i, bias);
+                assert_close(&got, &want, 1e-4);
+                let (got, want) = run::<bf16, bf16>(n, o, i, bias);
+                assert_close(&got, &want, 1.0 / 128.0);
+            }
+        }
+    }
+
+    #[test]
+    fn wrong_types_are_refused() {
+        let mut s = stream();
+        let m = s.memory().clone();
+        let x = m.alloc(DType::Bf16, &[1, 4]);
+        let (w, y) = (m.alloc(DType::F32, &[2, 4]), m.alloc(DType::Bf16, &[1, 2]));
+        let error = forward(&mut s, x, w, None, y).unwrap_err().to_string();
+        assert!(error.contains("`weight` should be Bf16, or Bf16 under F32, found F32"), "{error}");
+    }
+}
