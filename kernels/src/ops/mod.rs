@@ -5,9 +5,15 @@
 //!
 //! Shape letters: t tokens, d model width, f feed-forward width, o output width, i input width, h heads, e experts, v vocabulary.
 
+pub mod balance;
 pub mod elementwise;
+mod expect;
+pub mod gate;
 pub mod gemm;
+pub mod grouped_gemm;
 pub mod parallel;
+pub mod permute;
+pub mod sampling;
 #[cfg(test)]
 pub(crate) mod testing;
 
