@@ -13,7 +13,7 @@ use bevy_ecs::{
     prelude::*,
     system::{BoxedSystem, RunSystemError},
 };
-use kernels::{clock::now_nanos, stream::Event};
+use kernels::{clock::now_nanos, stream::{Event, Recording}};
 
 use crate::{
     clock::{Clock, DeviceSpec},
@@ -179,6 +179,30 @@ fn launch_task(
     let end = world.get_mut::<Queue>(on).ok_or_else(no_stream)?.stream.record();
     events.push((start, end));
     Ok(())
+}
+
+/// What the ops of a task touch and cost: its handler runs, its ops do not.
+pub(crate) fn record(world: &mut World, task: Entity) -> Result<Recording> {
+    let (kind, on, label) = {
+        let task = world.get_entity(task)?.get_components::<&Task>()?;
+        (task.kind, task.stream, task.label.clone())
+    };
+    world.resource_scope(|world, mut handlers: Mut<Handlers>| {
+        let missing = || Error::MissingHandler { kind, task: label.clone() };
+        let handler = handlers.kinds.iter().position(|k| *k == kind).ok_or_else(missing)?;
+        let no_stream = || Error::NoStream { task: label.clone(), stream: on.to_string() };
+        world.get_mut::<Queue>(on).ok_or_else(no_stream)?.stream.start_recording();
+        let launched = handlers.systems[handler].run(task, world);
+        let recording = world.get_mut::<Queue>(on).ok_or_else(no_stream)?.stream.finish_recording();
+        match launched {
+            Ok(result) => result.with_context(|| format!("task `{label}`"))?,
+            Err(RunSystemError::Failed(error)) => return Err(error).with_context(|| format!("task `{label}`")),
+            Err(RunSystemError::Skipped(reason)) => {
+                return Err(Error::Skipped { kind, task: label.clone(), reason: reason.to_string() }.into());
+            }
+        }
+        Ok(recording)
+    })
 }
 
 /// Puts all that was enqueued so far, on any stream, before what this step launches: a graph knows nothing of the steps

@@ -11,9 +11,10 @@ use std::{
 };
 
 use bevy_ecs::prelude::*;
-use kernels::tensor::BufferId;
+use kernels::tensor::{BufferId, Tensor};
 
 use crate::{
+    dispatch,
     error::{Error, Result},
     stream::Queue,
     task::{Task, TaskKind},
@@ -92,14 +93,38 @@ impl GraphBuilder {
     /// Spawns `task` with what its handler needs. It waits for every earlier task whose buffers it uses: to read what was
     /// written (RAW), and to write what was read (WAR) or written (WAW).
     pub fn push(&mut self, world: &mut World, task: Task, arguments: impl Bundle) -> Entity {
+        let span = (task.kind, task.stream, Span::of(&task));
+        let (reads, writes) = (task.reads.clone(), task.writes.clone());
+        let entity = world.spawn((task, arguments)).id();
+        self.link(entity, span, &reads, &writes);
+        entity
+    }
+
+    /// The same for a task whose tensors and cost are not declared but found: its handler is launched on a stream that
+    /// notes what ops touch and runs none of them. So a task cannot use a buffer that its edges do not know.
+    ///
+    /// # Errors
+    /// The handler's: an op's contract that is not kept is found here, before anything runs.
+    pub fn push_recorded(&mut self, world: &mut World, task: Task, arguments: impl Bundle) -> bevy_ecs::error::Result<Entity> {
+        let span = (task.kind, task.stream, Span::of(&task));
+        let entity = world.spawn((task, arguments)).id();
+        let recording = dispatch::record(world, entity)?;
+        self.link(entity, span, &recording.reads, &recording.writes);
+        if let Some(mut task) = world.get_mut::<Task>(entity) {
+            (task.reads, task.writes, task.cost) = (recording.reads, recording.writes, recording.cost);
+        }
+        Ok(entity)
+    }
+
+    fn link(&mut self, entity: Entity, span: (TaskKind, Entity, Span), reads: &[Tensor], writes: &[Tensor]) {
         let me = self.order.len() as u32;
         let mut deps = Vec::new();
-        for tensor in &task.reads {
+        for tensor in reads {
             let users = self.users.entry(tensor.buffer).or_default();
             deps.extend(users.writer);
             users.readers.push(me);
         }
-        for tensor in &task.writes {
+        for tensor in writes {
             let users = self.users.entry(tensor.buffer).or_default();
             deps.extend(users.writer);
             deps.extend(users.readers.drain(..).filter(|&reader| reader != me));
@@ -107,11 +132,9 @@ impl GraphBuilder {
         }
         deps.retain(|&dep| dep != me);
         self.deps.push(deps);
-        self.tasks.push((task.kind, task.stream, Span::of(&task)));
-        let entity = world.spawn((task, arguments)).id();
+        self.tasks.push(span);
         self.order.push(entity);
         self.index.insert(entity, me);
-        entity
     }
 
     /// `task` waits for `dependency` although they share no buffer, as a receive waits for its send.

@@ -121,9 +121,11 @@ impl Float for f64 {
     fn from_acc(acc: f64) -> f64 {
         acc
     }
+    #[inline(always)]
     fn of_f64(x: f64) -> f64 {
         x
     }
+    #[inline(always)]
     fn as_f64(self) -> f64 {
         self
     }
@@ -139,9 +141,11 @@ impl Float for f32 {
     fn from_acc(acc: f32) -> f32 {
         acc
     }
+    #[inline(always)]
     fn of_f64(x: f64) -> f32 {
         x as f32
     }
+    #[inline(always)]
     fn as_f64(self) -> f64 {
         f64::from(self)
     }
@@ -157,9 +161,11 @@ impl Float for bf16 {
     fn from_acc(acc: f32) -> bf16 {
         bf16::from_f32(acc)
     }
+    #[inline(always)]
     fn of_f64(x: f64) -> bf16 {
         bf16::from_f64(x)
     }
+    #[inline(always)]
     fn as_f64(self) -> f64 {
         f64::from(self)
     }

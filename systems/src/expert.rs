@@ -91,7 +91,6 @@ struct Gradients {
     d_out: Tensor,
     dy: Tensor,
     d_weights: Tensor,
-    da: Tensor,
     dh: Tensor,
     d_rows: Tensor,
     shared: Option<SharedGradients>,
@@ -157,7 +156,6 @@ impl Moe {
             d_out,
             dy: l.alloc_like("d experts out", acts.y),
             d_weights: l.alloc_like("d expert weights", acts.route.weights()),
-            da: l.alloc_like("d experts swiglu", acts.a),
             dh: l.alloc_like("d experts gate_up", acts.h),
             d_rows: l.alloc_like("d expert rows", acts.route.rows),
             shared: acts.shared.map(|s| SharedGradients {
@@ -192,8 +190,7 @@ pub(crate) fn experts_forward(In(id): In<Entity>, mut launch: Launch<ExpertTask>
     let (_, &ExpertTask { moe, acts, .. }, s) = launch.get(id)?;
     let route = &acts.route;
     let offsets = route.order.offsets;
-    grouped_gemm::forward(s, route.rows, offsets, moe.experts_gate_up.value, acts.h)?;
-    swiglu::forward(s, acts.h, acts.a)?;
+    grouped_gemm::swiglu::forward(s, route.rows, offsets, moe.experts_gate_up.value, acts.h, acts.a)?;
     grouped_gemm::forward(s, acts.a, offsets, moe.experts_down.value, acts.y)?;
     if let Some(shared) = acts.shared {
         gemm::forward(s, route.normed, shared.gate_up.value, None, shared.h)?;
@@ -227,11 +224,8 @@ pub(crate) fn experts_input_grad(In(id): In<Entity>, mut launch: Launch<ExpertTa
     let (_, &ExpertTask { moe, acts, grads, recompute }, s) = launch.get(id)?;
     let Some(g) = grads else { return Ok(()) };
     let offsets = acts.route.order.offsets;
-    if recompute {
-        swiglu::forward(s, acts.h, acts.a)?;
-    }
-    grouped_gemm::input_grad(s, g.dy, offsets, moe.experts_down.value, g.da)?;
-    swiglu::input_grad(s, acts.h, g.da, g.dh)?;
+    let again = recompute.then_some(acts.a);
+    grouped_gemm::swiglu::input_grad(s, g.dy, offsets, moe.experts_down.value, acts.h, g.dh, again)?;
     grouped_gemm::input_grad(s, g.dh, offsets, moe.experts_gate_up.value, g.d_rows)?;
     if let (Some(shared), Some(g_shared)) = (acts.shared, g.shared) {
         if recompute {

@@ -18,6 +18,7 @@ pub mod params;
 pub mod pipeline;
 pub mod problem;
 pub mod routing;
+pub mod save;
 pub mod scene;
 pub mod session;
 pub mod train;

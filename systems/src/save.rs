@@ -52,7 +52,7 @@ pub fn write_model(world: &World, tokenizer: Option<&Tokenizer>, folder: &Path) 
         (config.bos_token_id, config.eos_token_id) = (serde_json::from_value(serde_json::json!(eos))?, ids);
     }
     let name = if dtype == SaveDtype::Bf16 { "bfloat16" } else { "float32" };
-    let document = ConfigDocument::from_config(config).storing(Some(name));
+    let document = ConfigDocument::from_config(config)?.storing(Some(name))?;
     let options = WriteOptions::hub(&parameters.specs, dtype);
     let mut index = 0;
     write_folder(folder, &document, &parameters.specs, &options, |_| {

@@ -65,7 +65,7 @@ pub fn gemm<T: Float>(a: Mat<T>, b: Mat<T>, beta: f64, c: &mut [T], c_stride: us
     if m == 0 || n == 0 {
         return;
     }
-    assert!((m - 1) * c_stride + n <= c.len(), "the result fits its slice");
+    assert!(c_stride >= n && (m - 1) * c_stride + n <= c.len(), "the result fits its slice, row by row");
     a.check();
     b.check();
     match T::DTYPE {
@@ -81,7 +81,7 @@ fn native<T: Float>(a: Mat<T>, b: Mat<T>, beta: f64, c: &mut [T], c_stride: usiz
         _ => Parallelism::None,
     };
     // SAFETY: `gemm` checked that every element reached through these strides lies in its slice, `c` is exclusive and its
-    // rows do not overlap (c_stride >= n is implied by the bound on the last row), and all three have the same plain type.
+    // rows do not overlap (c_stride >= n), and all three have the same plain type.
     unsafe {
         gemm::gemm(
             m,

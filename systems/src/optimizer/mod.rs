@@ -211,7 +211,7 @@ pub(crate) fn optimizer_update(
                     weight_decay: muon.weight_decay,
                     max_grad_norm: scalars.max_grad_norm,
                 };
-                let slots = muon::Slots { master, grad, m, weight: rounded };
+                let slots = muon::Slots { master, grad, m: *m, weight: rounded };
                 muon::update(s, hyper, slots, matrices.clone(), state.sum_squares)?;
             }
             (Slot::AdamW { m, v }, _) => {
@@ -225,7 +225,7 @@ pub(crate) fn optimizer_update(
                     step: scalars.update,
                     max_grad_norm: scalars.max_grad_norm,
                 };
-                let slots = adamw::Slots { master, grad, m, v, weight: rounded };
+                let slots = adamw::Slots { master, grad, m: *m, v: *v, weight: rounded };
                 adamw::update(s, hyper, slots, state.sum_squares)?;
             }
             (Slot::Muon { .. }, Optimizer::AdamW(_)) => {

@@ -81,10 +81,14 @@ pub fn input_grad(
                 // da waits in the right half of dh, where its last use overwrites it.
                 task.input_grad(z, &dy, &w, &mut dh[f..], 2 * f);
                 let h = &h[task.rows.start * 2 * f..task.rows.end * 2 * f];
+<<<<<<< HEAD
                 deactivate(h, dh, f);
                 if let Some(a) = a {
                     activate(h, a, f);
                 }
+=======
+                deactivate(h, dh, a.unwrap_or_default(), f);
+>>>>>>> ops2
             });
         });
     });
@@ -111,6 +115,7 @@ fn activate<T: Float>(h: &[T], a: &mut [T], f: usize) {
     );
 }
 
+<<<<<<< HEAD
 /// Turns [anything | da] into [dgate | dup].
 fn deactivate<T: Float>(h: &[T], dh: &mut [T], f: usize) {
     vectorize(
@@ -123,12 +128,50 @@ fn deactivate<T: Float>(h: &[T], dh: &mut [T], f: usize) {
                     let p = sigmoid(gate);
                     *dgate = T::from_acc(d * up * p * (T::Acc::of_f64(1.0) + gate * (T::Acc::of_f64(1.0) - p)));
                     *da = T::from_acc(d * gate * p);
+=======
+/// Columns at a time: what is read and what is written then lie in separate places, as vectorizing needs.
+const BLOCK: usize = 64;
+
+/// Turns [anything | da] into [dgate | dup]; a, unless it is empty, becomes what `activate` made.
+fn deactivate<T: Float>(h: &[T], dh: &mut [T], a: &mut [T], f: usize) {
+    vectorize(
+        #[inline(always)]
+        || {
+            let mut a_rows = a.chunks_exact_mut(f);
+            for (dh, h) in dh.chunks_exact_mut(2 * f).zip(h.chunks_exact(2 * f)) {
+                let ((gate, up), (dgate, dup)) = (h.split_at(f), dh.split_at_mut(f));
+                let mut a = a_rows.next().unwrap_or_default().chunks_mut(BLOCK);
+                let inputs = gate.chunks(BLOCK).zip(up.chunks(BLOCK));
+                let outputs = dgate.chunks_mut(BLOCK).zip(dup.chunks_mut(BLOCK));
+                for ((gate, up), (dgate, dup)) in inputs.zip(outputs) {
+                    deactivate_block(gate, up, dgate, dup, a.next().unwrap_or_default());
+>>>>>>> ops2
                 }
             }
         },
     );
 }
 
+<<<<<<< HEAD
+=======
+#[inline(always)]
+fn deactivate_block<T: Float>(gate: &[T], up: &[T], dgate: &mut [T], dup: &mut [T], a: &mut [T]) {
+    let (zero, one) = (T::Acc::of_f64(0.0), T::Acc::of_f64(1.0));
+    let (mut gate_grad, mut up_grad, mut product) = ([zero; BLOCK], [zero; BLOCK], [zero; BLOCK]);
+    let results = gate_grad.iter_mut().zip(&mut up_grad).zip(&mut product);
+    for (((g, u), y), ((gate, up), da)) in results.zip(gate.iter().zip(up).zip(&*dup)) {
+        let (gate, up, da) = (gate.to_acc(), up.to_acc(), da.to_acc());
+        let p = sigmoid(gate);
+        *g = da * up * p * (one + gate * (one - p));
+        *u = da * gate * p;
+        *y = gate * p * up;
+    }
+    dgate.iter_mut().zip(gate_grad).for_each(|(d, g)| *d = T::from_acc(g));
+    dup.iter_mut().zip(up_grad).for_each(|(d, u)| *d = T::from_acc(u));
+    a.iter_mut().zip(product).for_each(|(a, y)| *a = T::from_acc(y));
+}
+
+>>>>>>> ops2
 /// Cost of `forward` over n rows: the product and the store of a.
 pub fn forward_cost(n: usize, e: usize, f: usize, i: usize, elem_bytes: usize) -> Cost {
     super::cost(n, e, 2 * f, i, elem_bytes) + Cost::stream(5 * (n * f) as u64, 0, (n * f * elem_bytes) as u64)
