@@ -149,7 +149,7 @@ impl Moe {
         d_out: Tensor,
     ) -> Result<(ExpertActivations, ExpertGradients)> {
         acts.a = l.alloc_again(Saved::Swiglu, acts.a);
-        for shared in &mut acts.shared {
+        if let Some(shared) = &mut acts.shared {
             shared.a = l.alloc_again(Saved::Swiglu, shared.a);
         }
         let grads = Gradients {

@@ -102,19 +102,11 @@ pub struct Outputs {
     pub indices: Tensor,
     /// Their weights, [t, k] of the logits' type.
     pub weights: Tensor,
-<<<<<<< HEAD
-    /// Slots each expert got, U32 [e]; they sum to t k.
-    pub counts: Tensor,
-}
-
-/// F: routes the tokens of logits [t, e] with an F32 correction bias [e]. A NaN logit fails the stream with
-=======
     /// Slots each expert got, U32 `[e]`; they sum to t k.
     pub counts: Tensor,
 }
 
 /// F: routes the tokens of logits [t, e] with an F32 correction bias `[e]`. A NaN logit fails the stream with
->>>>>>> ops2
 /// [`crate::error::Error::NotFinite`].
 ///
 /// # Errors

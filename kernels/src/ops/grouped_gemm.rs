@@ -1,10 +1,6 @@
 //! Grouped GEMM: every expert's linear layer over its own rows, ragged and without padding.
 //!
-<<<<<<< HEAD
-//! Rows x_ni are sorted by expert; expert e has rows offsets[e]..offsets[e + 1] and weight w_eoi. The passes are those of
-=======
 //! Rows x_ni are sorted by expert; expert e has rows `offsets[e]..offsets[e + 1]` and weight w_eoi. The passes are those of
->>>>>>> ops2
 //! [`crate::ops::gemm`], per expert:
 //! - F: y_no = x_ni w_e^T
 //! - I: dx_ni = dy_no w_e

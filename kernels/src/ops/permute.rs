@@ -3,13 +3,8 @@
 //! t tokens of k slots each make n = t k rows, sorted by expert and, within an expert, by token and slot: a counting sort, so
 //! the order is one and the same everywhere. No token is dropped and n does not depend on the routing, so every shape is known
 //! before the counts are.
-<<<<<<< HEAD
-//! - permute: rows_nd[row_of_slot[t, j]] = x_td[t]; its gradient sums the k rows of a token.
-//! - combine: y_td[t] = sum_j weights_tk[t, j] rows_nd[row_of_slot[t, j]], in slot order; its gradient gathers dy and weighs it.
-=======
 //! - permute: `rows_nd[row_of_slot[t, j]] = x_td[t]`; its gradient sums the k rows of a token.
 //! - combine: `y_td[t] = sum_j weights_tk[t, j] rows_nd[row_of_slot[t, j]]`, in slot order; its gradient gathers dy and weighs it.
->>>>>>> ops2
 //!
 //! Weights and their gradients have the type that sums over rows are kept in: F32 for F32 and Bf16 rows, F64 for F64.
 
@@ -29,11 +24,7 @@ use crate::{
 /// Where each slot's row is. All U32.
 #[derive(Clone, Copy, Debug)]
 pub struct Order {
-<<<<<<< HEAD
-    /// Expert e has rows offsets[e]..offsets[e + 1]; [e + 1].
-=======
     /// Expert e has rows `offsets[e]..offsets[e + 1]`; [e + 1].
->>>>>>> ops2
     pub offsets: Tensor,
     /// Row of slot j of token t, at t k + j; [t k].
     pub row_of_slot: Tensor,

@@ -46,11 +46,7 @@ impl Sampling {
     pub const GREEDY: Sampling = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, seed: 0, position: 0 };
 }
 
-<<<<<<< HEAD
-/// Assigns to tokens, U32 [n], a choice from each row of logits [n, v]. A row with NaN, with infinity, or with nothing above
-=======
 /// Assigns to tokens, U32 `[n]`, a choice from each row of logits [n, v]. A row with NaN, with infinity, or with nothing above
->>>>>>> ops2
 /// minus infinity fails the stream with [`Error::NotFinite`].
 ///
 /// # Errors
@@ -217,15 +213,9 @@ mod tests {
         let mut counts = vec![0.0; logits.len()];
         let all: Vec<f32> = (0..draws).flat_map(|_| logits.iter().copied()).collect();
         for token in sample_all(&all, logits.len(), &rows).unwrap() {
-<<<<<<< HEAD
-            counts[token as usize] += 1.0 / draws as f64;
-        }
-        counts
-=======
             counts[token as usize] += 1.0;
         }
         counts.iter().map(|c| c / draws as f64).collect()
->>>>>>> ops2
     }
 
     #[test]

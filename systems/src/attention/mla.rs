@@ -231,7 +231,8 @@ impl MlaTask {
         }
         rope::forward(s, a.q, sizes.nope, self.inputs.positions, &rotary.0)?;
         gemm::forward(s, a.kv_normed, self.mla.kv_up.value, None, a.kv)?;
-        mla::assemble(s, (a.kv, a.kv_latent), self.inputs.positions, &rotary.0, (a.k, a.v))?;
+        let latents = mla::Projections { kv_a: a.kv_latent, kv_b: a.kv };
+        mla::assemble(s, latents, self.inputs.positions, &rotary.0, a.k, a.v)?;
         Ok(())
     }
 }
@@ -273,7 +274,8 @@ pub(crate) fn mla_input_grad(In(id): In<Entity>, mut launch: Launch<MlaTask>, ro
     let grads = attention::Grads { dq: g.dq, dk: g.dk, dv: g.dv };
     attention::input_grad(s, task.attention(), a.o, a.lse, g.d_o, grads)?;
     rope::input_grad(s, g.dq, sizes.nope, task.inputs.positions, &rotary.0)?;
-    mla::assemble_grad(s, (g.dk, g.dv), task.inputs.positions, &rotary.0, (g.dkv, g.d_kv_latent))?;
+    let latents = mla::Projections { kv_a: g.d_kv_latent, kv_b: g.dkv };
+    mla::assemble_grad(s, g.dk, g.dv, task.inputs.positions, &rotary.0, latents)?;
     gemm::input_grad(s, g.dkv, mla.kv_up.value, g.d_kv_normed, false)?;
     rms_norm::input_grad(s, a.kv_latent, mla.kv_norm.value, a.kv_rstd, g.d_kv_normed, g.d_kv_latent, false)?;
     gemm::input_grad(s, g.d_kv_latent, mla.kv_down.value, g.d_normed, false)?;

@@ -81,14 +81,7 @@ pub fn input_grad(
                 // da waits in the right half of dh, where its last use overwrites it.
                 task.input_grad(z, &dy, &w, &mut dh[f..], 2 * f);
                 let h = &h[task.rows.start * 2 * f..task.rows.end * 2 * f];
-<<<<<<< HEAD
-                deactivate(h, dh, f);
-                if let Some(a) = a {
-                    activate(h, a, f);
-                }
-=======
                 deactivate(h, dh, a.unwrap_or_default(), f);
->>>>>>> ops2
             });
         });
     });
@@ -115,20 +108,6 @@ fn activate<T: Float>(h: &[T], a: &mut [T], f: usize) {
     );
 }
 
-<<<<<<< HEAD
-/// Turns [anything | da] into [dgate | dup].
-fn deactivate<T: Float>(h: &[T], dh: &mut [T], f: usize) {
-    vectorize(
-        #[inline(always)]
-        || {
-            for (dh, h) in dh.chunks_exact_mut(2 * f).zip(h.chunks_exact(2 * f)) {
-                let ((gate, up), (dgate, da)) = (h.split_at(f), dh.split_at_mut(f));
-                for (((gate, up), dgate), da) in gate.iter().zip(up).zip(dgate).zip(da) {
-                    let (gate, up, d) = (gate.to_acc(), up.to_acc(), da.to_acc());
-                    let p = sigmoid(gate);
-                    *dgate = T::from_acc(d * up * p * (T::Acc::of_f64(1.0) + gate * (T::Acc::of_f64(1.0) - p)));
-                    *da = T::from_acc(d * gate * p);
-=======
 /// Columns at a time: what is read and what is written then lie in separate places, as vectorizing needs.
 const BLOCK: usize = 64;
 
@@ -145,15 +124,12 @@ fn deactivate<T: Float>(h: &[T], dh: &mut [T], a: &mut [T], f: usize) {
                 let outputs = dgate.chunks_mut(BLOCK).zip(dup.chunks_mut(BLOCK));
                 for ((gate, up), (dgate, dup)) in inputs.zip(outputs) {
                     deactivate_block(gate, up, dgate, dup, a.next().unwrap_or_default());
->>>>>>> ops2
                 }
             }
         },
     );
 }
 
-<<<<<<< HEAD
-=======
 #[inline(always)]
 fn deactivate_block<T: Float>(gate: &[T], up: &[T], dgate: &mut [T], dup: &mut [T], a: &mut [T]) {
     let (zero, one) = (T::Acc::of_f64(0.0), T::Acc::of_f64(1.0));
@@ -171,7 +147,6 @@ fn deactivate_block<T: Float>(gate: &[T], up: &[T], dgate: &mut [T], dup: &mut [
     a.iter_mut().zip(product).for_each(|(a, y)| *a = T::from_acc(y));
 }
 
->>>>>>> ops2
 /// Cost of `forward` over n rows: the product and the store of a.
 pub fn forward_cost(n: usize, e: usize, f: usize, i: usize, elem_bytes: usize) -> Cost {
     super::cost(n, e, 2 * f, i, elem_bytes) + Cost::stream(5 * (n * f) as u64, 0, (n * f * elem_bytes) as u64)

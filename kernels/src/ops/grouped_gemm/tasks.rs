@@ -1,13 +1,8 @@
 //! Cutting a grouped product into tasks of one core each, and running them.
 //!
 //! The largest task starts first and an idle core takes the next, so the end is ragged by one small task at most. Cuts are made
-<<<<<<< HEAD
-//! where one task would exceed 1/64 of the rows, whatever the number of cores; below 64 rows a product is slower than the
-//! waiting it saves.
-=======
 //! where one task would exceed 1/32 of the rows, whatever the number of cores: each product repacks its expert's weight, and
 //! below 64 rows that is slower than the waiting it saves.
->>>>>>> ops2
 
 use std::{cmp::Reverse, ops::Range};
 
@@ -29,13 +24,8 @@ impl Task {
     }
 }
 
-<<<<<<< HEAD
-/// Tasks a balanced problem should have at least.
-const NUM_PARTS: usize = 64;
-=======
 /// Parts that one expert with all rows is cut into; [`cut`] lets a part be a quarter larger.
 const NUM_PARTS: usize = 40;
->>>>>>> ops2
 /// Rows below which a product is not cut.
 const MIN_ROWS: usize = 64;
 /// Outputs below which a weight gradient is not cut.
@@ -146,17 +136,10 @@ mod tests {
         counts[5] = 6144;
         let rows = tasks(by_rows, &counts, 256);
         let shares: Vec<_> = rows.iter().filter(|t| t.0 == 5).map(|t| t.1.len()).collect();
-<<<<<<< HEAD
-        assert!(shares.len() > 32 && shares.iter().all(|&r| (100..=160).contains(&r)), "{shares:?}");
-        assert_eq!(rows.iter().map(|t| t.1.len()).sum::<usize>(), 6144 + 32 * 64);
-        let outputs: Vec<_> = tasks(by_outputs, &counts, 256).into_iter().filter(|t| t.0 == 5).map(|t| t.2).collect();
-        assert!(outputs.len() >= 6 && outputs[0].start == 0 && outputs.last().is_some_and(|r| r.end == 256));
-=======
         assert!(shares.len() >= 24 && shares.iter().all(|&r| (160..=256).contains(&r)), "{shares:?}");
         assert_eq!(rows.iter().map(|t| t.1.len()).sum::<usize>(), 6144 + 32 * 64);
         let outputs: Vec<_> = tasks(by_outputs, &counts, 256).into_iter().filter(|t| t.0 == 5).map(|t| t.2).collect();
         assert!(outputs.len() >= 4 && outputs[0].start == 0 && outputs.last().is_some_and(|r| r.end == 256));
->>>>>>> ops2
         assert!(outputs.windows(2).all(|w| w[0].end == w[1].start), "{outputs:?}");
     }
 
