@@ -25,12 +25,9 @@ fn best_ms(s: &mut Stream, n: usize, mut run: impl FnMut(&mut Stream)) -> f64 {
 }
 
 fn main() {
-    for (docs, len, [h, g, d, v]) in [
-        (8, 256, [4, 4, 48, 32]),
-        (1, 4096, [4, 4, 48, 32]),
-        (8, 256, [8, 2, 64, 64]),
-        (1, 2048, [4, 4, 192, 128]),
-    ] {
+    for (docs, len, [h, g, d, v]) in
+        [(8, 256, [4, 4, 48, 32]), (1, 4096, [4, 4, 48, 32]), (8, 256, [8, 2, 64, 64]), (1, 2048, [4, 4, 192, 128])]
+    {
         let t = docs * len;
         let m = Memory::new(Device::Cpu);
         let mut s = Stream::new("bench", &m, &Arc::default()).unwrap();

@@ -1,0 +1,242 @@
+//! Latent attention over a cache of latents: generation.
+//!
+//! A head's keys and values are linear in the normalized latent c_p of position p: k_p = W_k c_p, v_p = W_v c_p. So
+//! q . k_p = (W_k^T q) . c_p and sum_p a_p v_p = W_v (sum_p a_p c_p): absorbing W_k into the query and W_v into the output leaves
+//! attention with one shared key head over rows of (c_p, rotated key part), and a cache of c + r numbers a token instead of
+//! h (n + r + v). Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1.2.
+//!
+//! One cache holds one sequence and layer: row p is position p. The core is that of [`crate::ops::attention`].
+
+use rayon::prelude::*;
+
+use crate::{
+    cost::Cost,
+    dtype::Float,
+    error::{Error, Result},
+    ops::{
+        attention::{
+            MIN_PARALLEL_MADDS,
+            block::{Part, Rows},
+            cached::{attend, expect_room},
+        },
+        expect_shape,
+        gemm::{Mat, Threads, gemm},
+        gemv::{expect_weight, with_weight},
+        lanes,
+        rope::{RopeTable, Turn},
+    },
+    simd::vectorize,
+    stream::Stream,
+    tensor::Tensor,
+    with_float,
+};
+
+/// Tokens from which widening a head's weight for a product of matrices beats reading it once per token.
+const MIN_GEMM_TOKENS: usize = 8;
+
+/// Writes `m` tokens at rows `at..at + m` of the cache [capacity, c + r]: the normalized latents [m, c], and the last r columns
+/// of kv_a [m, c + r] rotated to positions `at..at + m`.
+pub fn append(s: &mut Stream, latent: Tensor, kv_a: Tensor, table: &RopeTable, cache: Tensor, at: usize) -> Result<()> {
+    const OP: &str = "append to the latent cache";
+    let (tokens, c, r) = (latent.dim(0), latent.cols(), table.dim());
+    let width = c + r;
+    expect_shape(OP, "latent", latent, &[tokens, c])?;
+    expect_shape(OP, "kv_a", kv_a, &[tokens, width])?;
+    expect_shape(OP, "cache", cache, &[cache.dim(0), width])?;
+    expect_room(OP, cache, at, tokens)?;
+    table.check(OP, cache)?;
+    let table = *table;
+    s.launch(&[latent, kv_a, table.cos, table.sin], &[cache], move |m| {
+        with_float!(cache.dtype, T => {
+            type A = <T as Float>::Acc;
+            let (latent, kv_a, mut cache) = (m.read::<T>(latent), m.read::<T>(kv_a), m.write::<T>(cache));
+            let (cos, sin) = (m.read::<A>(table.cos), m.read::<A>(table.sin));
+            let sources = latent.chunks_exact(c).zip(kv_a.chunks_exact(width));
+            let rows = cache[at * width..].chunks_exact_mut(width);
+            for (position, (row, (latent, kv_a))) in (at..).zip(rows.zip(sources)) {
+                row[..c].copy_from_slice(latent);
+                row[c..].copy_from_slice(&kv_a[c..]);
+                Turn::new(&cos, &sin, table.pairs, r, position, false).apply(&mut row[c..]);
+            }
+        });
+    });
+    Ok(())
+}
+
+#[derive(Clone, Copy)]
+struct Sizes {
+    tokens: usize,
+    h: usize,
+    n: usize,
+    v: usize,
+    c: usize,
+    r: usize,
+}
+
+/// Assigns o [m, h, v]: tokens q [m, h, n + r] (rotated) at positions `at..at + m`, already appended to the cache
+/// [capacity, c + r], over rows `0..=` their own. `w_kv_b` [h * (n + v), c] is the up-projection, of q's type or bf16 under f32.
+/// The scratch is m * h * (2 c + r) numbers: feed long prompts in chunks.
+pub fn forward(
+    s: &mut Stream,
+    q: Tensor,
+    w_kv_b: Tensor,
+    cache: Tensor,
+    at: usize,
+    scale: f64,
+    o: Tensor,
+) -> Result<()> {
+    const OP: &str = "absorbed attention";
+    let (tokens, h, v, c) = (q.dim(0), q.dim(1), o.dim(2), w_kv_b.dim(1));
+    let wrong = |role, expected, found| Err(Error::Shape { op: OP, role, expected, found });
+    if h == 0 || w_kv_b.dim(0) < h * v || cache.cols() < c {
+        return wrong("w_kv_b", format!("[{h} * (n + {v}), c] for a cache of rows c + r"), w_kv_b);
+    }
+    let (n, r) = (w_kv_b.dim(0) / h - v, cache.cols() - c);
+    expect_shape(OP, "w_kv_b", w_kv_b, &[h * (n + v), c])?;
+    expect_shape(OP, "q", q, &[tokens, h, n + r])?;
+    expect_shape(OP, "o", o, &[tokens, h, v])?;
+    expect_shape(OP, "cache", cache, &[cache.dim(0), c + r])?;
+    expect_room(OP, cache, at, tokens)?;
+    expect_weight(OP, q, w_kv_b)?;
+    if cache.dtype != q.dtype {
+        return wrong("cache", format!("{:?}", q.dtype), cache);
+    }
+    let z = Sizes { tokens, h, n, v, c, r };
+    s.launch(&[q, w_kv_b, cache], &[o], move |m| {
+        with_weight!(q, w_kv_b, T, W => {
+            let (q, w, cache) = (m.read::<T>(q), m.read::<W>(w_kv_b), m.read::<T>(cache));
+            absorbed::<T, W>(z, &q, &w, &cache, at, scale, &mut m.write::<T>(o));
+        });
+    });
+    Ok(())
+}
+
+/// Calls `run(head, its part of out)`, on the pool if the weight is read often enough for that to pay.
+fn for_each_head<A: Send>(out: &mut [A], per_head: usize, madds: usize, run: impl Fn(usize, &mut [A]) + Sync) {
+    if madds < MIN_PARALLEL_MADDS {
+        out.chunks_exact_mut(per_head).enumerate().for_each(|(h, out)| run(h, out));
+    } else {
+        out.par_chunks_exact_mut(per_head).enumerate().for_each(|(h, out)| run(h, out));
+    }
+}
+
+fn absorbed<T: Float, W: Float<Acc = T::Acc>>(
+    z: Sizes,
+    q: &[T],
+    w: &[W],
+    cache: &[T],
+    at: usize,
+    scale: f64,
+    o: &mut [T],
+) {
+    let Sizes { tokens, h, n, v, c, r } = z;
+    if tokens == 0 || n + v == 0 {
+        return;
+    }
+    let width = c + r;
+    let zero = T::Acc::default();
+    // Queries and outputs in latent space lie head by head, [h, m, width]: each head's weight is applied to its own block.
+    let mut q_hmw = vec![zero; h * tokens * width];
+    for_each_head(&mut q_hmw, tokens * width, h * tokens * n * c, |head, q_mw| {
+        let w_nc = &w[head * (n + v) * c..][..n * c];
+        let q_rows = |t: usize| &q[(t * h + head) * (n + r)..][..n + r];
+        absorb_query(z, q_rows, w_nc, q_mw);
+    });
+    let rows =
+        |stride: usize| Rows { first: 0, token_stride: stride, head_stride: tokens * stride, group: h, width: stride };
+    let key = Rows { first: 0, token_stride: width, head_stride: 0, group: 1, width };
+    let part = Part {
+        q: rows(width),
+        k: key,
+        v: Rows { width: c, ..key },
+        o: rows(c),
+        num_tokens: tokens,
+        context: at,
+        scale,
+    };
+    let mut o_hmc = vec![zero; h * tokens * c];
+    attend::<T::Acc, T, T::Acc>(&[part], &q_hmw, cache, cache, &mut o_hmc);
+    let mut o_hmv = q_hmw;
+    o_hmv.resize(h * tokens * v, zero);
+    for_each_head(&mut o_hmv, tokens * v, h * tokens * v * c, |head, o_mv| {
+        let w_vc = &w[(head * (n + v) + n) * c..][..v * c];
+        expand_output(z, &o_hmc[head * tokens * c..][..tokens * c], w_vc, o_mv);
+    });
+    for (i, o_v) in o.chunks_exact_mut(v).enumerate() {
+        let (t, head) = (i / h, i % h);
+        for (o, &x) in o_v.iter_mut().zip(&o_hmv[(head * tokens + t) * v..]) {
+            *o = T::from_acc(x);
+        }
+    }
+}
+
+/// One head: `q_mw = (q_n W_nc, q_r)`.
+fn absorb_query<'a, T: Float, W: Float<Acc = T::Acc>>(
+    Sizes { tokens, n, c, r, .. }: Sizes,
+    q: impl Fn(usize) -> &'a [T],
+    w_nc: &[W],
+    q_mw: &mut [T::Acc],
+) {
+    let width = c + r;
+    if tokens >= MIN_GEMM_TOKENS {
+        let q_mn: Vec<T::Acc> = (0..tokens).flat_map(|t| q(t)[..n].iter().map(|x| x.to_acc())).collect();
+        let w_nc: Vec<T::Acc> = w_nc.iter().map(|x| x.to_acc()).collect();
+        gemm(Mat::new(&q_mn, tokens, n), Mat::new(&w_nc, n, c), 0.0, q_mw, width, Threads::One);
+    }
+    vectorize(
+        #[inline(always)]
+        || {
+            for (t, row) in q_mw.chunks_exact_mut(width).enumerate() {
+                let (q_n, q_r) = q(t).split_at(n);
+                if tokens < MIN_GEMM_TOKENS {
+                    for (x, w_c) in q_n.iter().zip(w_nc.chunks_exact(c)) {
+                        lanes::add_scaled(&mut row[..c], x.to_acc(), w_c);
+                    }
+                }
+                for (out, x) in row[c..].iter_mut().zip(q_r) {
+                    *out = x.to_acc();
+                }
+            }
+        },
+    );
+}
+
+/// One head: `o_mv = o_mc W_vc^T`.
+fn expand_output<A, W>(Sizes { tokens, v, c, .. }: Sizes, o_mc: &[A], w_vc: &[W], o_mv: &mut [A])
+where
+    A: crate::dtype::Real,
+    W: Float<Acc = A>,
+{
+    if tokens >= MIN_GEMM_TOKENS {
+        let w_vc: Vec<A> = w_vc.iter().map(|x| x.to_acc()).collect();
+        gemm(Mat::new(o_mc, tokens, c), Mat::new(&w_vc, v, c).t(), 0.0, o_mv, v, Threads::One);
+        return;
+    }
+    vectorize(
+        #[inline(always)]
+        || {
+            for (o_c, o_v) in o_mc.chunks_exact(c).zip(o_mv.chunks_exact_mut(v)) {
+                let (fours, rest) = o_v.as_chunks_mut::<4>();
+                let split = fours.len() * 4 * c;
+                for (out, w) in fours.iter_mut().zip(w_vc.chunks_exact(4 * c)) {
+                    *out = lanes::dot4(w, o_c);
+                }
+                for (out, w) in rest.iter_mut().zip(w_vc[split..].chunks_exact(c)) {
+                    *out = lanes::dot(w, o_c);
+                }
+            }
+        },
+    );
+}
+
+/// Cost of `m` new tokens after `at` cached ones, with heads and widths `[h, n, r, v, c]`.
+pub fn cost(m: usize, at: usize, [h, n, r, v, c]: [usize; 5], elem_bytes: usize, weight_bytes: usize) -> Cost {
+    let core = crate::ops::attention::cached::cost(m, at, [h, 1, c + r, c], elem_bytes);
+    let weight = h * (n + v) * c;
+    Cost {
+        flops: core.flops + 2 * (m * weight) as u64,
+        read_bytes: (((at + m) * (c + r) + m * h * (n + r)) * elem_bytes + weight * weight_bytes) as u64,
+        written_bytes: (m * h * v * elem_bytes) as u64,
+        wire_bytes: 0,
+    }
+}

@@ -1,0 +1,184 @@
+#![expect(clippy::unwrap_used, reason = "tests")]
+use half::bf16;
+
+use super::*;
+use crate::{
+    dtype::DType,
+    ops::{
+        attention::{self, Inputs},
+        gemm,
+        rope::{self, Pairs, Rope},
+        testing::*,
+    },
+};
+
+const ROPE: Rope = Rope { theta: 1e3, dim: 4, yarn: None };
+
+#[test]
+fn gradients_match_finite_differences() {
+    let (t, h, n, r, v, c) = (3, 2, 3, 4, 2, 5);
+    let (k_dims, v_dims) = ([t, h, n + r], [t, h, v]);
+    for pairs in [Pairs::Interleaved, Pairs::HalfSplit] {
+        for (role, out_dims) in [("k", k_dims), ("v", v_dims)] {
+            let run = |s: &mut Stream, x: &[Tensor]| {
+                let m = s.memory().clone();
+                let (k, v) = (m.alloc(DType::F64, &k_dims), m.alloc(DType::F64, &v_dims));
+                let table = ROPE.table(&m, DType::F64, 20, pairs);
+                let at = m.from_slice(&[t], &[4u32, 0, 19]);
+                assemble(s, Projections { kv_a: x[0], kv_b: x[1] }, at, &table, k, v)?;
+                Ok(if role == "k" { k } else { v })
+            };
+            check_gradients(&[(&[t, c + r], 1), (&[t, h, n + v], 2)], &out_dims, run, |s, _, dy, dx| {
+                let m = s.memory().clone();
+                let (mut dk, mut dv) = (m.alloc(DType::F64, &k_dims), m.alloc(DType::F64, &v_dims));
+                for d in [dk, dv] {
+                    crate::ops::elementwise::zero(s, d);
+                }
+                *(if role == "k" { &mut dk } else { &mut dv }) = dy;
+                let table = ROPE.table(&m, DType::F64, 20, pairs);
+                let at = m.from_slice(&[t], &[4u32, 0, 19]);
+                assemble_grad(s, dk, dv, at, &table, Projections { kv_a: dx[0], kv_b: dx[1] })
+            });
+        }
+    }
+}
+
+#[test]
+fn the_latent_columns_of_the_gradient_are_left_alone() {
+    let mut s = stream();
+    let m = s.memory().clone();
+    let table = ROPE.table(&m, DType::F32, 8, Pairs::Interleaved);
+    let (dk, dv) = (m.from_slice(&[1, 1, 4], &[1f32; 4]), m.from_slice(&[1, 1, 1], &[3f32]));
+    let (kv_a, kv_b) = (m.from_slice(&[1, 6], &[9f32; 6]), m.alloc(DType::F32, &[1, 1]));
+    let at = m.from_slice(&[1], &[0u32]);
+    assemble_grad(&mut s, dk, dv, at, &table, Projections { kv_a, kv_b }).unwrap();
+    s.synchronize().unwrap();
+    assert_eq!(m.download::<f32>(kv_a), [9.0, 9.0, 1.0, 1.0, 1.0, 1.0]);
+    assert_eq!(m.download::<f32>(kv_b), [3.0]);
+}
+
+/// A layer between its linears, with random weights: h heads, widths n, r, v, latent c, t tokens.
+struct Layer {
+    h: usize,
+    n: usize,
+    v: usize,
+    c: usize,
+    t: usize,
+}
+
+const R: usize = 4;
+const SCALE: f64 = 0.8;
+
+impl Layer {
+    /// q [t, h, n + r], latent [t, c], kv_a [t, c + r], w_kv_b [h (n + v), c].
+    fn data<T: Float>(&self) -> [Vec<T>; 4] {
+        let Layer { h, n, v, c, t } = *self;
+        let cast = |x: Vec<f64>| x.into_iter().map(T::of_f64).collect();
+        [
+            cast(random(t * h * (n + R), 1)),
+            cast(random(t * c, 2)),
+            cast(random(t * (c + R), 3)),
+            cast(random(h * (n + v) * c, 4)),
+        ]
+    }
+
+    /// Keys and values written out, and the attention of training.
+    fn naive(&self) -> Vec<f64> {
+        let Layer { h, n, v, c, t } = *self;
+        let mut s = stream();
+        let m = s.memory().clone();
+        let [q, latent, kv_a, w] = self.data::<f64>();
+        let q = m.from_slice(&[t, h, n + R], &q);
+        let kv_b = m.alloc(DType::F64, &[t, h * (n + v)]);
+        gemm::forward(&mut s, m.from_slice(&[t, c], &latent), m.from_slice(&[h * (n + v), c], &w), None, kv_b).unwrap();
+        let table = ROPE.table(&m, DType::F64, t, Pairs::Interleaved);
+        let at = m.from_slice(&[t], &(0..t as u32).collect::<Vec<_>>());
+        rope::forward(&mut s, q, n, at, &table).unwrap();
+        let (k, values) = (m.alloc(DType::F64, &[t, h, n + R]), m.alloc(DType::F64, &[t, h, v]));
+        let x = Projections { kv_a: m.from_slice(&[t, c + R], &kv_a), kv_b };
+        assemble(&mut s, x, at, &table, k, values).unwrap();
+        let (o, lse) = (m.alloc(DType::F64, &[t, h, v]), m.alloc(DType::F64, &[t, h]));
+        let doc_offsets = m.from_slice(&[2], &[0u32, t as u32]);
+        attention::forward(&mut s, Inputs { q, k, v: values, doc_offsets, scale: SCALE }, o, lse).unwrap();
+        s.synchronize().unwrap();
+        m.download(o)
+    }
+
+    /// The cache of latents, filled in `chunks`.
+    fn absorbed<T: Float, W: Float>(&self, chunks: &[usize]) -> Vec<f64> {
+        let Layer { h, n, v, c, t } = *self;
+        let mut s = stream();
+        let m = s.memory().clone();
+        let [q, latent, kv_a, _] = self.data::<T>();
+        let w = m.from_slice(&[h * (n + v), c], &self.data::<W>()[3]);
+        let table = ROPE.table(&m, T::DTYPE, t, Pairs::Interleaved);
+        let cache = m.from_slice(&[t + 2, c + R], &vec![T::of_f64(f64::NAN); (t + 2) * (c + R)]);
+        let (mut at, mut out) = (0, Vec::new());
+        for &len in chunks {
+            let part = |x: &[T], dims: &[usize]| {
+                let row: usize = dims.iter().product();
+                let dims: Vec<usize> = std::iter::once(len).chain(dims.iter().copied()).collect();
+                m.from_slice(&dims, &x[at * row..(at + len) * row])
+            };
+            let positions = m.from_slice(&[len], &(at as u32..(at + len) as u32).collect::<Vec<_>>());
+            let q = part(&q, &[h, n + R]);
+            rope::forward(&mut s, q, n, positions, &table).unwrap();
+            latent::append(&mut s, part(&latent, &[c]), part(&kv_a, &[c + R]), &table, cache, at).unwrap();
+            let o = m.alloc(T::DTYPE, &[len, h, v]);
+            latent::forward(&mut s, q, w, cache, at, SCALE, o).unwrap();
+            s.synchronize().unwrap();
+            out.extend(m.download::<T>(o).iter().map(|x| x.as_f64()));
+            at += len;
+        }
+        out
+    }
+}
+
+const LAYERS: [Layer; 3] = [
+    Layer { h: 3, n: 5, v: 6, c: 9, t: 21 },
+    Layer { h: 4, n: 32, v: 32, c: 64, t: 150 },
+    Layer { h: 40, n: 4, v: 3, c: 16, t: 19 },
+];
+
+#[test]
+fn attention_in_latent_space_is_attention() {
+    for layer in &LAYERS {
+        let (want, t) = (layer.naive(), layer.t);
+        for chunks in [vec![t], vec![1; t], vec![t / 2, 1, 3, t - t / 2 - 4]] {
+            assert_close(&layer.absorbed::<f64, f64>(&chunks), &want, 1e-12);
+        }
+    }
+}
+
+#[test]
+fn lower_precisions_follow() {
+    for layer in &LAYERS {
+        let want = layer.naive();
+        let chunks = [layer.t - 2, 1, 1];
+        assert_close(&layer.absorbed::<f32, f32>(&chunks), &want, 1e-4);
+        let mixed = layer.absorbed::<f32, bf16>(&chunks);
+        let all_bf16 = layer.absorbed::<bf16, bf16>(&chunks);
+        for (got, tolerance) in [(mixed, 0.05), (all_bf16, 0.1)] {
+            let error: f64 = got.iter().zip(&want).map(|(g, w)| (g - w).powi(2)).sum();
+            let norm: f64 = want.iter().map(|w| w * w).sum();
+            assert!((error / norm).sqrt() < tolerance, "relative error {}", (error / norm).sqrt());
+        }
+    }
+}
+
+#[test]
+fn wrong_calls_say_what_is_wrong() {
+    let mut s = stream();
+    let m = s.memory().clone();
+    let f32s = |dims: &[usize]| m.alloc(DType::F32, dims);
+    let table = ROPE.table(&m, DType::F32, 8, Pairs::Interleaved);
+    let (q, w, o) = (f32s(&[2, 3, 9]), f32s(&[3 * 11, 7]), f32s(&[2, 3, 6]));
+    let error = latent::forward(&mut s, q, w, f32s(&[8, 11]), 7, 1.0, o).unwrap_err().to_string();
+    assert!(error.contains("at least 9 rows to hold 2 more after 7"), "{error}");
+    let error = latent::forward(&mut s, q, w, f32s(&[8, 12]), 0, 1.0, o).unwrap_err().to_string();
+    assert!(error.contains("`q` should be [2, 3, 10]"), "{error}");
+    let at = m.from_slice(&[2], &[0u32, 1]);
+    let x = Projections { kv_a: f32s(&[2, 11]), kv_b: f32s(&[2, 3, 10]) };
+    let error = assemble(&mut s, x, at, &table, q, o).unwrap_err().to_string();
+    assert!(error.contains("`kv_b` should be [2, 3, 11]"), "{error}");
+}
