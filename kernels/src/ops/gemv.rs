@@ -51,7 +51,7 @@ pub(crate) fn expect_weight(op: &'static str, x: Tensor, weight: Tensor) -> Resu
     Err(Error::Shape { op, role: "weight", expected, found: weight })
 }
 
-/// Accumulates nothing: `y_on = w_oi x_ni^T`, each row of y the products of one row of w. `i` is the row length.
+/// Assigns `y_on = w_oi x_ni^T`: row o of y holds the products of row o of w. `i` is the row length.
 ///
 /// # Panics
 /// If a slice is shorter than `y` implies.
