@@ -1,4 +1,5 @@
-//! Attention on this machine: milliseconds and GFLOP/s of forward and input gradient, f32, at training shapes.
+//! Attention on this machine, f32: milliseconds and GFLOP/s of forward and input gradient at training shapes, and microseconds
+//! of one generated token over a cache of latents.
 #![expect(clippy::print_stdout, clippy::unwrap_used, reason = "a benchmark")]
 
 use std::sync::Arc;
@@ -8,7 +9,10 @@ use kernels::{
     device::Device,
     dtype::DType,
     memory::Memory,
-    ops::attention::{self, Grads, Inputs},
+    ops::{
+        attention::{self, Grads, Inputs},
+        mla::latent,
+    },
     stream::Stream,
 };
 
@@ -25,12 +29,9 @@ fn best_ms(s: &mut Stream, n: usize, mut run: impl FnMut(&mut Stream)) -> f64 {
 }
 
 fn main() {
-    for (docs, len, [h, g, d, v]) in [
-        (8, 256, [4, 4, 48, 32]),
-        (1, 4096, [4, 4, 48, 32]),
-        (8, 256, [8, 2, 64, 64]),
-        (1, 2048, [4, 4, 192, 128]),
-    ] {
+    for (docs, len, [h, g, d, v]) in
+        [(8, 256, [4, 4, 48, 32]), (1, 4096, [4, 4, 48, 32]), (8, 256, [8, 2, 64, 64]), (1, 2048, [4, 4, 192, 128])]
+    {
         let t = docs * len;
         let m = Memory::new(Device::Cpu);
         let mut s = Stream::new("bench", &m, &Arc::default()).unwrap();
@@ -53,6 +54,26 @@ fn main() {
              input gradient {backward:.2} ms, {:.0} GFLOP/s",
             gflops(attention::cost(t, pairs, [h, g, d, v], 4).flops, forward),
             gflops(attention::input_grad_cost(t, pairs, [h, g, d, v], 4).flops, backward),
+        );
+    }
+    generate();
+}
+
+fn generate() {
+    for ([h, n, r, v, c], at) in
+        [([4, 32, 16, 32, 64], 512), ([16, 128, 64, 128, 512], 512), ([16, 128, 64, 128, 512], 4096)]
+    {
+        let m = Memory::new(Device::Cpu);
+        let mut s = Stream::new("bench", &m, &Arc::default()).unwrap();
+        let (q, o) = (m.alloc(DType::F32, &[1, h, n + r]), m.alloc(DType::F32, &[1, h, v]));
+        let (w, cache) = (m.alloc(DType::F32, &[h * (n + v), c]), m.alloc(DType::F32, &[at + 1, c + r]));
+        let ms = best_ms(&mut s, 50, |s| latent::forward(s, q, w, cache, at, 0.1, o).unwrap());
+        let cost = latent::cost(1, at, [h, n, r, v, c], 4, 4);
+        println!(
+            "1 token over {at}, h {h}, n {n}, r {r}, v {v}, c {c}: {:.0} us, {:.0} GFLOP/s, {:.0} GB/s",
+            ms * 1e3,
+            cost.flops as f64 / ms / 1e6,
+            cost.read_bytes as f64 / ms / 1e6
         );
     }
 }

@@ -6,7 +6,7 @@
 //! documents there are need not be known on the host. lse, the log of the softmax's denominator, is f32 (f64 for f64): it is
 //! all that the gradient needs beside the inputs and o.
 //!
-//! Work is split by document, kv head and runs of query blocks; [`block`] has the loop.
+//! Work is split by document, kv head and runs of query blocks; `attention/block.rs` has the loop.
 
 mod backward;
 pub(crate) mod block;
@@ -205,8 +205,8 @@ pub fn causal_pairs(len: u64) -> u64 {
     len * (len + 1) / 2
 }
 
-/// Cost of the forward over documents with so many (query, key) pairs in total. `dims` is the heads, kv heads, and the
-/// widths of q and v. The input gradient costs `5/2` of the products: see [`input_grad_cost`].
+/// Cost of the forward over documents with so many (query, key) pairs in total; the array is heads, kv heads, and the
+/// widths of q and v.
 pub fn cost(t: usize, pairs: u64, [h, g, d, v]: [usize; 4], elem_bytes: usize) -> Cost {
     let lse_bytes = elem_bytes.max(4);
     let read = t * (h * d + g * (d + v)) * elem_bytes;

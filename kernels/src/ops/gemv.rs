@@ -51,7 +51,7 @@ pub(crate) fn expect_weight(op: &'static str, x: Tensor, weight: Tensor) -> Resu
     Err(Error::Shape { op, role: "weight", expected, found: weight })
 }
 
-/// Accumulates nothing: `y_on = w_oi x_ni^T`, each row of y the products of one row of w. `i` is the row length.
+/// Assigns `y_on = w_oi x_ni^T`: row o of y holds the products of row o of w. `i` is the row length.
 ///
 /// # Panics
 /// If a slice is shorter than `y` implies.
@@ -160,7 +160,8 @@ mod tests {
     fn run<T: Float, W: Float>(n: usize, o: usize, i: usize, bias: bool) -> (Vec<f64>, Vec<f64>) {
         let mut s = stream();
         let m = s.memory().clone();
-        let (x, w, b): (Vec<T>, Vec<W>, Vec<W>) = (cast(&random(n * i, 1)), cast(&random(o * i, 2)), cast(&random(o, 3)));
+        let (x, w, b): (Vec<T>, Vec<W>, Vec<W>) =
+            (cast(&random(n * i, 1)), cast(&random(o * i, 2)), cast(&random(o, 3)));
         let wide = |v: &[W]| v.iter().map(|v| v.as_f64()).collect::<Vec<_>>();
         let x_f64: Vec<f64> = x.iter().map(|v| v.as_f64()).collect();
         let y = m.alloc(T::DTYPE, &[n, o]);

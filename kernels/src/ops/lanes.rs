@@ -51,8 +51,8 @@ pub fn exp_and_sum<A: Real>(x: &mut [A], shift: A) -> A {
     let mut lanes = [A::zero(); LANES];
     let (chunks, rest) = x.as_chunks_mut::<LANES>();
     for chunk in chunks {
-        for i in 0..LANES {
-            chunk[i] = (chunk[i] - shift).exp_fast();
+        for x in &mut *chunk {
+            *x = (*x - shift).exp_fast();
         }
         for i in 0..LANES {
             lanes[i] += chunk[i];

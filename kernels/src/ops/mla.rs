@@ -3,7 +3,7 @@
 //! Per token, `kv_a` [c + r] holds a latent of width c and one key part of width r that is rotated and shared by all heads; the
 //! up-projection `kv_b` [h, n + v] of the normalized latent holds each head's remaining key part (n) and its value (v). Then
 //! k = (k_n of kv_b, rotated k_r of kv_a), v = v of kv_b. The two arrive fused here: one pass reads both and writes k and v.
-//! The norm of the latent columns is [`super`]'s strided rms_norm; this op neither reads nor writes them.
+//! The norm of the latent columns is another op's; this one neither reads nor writes them.
 //!
 //! Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1. Training and long prompts use [`assemble`] and
 //! [`super::attention`]; generation uses the latent itself as the cache, in [`latent`].
@@ -77,7 +77,7 @@ pub struct Projections {
     pub kv_b: Tensor,
 }
 
-/// F: assigns k [t, h, n + r] and v [t, h, v]; rotates the shared part by `positions` u32 [t].
+/// F: assigns k [t, h, n + r] and v [t, h, v]; rotates the shared part by `positions` (u32, one a token).
 pub fn assemble(
     s: &mut Stream,
     x: Projections,

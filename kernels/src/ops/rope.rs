@@ -202,7 +202,7 @@ fn turn<T: Float>(a: &mut T, b: &mut T, cos: T::Acc, sin: T::Acc) {
     *b = T::from_acc(x * sin + y * cos);
 }
 
-/// F: turns `x[.., offset .. offset + dim]` of x [t, h, head] or [t, head] in place by `positions` u32 [t].
+/// F: turns `x[.., offset .. offset + dim]` of x [t, h, head] or [t, head] in place by `positions` (u32, one a token).
 pub fn forward(s: &mut Stream, x: Tensor, offset: usize, positions: Tensor, table: &RopeTable) -> Result<()> {
     rotate(s, x, offset, positions, *table, false)
 }

@@ -6,9 +6,7 @@
 
 use num_traits::{One, Zero};
 
-use super::block::{
-    KEY_BLOCK, Part, QUERY_BLOCK, Scratch, Shared, gather, gather_transposed, key_blocks, mask, room,
-};
+use super::block::{KEY_BLOCK, Part, QUERY_BLOCK, Scratch, Shared, gather, gather_transposed, key_blocks, mask, room};
 use crate::{
     dtype::{Float, Real},
     ops::{

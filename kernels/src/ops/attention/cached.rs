@@ -19,7 +19,7 @@ use crate::{
 
 /// Query rows up to which dot products beat packing the keys for products of matrices.
 const MAX_DOT_ROWS: usize = 16;
-/// Query rows of one task, for dot products and for blocks.
+/// Query rows of one task, for dot products.
 const DOT_ROWS_PER_TASK: usize = 4;
 
 /// Keys and values of one sequence and layer.
@@ -117,7 +117,7 @@ where
     });
 }
 
-/// Cost of `n` new tokens after `at` cached ones; `dims` as in [`super::cost`].
+/// Cost of `n` new tokens after `at` cached ones; the array as in [`super::cost`].
 pub fn cost(n: usize, at: usize, [h, g, d, v]: [usize; 4], elem_bytes: usize) -> Cost {
     let pairs = super::causal_pairs((at + n) as u64) - super::causal_pairs(at as u64);
     let read = (n * h * d + (at + n) * g * (d + v)) * elem_bytes;
