@@ -30,7 +30,7 @@ pub struct Cli {
 /// What to do.
 #[derive(Debug, Subcommand)]
 pub enum Verb {
-    /// Train as a scene says: log, checkpoints and a sample go to runs/<name>
+    /// Train as a scene says: log, checkpoints and a sample go to runs/NAME
     Run(RunArgs),
     /// Say all that is wrong with a scene, or how large its model is; trains nothing
     Check(CheckArgs),

@@ -100,8 +100,9 @@ impl Progress for TrainingProgress {
         state.place = place(step);
         if terminal::is_interactive() {
             let bar = state.bar.get_or_insert_with(|| new_bar(step));
-            bar.set_message(bar_text(step, pace));
+            // In this order: a new position is drawn now and then, a new message always.
             bar.set_position(step.step);
+            bar.set_message(bar_text(step, pace));
         } else if step.step == 1 || step.step == step.num_steps || step.step.is_multiple_of(self.log_every_steps) {
             state.say(&line(step, pace));
         }

@@ -89,9 +89,13 @@ fn every_scene_is_valid() {
     assert!(scenes.len() >= 4, "{scenes:?}");
     let table = fs::read_to_string(folder.join("README.md")).expect("scenes/README.md");
     for scene in scenes {
-        hadal(&format!("check {}", scene.display())).exits(0).says(&["valid"]);
+        let ran = hadal(&format!("check {}", scene.display())).exits(0).says(&["valid"]);
+        let sizes = ran.stdout.split_once("parameters  ").and_then(|(_, rest)| rest.split_once(" activated"));
+        let (total, activated) = sizes.and_then(|(sizes, _)| sizes.split_once(" total, ")).expect("its parameters");
         let name = scene.file_name().expect("a name").to_string_lossy();
-        assert!(table.contains(&*name), "scenes/README.md does not have {name}");
+        let row = table.lines().find(|line| line.contains(&*name));
+        let is_there = row.is_some_and(|row| row.contains(&format!("{total} ({activated})")));
+        assert!(is_there, "scenes/README.md needs {total} ({activated}) for {name}, but has: {row:?}");
     }
 }
 
