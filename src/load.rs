@@ -73,12 +73,16 @@ pub fn scene(path: &Path, overrides: &[String], needs: &[&str]) -> Result<Checke
 fn missing_sections(scene: &Scene, needs: &[&str]) -> Vec<Problem> {
     let is_missing = |section: &&str| match *section {
         "train" => scene.train.is_none(),
-        "model" => scene.model.is_none() && scene.init.is_none(),
-        "data" => scene.data.is_none(),
+        // Without these, a `train` that is there is a finding of the scene's own check.
+        "model" => scene.train.is_none() && scene.model.is_none() && scene.init.is_none(),
+        "data" => scene.train.is_none() && scene.data.is_none(),
         _ => false,
     };
     let missing = needs.iter().copied().filter(is_missing);
-    let problem = |section| Problem::new(section, "is needed for this").help(format!("add a section `{section}`"));
+    let problem = |section| {
+        Problem::new(section, "is needed here, but the scene has no such section")
+            .help(format!("add a section `{section}`"))
+    };
     missing.map(problem).collect()
 }
 
