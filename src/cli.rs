@@ -1,0 +1,359 @@
+//! What can be typed: verbs and their arguments. The texts here are the `--help` pages.
+
+use std::path::{Path, PathBuf};
+
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
+use systems::{hf::write::SaveDtype, scene::Compute};
+
+use crate::units;
+
+const EXAMPLES: &str = "\
+Examples:
+  hadal run scenes/quickstart.ron
+  hadal run scenes/quickstart.ron --set train.steps=50 --set name='\"short\"'
+  hadal check scenes/deepseek_v3.ron
+  hadal generate runs/quickstart/latest --prompt 'Call me'
+
+Exit codes:
+  0 ok, 1 error at run time, 2 wrong usage or scene, 3 does not fit, 4 diverged, 5 peer lost, 6 budget reached,
+  130 or 143 stopped by SIGINT or SIGTERM after a checkpoint";
+
+/// Trains and runs DeepSeek-style mixture-of-experts language models from one file, a scene.
+#[derive(Debug, Parser)]
+#[command(name = "hadal", version, after_help = EXAMPLES, max_term_width = 100)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// Train as a scene says: log, checkpoints and a sample go to runs/NAME
+    Run(RunArgs),
+    /// Say all that is wrong with a scene, or how large its model is; trains nothing
+    Check(CheckArgs),
+    /// Measure the loss of a checkpoint on a text
+    Eval(EvalArgs),
+    /// Continue a text with a checkpoint
+    Generate(GenerateArgs),
+    /// Write a checkpoint anew: in another number format, in other shards, out of FP8
+    Convert(ConvertArgs),
+    /// Say what this machine has for Hadal
+    Doctor(DoctorArgs),
+    /// Measure speed
+    Bench(BenchArgs),
+}
+
+impl Verb {
+    /// Where the JSON document goes, if one is wanted.
+    pub fn json(&self) -> Option<&Path> {
+        let json = match self {
+            Verb::Run(args) => &args.json,
+            Verb::Check(args) => &args.json,
+            Verb::Eval(args) => &args.json,
+            Verb::Generate(args) => &args.json,
+            Verb::Convert(args) => &args.json,
+            Verb::Doctor(args) => &args.json,
+            Verb::Bench(BenchArgs { what: Bench::Train(args) }) => &args.json,
+        };
+        json.json.as_deref()
+    }
+}
+
+/// `--json`, the same for every verb.
+#[derive(Debug, Args)]
+pub struct Json {
+    /// Write the result as one JSON document to FILE; `-`, or no FILE, is stdout, and then nothing else goes there
+    #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = "-")]
+    pub json: Option<PathBuf>,
+}
+
+/// `--set`, the same for every verb that takes a scene.
+#[derive(Debug, Args)]
+pub struct Overrides {
+    /// Change a value of the scene, as in `--set train.steps=50`; may be given again
+    #[arg(long, value_name = "PATH=RON")]
+    pub set: Vec<String>,
+}
+
+/// Arguments of `run`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Ctrl-C stops after the step at hand, with a checkpoint; a second one stops at once.
+
+Examples:
+  hadal run scenes/quickstart.ron
+  hadal run scenes/quickstart.ron --resume
+  hadal run scenes/quickstart.ron --fresh --set schedule.peak_lr=1e-3 --json result.json")]
+pub struct RunArgs {
+    /// Scene file
+    pub scene: PathBuf,
+    #[command(flatten)]
+    pub overrides: Overrides,
+    /// Go on from the newest checkpoint of the run, if there is one
+    #[arg(long, conflicts_with = "fresh")]
+    pub resume: bool,
+    /// Begin anew; an earlier run of this name is moved aside, not deleted
+    #[arg(long)]
+    pub fresh: bool,
+    #[command(flatten)]
+    pub json: Json,
+}
+
+/// Arguments of `check`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  hadal check scenes/deepseek_v3.ron
+  hadal check scenes/quickstart.ron --set model.n_routed_experts=64 --json")]
+pub struct CheckArgs {
+    /// Scene file
+    pub scene: PathBuf,
+    #[command(flatten)]
+    pub overrides: Overrides,
+    #[command(flatten)]
+    pub json: Json,
+}
+
+/// Arguments of `eval`.
+#[derive(Debug, Args)]
+#[command(group = ArgGroup::new("input").required(true))]
+#[command(after_help = "\
+Examples:
+  hadal eval runs/quickstart/latest --data scenes/data/moby-dick.txt
+  hadal eval CHECKPOINT --tokens tokens.safetensors --logits logits.safetensors")]
+pub struct EvalArgs {
+    /// Hugging Face folder
+    pub checkpoint: PathBuf,
+    /// Text, tokenized with the checkpoint's tokenizer
+    #[arg(long, value_name = "FILE", group = "input")]
+    pub data: Option<PathBuf>,
+    /// safetensors with an int64 tensor `input_ids` [batch, seq]
+    #[arg(long, value_name = "FILE", group = "input")]
+    pub tokens: Option<PathBuf>,
+    /// Write f32 `logits` [batch, seq, vocab] to OUT; needs --tokens
+    #[arg(long, value_name = "OUT", conflicts_with = "data")]
+    pub logits: Option<PathBuf>,
+    /// Write every parameter's gradient of the mean loss to OUT; needs --tokens
+    #[arg(long, value_name = "OUT", conflicts_with = "data")]
+    pub grads: Option<PathBuf>,
+    /// Tokens of a sequence that --data is cut into
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = at_least::<2>, conflicts_with = "tokens")]
+    pub seq_len: usize,
+    #[command(flatten)]
+    pub precision: PrecisionArg,
+    #[command(flatten)]
+    pub json: Json,
+}
+
+/// Arguments of `generate`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+The text goes to stdout as it comes, the figures to stderr.
+
+Examples:
+  hadal generate runs/quickstart/latest --prompt 'Call me'
+  hadal generate runs/quickstart/latest --prompt 'The whale' --temperature 0 --max-new-tokens 20")]
+pub struct GenerateArgs {
+    /// Hugging Face folder
+    pub checkpoint: PathBuf,
+    /// Text to continue
+    #[arg(long, value_name = "TEXT")]
+    pub prompt: String,
+    /// Tokens to generate at most
+    #[arg(long, value_name = "N", default_value_t = 100, value_parser = at_least::<1>)]
+    pub max_new_tokens: usize,
+    /// How daring the choice is; 0 always takes the likeliest token
+    #[arg(long, value_name = "T", default_value_t = 0.8, value_parser = temperature)]
+    pub temperature: f64,
+    /// Choose among the likeliest tokens that together have this probability
+    #[arg(long, value_name = "P", default_value_t = 0.95, value_parser = probability)]
+    pub top_p: f64,
+    /// Choose among so many likeliest tokens; 0 for all
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub top_k: usize,
+    /// The same seed chooses the same tokens
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub seed: u64,
+    /// Go on after the end-of-text token
+    #[arg(long)]
+    pub ignore_eos: bool,
+    #[command(flatten)]
+    pub precision: PrecisionArg,
+    #[command(flatten)]
+    pub json: Json,
+}
+
+/// Arguments of `convert`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Without --dtype every tensor keeps its format, except that FP8 becomes bf16.
+
+Examples:
+  hadal convert runs/quickstart/latest quickstart-bf16 --dtype bf16
+  hadal convert DeepSeek-V3 DeepSeek-V3-bf16 --shard-size 5GB")]
+pub struct ConvertArgs {
+    /// Hugging Face folder to read
+    pub source: PathBuf,
+    /// Folder to write; must hold no checkpoint yet
+    pub destination: PathBuf,
+    /// Number format of all weights
+    #[arg(long, value_name = "FORMAT")]
+    pub dtype: Option<Dtype>,
+    /// Largest weight file, with a unit: kB, MB, GB (thousands) or KiB, MiB, GiB
+    #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = units::parse_bytes)]
+    pub shard_size: u64,
+    #[command(flatten)]
+    pub json: Json,
+}
+
+/// Arguments of `doctor`.
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    #[command(flatten)]
+    pub json: Json,
+}
+
+/// Arguments of `bench`.
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    /// What to measure.
+    #[command(subcommand)]
+    pub what: Bench,
+}
+
+/// What to measure.
+#[derive(Debug, Subcommand)]
+pub enum Bench {
+    /// Steps of training, and generation, of a scene's model with fresh weights
+    Train(BenchTrainArgs),
+}
+
+/// Arguments of `bench train`.
+#[derive(Debug, Args)]
+pub struct BenchTrainArgs {
+    /// Scene file
+    #[arg(long)]
+    pub scene: PathBuf,
+    #[command(flatten)]
+    pub overrides: Overrides,
+    /// Leave MTP modules out, to compare with programs that have none
+    #[arg(long)]
+    pub no_mtp: bool,
+    /// Steps to measure, after two that are not
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = at_least::<1>)]
+    pub steps: usize,
+    /// Tokens to generate
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = at_least::<1>)]
+    pub generated_tokens: usize,
+    #[command(flatten)]
+    pub json: Json,
+}
+
+/// `--precision`.
+#[derive(Debug, Args)]
+pub struct PrecisionArg {
+    /// Number format to compute in
+    #[arg(long, value_name = "FORMAT", default_value = "f32")]
+    pub precision: Precision,
+}
+
+/// A number format to compute in.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum Precision {
+    /// 32-bit floating point
+    F32,
+    /// bfloat16 with 32-bit accumulation
+    Bf16,
+    /// 64-bit floating point
+    F64,
+}
+
+impl From<Precision> for Compute {
+    fn from(precision: Precision) -> Self {
+        match precision {
+            Precision::F32 => Compute::F32,
+            Precision::Bf16 => Compute::Bf16,
+            Precision::F64 => Compute::F64,
+        }
+    }
+}
+
+/// A number format to store weights in.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum Dtype {
+    /// 32-bit floating point
+    F32,
+    /// bfloat16
+    Bf16,
+    /// IEEE half precision
+    F16,
+}
+
+impl From<Dtype> for SaveDtype {
+    fn from(dtype: Dtype) -> Self {
+        match dtype {
+            Dtype::F32 => SaveDtype::F32,
+            Dtype::Bf16 => SaveDtype::Bf16,
+            Dtype::F16 => SaveDtype::F16,
+        }
+    }
+}
+
+fn at_least<const MIN: usize>(text: &str) -> Result<usize, String> {
+    let value: usize = text.parse().map_err(|_| "expected a whole number".to_owned())?;
+    if value < MIN { Err(format!("must be {MIN} or more")) } else { Ok(value) }
+}
+
+fn temperature(text: &str) -> Result<f64, String> {
+    number(text, |value| value >= 0.0, "must be 0 or more")
+}
+
+fn probability(text: &str) -> Result<f64, String> {
+    number(text, |value| value > 0.0 && value <= 1.0, "must be above 0 and at most 1")
+}
+
+fn number(text: &str, holds: impl Fn(f64) -> bool, message: &str) -> Result<f64, String> {
+    let value: f64 = text.parse().map_err(|_| "expected a number".to_owned())?;
+    if value.is_finite() && holds(value) { Ok(value) } else { Err(message.to_owned()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn what_parses_and_what_does_not() {
+        let check = |parses: bool, line: &str| {
+            let words = line.split(' ');
+            assert_eq!(Cli::try_parse_from(words).is_ok(), parses, "{line}");
+        };
+        check(true, "hadal run s.ron --set a=1 --set b=2 --resume --json -");
+        check(true, "hadal check s.ron --json");
+        check(true, "hadal eval c --data d --seq-len 128 --precision f64");
+        check(true, "hadal eval c --tokens t --logits l --grads g");
+        check(true, "hadal bench train --scene s.ron --no-mtp --steps 3");
+        // The scene must not be taken for the file that JSON goes to.
+        check(false, "hadal check --json s.ron");
+        check(false, "hadal run s.ron --resume --fresh");
+        check(false, "hadal eval c");
+        check(false, "hadal eval c --data d --tokens t");
+        check(false, "hadal eval c --data d --logits l");
+        check(false, "hadal eval c --data d --seq-len 1");
+        check(false, "hadal generate c");
+        check(false, "hadal generate c --prompt p --temperature -1");
+        check(false, "hadal generate c --prompt p --top-p 0");
+        check(false, "hadal convert a b --dtype f8");
+        check(false, "hadal convert a b --shard-size 5");
+        check(false, "hadal bench");
+        check(false, "hadal rnu s.ron");
+    }
+}

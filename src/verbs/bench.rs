@@ -1,0 +1,86 @@
+//! `hadal bench`: how fast this machine trains and generates, and where the time goes.
+
+use std::{
+    process::ExitCode,
+    sync::{Arc, atomic::AtomicUsize},
+};
+
+use systems::{
+    api::{BenchReport, BenchRequest},
+    session,
+};
+
+use crate::{
+    cli::BenchTrainArgs,
+    failure::Failure,
+    load,
+    progress::TrainingProgress,
+    report::{Output, Table},
+    units,
+};
+
+/// Measures training and generation of a scene's model.
+///
+/// # Errors
+/// If the scene is not valid, or the run fails.
+pub fn train(args: BenchTrainArgs, output: &Output) -> Result<ExitCode, Failure> {
+    let checked = load::scene(&args.scene, &args.overrides.set, &["model", "data", "train"])?;
+    let progress = Arc::new(TrainingProgress::new(1, Arc::new(AtomicUsize::new(0))));
+    let report = session::bench(BenchRequest {
+        loaded: checked.loaded,
+        no_mtp: args.no_mtp,
+        num_steps: args.steps as u64,
+        num_generated_tokens: args.generated_tokens,
+        progress: Arc::clone(&progress) as _,
+    });
+    progress.finish();
+    let report = report?;
+    output.result(&report, &table(&report).render(&format!("bench train {}", args.scene.display())))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn table(report: &BenchReport) -> Table {
+    let mut table = Table::default();
+    let of_peak = 100.0 * report.train_gflops_per_sec / report.peak_gemm_gflops_per_sec;
+    table
+        .row(
+            "parameters",
+            format!("{}, {} activated", units::count(report.num_params), units::count(report.num_activated_params)),
+        )
+        .row("training", format!("{:.0} tokens/s on {} threads", report.train_tokens_per_sec, report.num_threads))
+        .row(
+            "step",
+            format!(
+                "{} for {} tokens in sequences of {}",
+                units::duration(report.step_secs),
+                units::grouped(report.tokens_per_step),
+                units::grouped(report.seq_len),
+            ),
+        )
+        .row(
+            "products",
+            format!(
+                "{:.1} GFLOP/s, {of_peak:.0}% of the {:.1} of one large product",
+                report.train_gflops_per_sec, report.peak_gemm_gflops_per_sec,
+            ),
+        )
+        .row("idle", format!("{:.1}% of a step had no stream busy", 100.0 * report.overhead_share))
+        .row(
+            "generation",
+            format!("{:.1} tokens/s over {} tokens", report.generate_tokens_per_sec, report.generate_num_tokens),
+        )
+        .row("memory", format!("{} at most", units::bytes(report.peak_rss_bytes)));
+    let width = report.kinds.iter().map(|kind| kind.kind.len()).max().unwrap_or_default();
+    for (i, kind) in report.kinds.iter().enumerate() {
+        let line = format!(
+            "{:width$}  {:>5.1}%  {:>8}  {:>4} tasks  {:>7.1} GFLOP/s",
+            kind.kind,
+            100.0 * kind.share,
+            units::duration(kind.secs),
+            kind.num_tasks,
+            kind.gflops_per_sec,
+        );
+        table.row(if i == 0 { "time" } else { "" }, line);
+    }
+    table
+}

@@ -1,0 +1,33 @@
+//! One file for each verb: arguments to a request, the report to a table.
+
+mod bench;
+mod check;
+mod convert;
+mod doctor;
+mod eval;
+mod generate;
+mod run;
+
+use std::process::ExitCode;
+
+use crate::{
+    cli::{Bench, BenchArgs, Verb},
+    failure::Failure,
+    report::Output,
+};
+
+/// Does what was asked; gives the exit code of what was done.
+///
+/// # Errors
+/// Why it was not done.
+pub fn perform(verb: Verb, output: &Output) -> Result<ExitCode, Failure> {
+    match verb {
+        Verb::Run(args) => run::run(&args, output),
+        Verb::Check(args) => check::check(&args, output),
+        Verb::Eval(args) => eval::eval(args, output),
+        Verb::Generate(args) => generate::generate(args, output),
+        Verb::Convert(args) => convert::convert(&args, output),
+        Verb::Doctor(_) => doctor::doctor(output),
+        Verb::Bench(BenchArgs { what: Bench::Train(args) }) => bench::train(args, output),
+    }
+}

@@ -1,0 +1,135 @@
+//! `hadal run`: trains as a scene says, and sums up what came of it.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::Arc,
+};
+
+use systems::{
+    api::{RunReport, RunRequest},
+    scene::Scene,
+    session,
+};
+
+use crate::{
+    cli::RunArgs,
+    failure::Failure,
+    load,
+    progress::{self, TrainingProgress},
+    report::{Output, Table},
+    signals, units,
+};
+
+/// Runs.
+///
+/// # Errors
+/// If the scene is not valid, an earlier run is in the way, or the run fails.
+pub fn run(args: &RunArgs, output: &Output) -> Result<ExitCode, Failure> {
+    let checked = load::scene(&args.scene, &args.overrides.set, &["model", "data", "train"])?;
+    let loaded = checked.loaded;
+    let has_experts = checked.model.is_some_and(|model| model.moe.is_some());
+    if !args.resume {
+        make_room(&run_dir(&loaded.scene), args.fresh)?;
+    }
+    let stop = signals::listen().map_err(|e| Failure::runtime(format!("cannot listen to signals: {e}")))?;
+    let log_every_steps = loaded.scene.telemetry.clone().unwrap_or_default().log_every_steps;
+    let progress = Arc::new(TrainingProgress::new(log_every_steps, Arc::clone(&stop)));
+    let name = loaded.scene.name.clone();
+    let request = RunRequest { loaded, resume: args.resume, stop, progress: Arc::clone(&progress) as _ };
+    let report = session::run(request);
+    progress.finish();
+    let report = report?;
+    output.result(&report, &summary(&name, has_experts, &report))?;
+    if report.exit_code == 0 && report.checkpoint_dir.is_some() {
+        // As it was called: it need not be on the path.
+        let program = std::env::args().next().unwrap_or_else(|| "hadal".into());
+        eprintln!("try: {program} generate {} --prompt 'Once'", report.run_dir.join("latest").display());
+    }
+    Ok(ExitCode::from(report.exit_code))
+}
+
+fn run_dir(scene: &Scene) -> PathBuf {
+    scene.telemetry.clone().unwrap_or_default().dir.join(&scene.name)
+}
+
+/// An earlier run with checkpoints is worth something: it is neither continued nor given up unasked, and never deleted.
+fn make_room(run_dir: &Path, fresh: bool) -> Result<(), Failure> {
+    let has_checkpoints = fs::read_dir(run_dir.join("checkpoints")).is_ok_and(|mut entries| entries.next().is_some());
+    if !has_checkpoints {
+        return Ok(());
+    }
+    let shown = run_dir.display();
+    if !fresh {
+        return Err(Failure::usage(
+            format!("{shown} holds the checkpoints of an earlier run"),
+            "--resume goes on from the newest, --fresh moves that run aside and begins anew, \
+             --set name='\"other\"' keeps both",
+        ));
+    }
+    let aside = (1..).map(|n| PathBuf::from(format!("{shown}.{n}"))).find(|path| !path.exists());
+    let moved = aside.ok_or(io::ErrorKind::AlreadyExists.into()).and_then(|aside| {
+        fs::rename(run_dir, &aside)?;
+        Ok(aside)
+    });
+    let aside = moved.map_err(|e: io::Error| Failure::runtime(format!("cannot move {shown} aside: {e}")))?;
+    eprintln!("moved the earlier run to {}", aside.display());
+    Ok(())
+}
+
+fn summary(name: &str, has_experts: bool, report: &RunReport) -> String {
+    let mut table = Table::default();
+    let val_loss = report.val_loss_nats_per_token;
+    table
+        .row(
+            "parameters",
+            format!("{}, {} activated", units::count(report.num_params), units::count(report.num_activated_params)),
+        )
+        .row(
+            "trained",
+            format!(
+                "{} steps, {} tokens in {}, {} tokens/s",
+                units::grouped(report.num_steps),
+                units::grouped(report.num_tokens),
+                units::duration(report.train_secs),
+                units::grouped(report.tokens_per_sec as u64),
+            ),
+        )
+        .maybe("training loss", report.train_loss_nats_per_token.map(|nats| progress::loss(nats, None)))
+        .maybe("validation loss", val_loss.map(|nats| progress::loss(nats, report.val_bits_per_byte)))
+        .maybe(
+            "experts",
+            has_experts
+                .then(|| format!("MaxVio {:.2} in the worst layer, {} dead", report.max_vio, report.num_dead_experts)),
+        )
+        .row("idle", format!("{:.1}% of step time had no stream busy", 100.0 * report.overhead_share))
+        .row("memory", format!("{} of tensors at most", units::bytes(report.peak_tensor_bytes)))
+        .row("run folder", report.run_dir.display().to_string())
+        .maybe("checkpoint", report.checkpoint_dir.as_ref().map(|dir| dir.display().to_string()))
+        .maybe("sample", report.sample.clone());
+    table.render(&format!("{name}: {}", report.exit_reason))
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "tests")]
+    use super::*;
+
+    #[test]
+    fn an_earlier_run_is_never_lost() {
+        let parent = tempfile::tempdir().unwrap();
+        let dir = parent.path().join("a");
+        let earlier = dir.join("checkpoints/step-0000001");
+        make_room(&dir, false).unwrap();
+        fs::create_dir_all(&dir).unwrap();
+        make_room(&dir, false).unwrap();
+        for aside in ["a.1", "a.2"] {
+            fs::create_dir_all(&earlier).unwrap();
+            assert!(make_room(&dir, false).is_err());
+            assert!(earlier.exists());
+            make_room(&dir, true).unwrap();
+            assert!(!dir.exists() && parent.path().join(aside).join("checkpoints/step-0000001").exists());
+        }
+    }
+}
