@@ -13,7 +13,10 @@ use bevy_ecs::{
     prelude::*,
     system::{BoxedSystem, RunSystemError},
 };
-use kernels::{clock::now_nanos, stream::{Event, Recording}};
+use kernels::{
+    clock::now_nanos,
+    stream::{Event, Recording},
+};
 
 use crate::{
     clock::{Clock, DeviceSpec},

@@ -105,7 +105,12 @@ impl GraphBuilder {
     ///
     /// # Errors
     /// The handler's: an op's contract that is not kept is found here, before anything runs.
-    pub fn push_recorded(&mut self, world: &mut World, task: Task, arguments: impl Bundle) -> bevy_ecs::error::Result<Entity> {
+    pub fn push_recorded(
+        &mut self,
+        world: &mut World,
+        task: Task,
+        arguments: impl Bundle,
+    ) -> bevy_ecs::error::Result<Entity> {
         let span = (task.kind, task.stream, Span::of(&task));
         let entity = world.spawn((task, arguments)).id();
         let recording = dispatch::record(world, entity)?;

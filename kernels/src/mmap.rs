@@ -20,18 +20,12 @@ pub struct Mapped(memmap2::Mmap);
 pub fn map_file(path: &Path) -> io::Result<Mapped> {
     let file = File::open(path)?;
     if !file.metadata()?.is_file() {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            "not a regular file",
-        ));
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
     }
     map(&file).map(Mapped)
 }
 
-#[expect(
-    unsafe_code,
-    reason = "there is no safe way to map a file: another process can always change it"
-)]
+#[expect(unsafe_code, reason = "there is no safe way to map a file: another process can always change it")]
 fn map(file: &File) -> io::Result<memmap2::Mmap> {
     // SAFETY: the mapping is private to this value, read-only and unmapped when it is dropped, so memory safety rests on the
     // file keeping its bytes; `map_file` states that contract, and Hadal replaces such files by rename only.
@@ -48,10 +42,7 @@ impl Deref for Mapped {
 
 #[cfg(test)]
 mod tests {
-    #![expect(
-        clippy::unwrap_used,
-        reason = "tests panic with the failing expression"
-    )]
+    #![expect(clippy::unwrap_used, reason = "tests panic with the failing expression")]
     use super::*;
 
     fn scratch(name: &str) -> std::path::PathBuf {
@@ -76,10 +67,7 @@ mod tests {
     #[test]
     fn a_missing_file_and_a_folder_are_errors() {
         let dir = scratch("errors");
-        assert_eq!(
-            map_file(&dir.join("none")).unwrap_err().kind(),
-            io::ErrorKind::NotFound
-        );
+        assert_eq!(map_file(&dir.join("none")).unwrap_err().kind(), io::ErrorKind::NotFound);
         assert!(map_file(&dir).is_err());
         std::fs::remove_dir_all(dir).unwrap();
     }

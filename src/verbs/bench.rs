@@ -7,7 +7,7 @@ use std::{
 
 use systems::{
     api::{BenchReport, BenchRequest},
-    session,
+    bench::bench,
 };
 
 use crate::{
@@ -26,7 +26,7 @@ use crate::{
 pub fn train(args: BenchTrainArgs, output: &Output) -> Result<ExitCode, Failure> {
     let checked = load::scene(&args.scene, &args.overrides.set, &["model", "data", "train"])?;
     let progress = Arc::new(TrainingProgress::new(1, Arc::new(AtomicUsize::new(0))));
-    let report = session::bench(BenchRequest {
+    let report = bench(BenchRequest {
         loaded: checked.loaded,
         no_mtp: args.no_mtp,
         num_steps: args.steps as u64,

@@ -4,7 +4,7 @@ use std::{path::PathBuf, process::ExitCode, sync::Arc};
 
 use systems::{
     api::{EvalInput, EvalRequest},
-    session,
+    probe,
 };
 
 use crate::{
@@ -22,7 +22,7 @@ use crate::{
 pub fn eval(args: EvalArgs, output: &Output) -> Result<ExitCode, Failure> {
     let title = format!("{} on {}", args.checkpoint.display(), input(&args)?.1.display());
     let (logits, grads) = (args.logits.clone(), args.grads.clone());
-    let report = session::evaluate(EvalRequest {
+    let report = probe::evaluate(EvalRequest {
         input: input(&args)?.0,
         checkpoint: args.checkpoint,
         logits: args.logits,

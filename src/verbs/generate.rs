@@ -2,7 +2,7 @@
 
 use std::{process::ExitCode, sync::Arc};
 
-use systems::{api::GenerateRequest, session};
+use systems::{api::GenerateRequest, generate};
 
 use crate::{
     cli::GenerateArgs,
@@ -17,7 +17,7 @@ use crate::{
 /// # Errors
 /// If the checkpoint cannot be used.
 pub fn generate(args: GenerateArgs, output: &Output) -> Result<ExitCode, Failure> {
-    let report = session::generate(GenerateRequest {
+    let report = generate::generate(GenerateRequest {
         checkpoint: args.checkpoint,
         prompt: args.prompt,
         max_new_tokens: args.max_new_tokens,

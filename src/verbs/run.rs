@@ -9,8 +9,8 @@ use std::{
 
 use systems::{
     api::{RunReport, RunRequest},
+    run as training,
     scene::Scene,
-    session,
 };
 
 use crate::{
@@ -38,7 +38,7 @@ pub fn run(args: &RunArgs, output: &Output) -> Result<ExitCode, Failure> {
     let progress = Arc::new(TrainingProgress::new(log_every_steps, Arc::clone(&stop)));
     let name = loaded.scene.name.clone();
     let request = RunRequest { loaded, resume: args.resume, stop, progress: Arc::clone(&progress) as _ };
-    let report = session::run(request);
+    let report = training::run(request);
     progress.finish();
     let report = report?;
     output.result(&report, &summary(&name, has_experts, &report))?;

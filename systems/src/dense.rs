@@ -77,7 +77,11 @@ impl Dense {
             a: l.alloc("mlp swiglu", &[t, f]),
             out: l.alloc("mlp out", &[t, d]),
         };
-        l.task(MLP_F, Pass::Forward, MlpTask { dense: *self, eps: l.eps, acts, grads: None, recompute: (false, false) })?;
+        l.task(
+            MLP_F,
+            Pass::Forward,
+            MlpTask { dense: *self, eps: l.eps, acts, grads: None, recompute: (false, false) },
+        )?;
         l.drop_recomputable(Saved::Norm, acts.normed);
         l.drop_recomputable(Saved::Swiglu, acts.a);
         Ok(acts)

@@ -32,6 +32,8 @@ pub struct Evaluation {
     pub then: Work,
     /// The last result.
     pub result: Option<EvaluationResult>,
+    /// The same, until someone takes it.
+    pub fresh: Option<EvaluationResult>,
     next: usize,
     nats: f64,
     num_tokens: u64,
@@ -51,7 +53,7 @@ pub struct EvaluationResult {
 impl Evaluation {
     /// Evaluation of `batches`, each of the shape of `inputs`.
     pub fn new(inputs: Inputs, batches: Vec<Batch>, num_bytes: Option<u64>, then: Work) -> Self {
-        Evaluation { inputs, batches, num_bytes, then, result: None, next: 0, nats: 0.0, num_tokens: 0 }
+        Evaluation { inputs, batches, num_bytes, then, result: None, fresh: None, next: 0, nats: 0.0, num_tokens: 0 }
     }
 }
 
@@ -117,7 +119,7 @@ fn record(
         num_tokens: evaluation.num_tokens,
     };
     session.progress.evaluated(&result);
-    evaluation.result = Some(result);
+    (evaluation.result, evaluation.fresh) = (Some(result), Some(result));
     (evaluation.next, evaluation.nats, evaluation.num_tokens) = (0, 0.0, 0);
     *work = evaluation.then;
 }

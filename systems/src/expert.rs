@@ -113,7 +113,13 @@ pub(crate) struct ExpertTask {
 
 impl Moe {
     /// Emits F of the whole feed-forward half: route, experts, combine.
-    pub fn lower_forward(&self, l: &mut Lowering, layer: usize, router: Router, x: Tensor) -> Result<ExpertActivations> {
+    pub fn lower_forward(
+        &self,
+        l: &mut Lowering,
+        layer: usize,
+        router: Router,
+        x: Tensor,
+    ) -> Result<ExpertActivations> {
         let route = self.lower_route(l, layer, router, x)?;
         let (t, d, n, f) = (x.dim(0), x.dim(1), route.rows.dim(0), self.experts_down.value.dim(2));
         let shared = self.shared.map(|(gate_up, down)| SharedActivations {

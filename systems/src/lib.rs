@@ -1,11 +1,13 @@
 //! DeepSeek-style mixture-of-experts models as plugins: scene, data, model, routing, pipeline, optimizer, generation.
 pub mod api;
 pub mod attention;
+pub mod bench;
 pub mod data;
 pub mod dense;
 pub mod embedding;
 pub mod evaluate;
 pub mod expert;
+pub mod generate;
 pub mod head;
 pub mod hf;
 pub mod lower;
@@ -16,8 +18,10 @@ pub mod mtp;
 pub mod optimizer;
 pub mod params;
 pub mod pipeline;
+pub mod probe;
 pub mod problem;
 pub mod routing;
+pub mod run;
 pub mod save;
 pub mod scene;
 pub mod session;

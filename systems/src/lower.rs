@@ -16,7 +16,12 @@ use kernels::{
     tensor::{BufferId, Tensor},
 };
 
-use crate::{attention::AttentionSizes, microbatch::Inputs, scene::{Recompute, RecomputeOp}};
+use crate::{
+    attention::AttentionSizes,
+    generate::{Caches, LayerCache},
+    microbatch::Inputs,
+    scene::{Recompute, RecomputeOp},
+};
 
 /// Activations that a scene may choose to compute again instead of keeping.
 pub type Saved = RecomputeOp;
@@ -33,6 +38,8 @@ pub struct Lowering<'w> {
     pub eps: f64,
     /// Type of activations.
     pub compute: DType,
+    /// What generation remembers; attention then runs over these.
+    pub caches: Option<Caches>,
     /// Layer of the tasks emitted from here on.
     pub layer: Option<u32>,
     /// Microbatch of the tasks emitted from here on.
@@ -67,6 +74,7 @@ impl<'w> Lowering<'w> {
             attention,
             eps,
             compute,
+            caches: None,
             layer: None,
             microbatch: None,
             training,
@@ -138,6 +146,11 @@ impl<'w> Lowering<'w> {
     /// Whether whole layers are computed again.
     pub fn recomputes_layers(&self) -> bool {
         self.training && self.recompute == Recompute::Layer
+    }
+
+    /// What generation remembers of `layer`.
+    pub fn cache(&self, layer: usize) -> Option<LayerCache> {
+        self.caches.as_ref().map(|caches| caches.0[layer])
     }
 
     /// Releases an activation that the backward pass computes again.

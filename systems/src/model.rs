@@ -6,11 +6,7 @@
 use std::collections::BTreeMap;
 
 use bevy_ecs::prelude::*;
-use kernels::{
-    dtype::DType,
-    memory::Memory,
-    tensor::Tensor,
-};
+use kernels::{dtype::DType, memory::Memory, tensor::Tensor};
 use rand::{RngExt as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
 
@@ -232,6 +228,8 @@ fn spawn_layer(world: &mut World, config: &ModelConfig, parameters: &Parameters,
             .then(|| (get("mlp.shared_experts.gate_up_proj"), get("mlp.shared_experts.down_proj.weight"))),
     });
     let layer = layer.id();
-    world.spawn_batch((0..moe.n_routed_experts).map(move |expert| ExpertKey { layer: index as u16, expert: expert as u16 }));
+    world.spawn_batch(
+        (0..moe.n_routed_experts).map(move |expert| ExpertKey { layer: index as u16, expert: expert as u16 }),
+    );
     layer
 }

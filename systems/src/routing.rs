@@ -178,7 +178,13 @@ pub(crate) struct RouteTask {
 }
 
 impl Moe {
-    fn route_task(&self, l: &Lowering, router: Router, acts: RouteActivations, grads: Option<RouteGradients>) -> RouteTask {
+    fn route_task(
+        &self,
+        l: &Lowering,
+        router: Router,
+        acts: RouteActivations,
+        grads: Option<RouteGradients>,
+    ) -> RouteTask {
         RouteTask { moe: *self, gate: router.gate, inputs: l.inputs, eps: l.eps, repeating: l.repeating, acts, grads }
     }
 
@@ -230,7 +236,11 @@ impl Moe {
             d_shared,
             d_scores: balanced.then(|| l.alloc_like("d router scores", acts.logits)),
             d_logits,
-            narrow: if acts.wide.buffer == acts.normed.buffer { d_logits } else { l.alloc_like("d router in", acts.wide) },
+            narrow: if acts.wide.buffer == acts.normed.buffer {
+                d_logits
+            } else {
+                l.alloc_like("d router in", acts.wide)
+            },
             d_normed: l.alloc_like("d mlp normed", acts.x),
             dx: l.alloc_like("d mlp in", acts.x),
         };
@@ -346,4 +356,3 @@ pub(crate) fn bias_update(In(id): In<Entity>, mut launch: Launch<BiasTask>, stat
     }
     Ok(())
 }
-

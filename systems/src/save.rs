@@ -98,8 +98,10 @@ pub fn write_train_state(world: &World, folder: &Path) -> Result<(), BoxError> {
     let dir = folder.join("train");
     std::fs::create_dir_all(&dir)?;
     let tensors = state_tensors(parameters, optimizer);
-    let narrow: Vec<_> = tensors.iter().filter(|(_, t)| t.dtype == DType::F32).map(|(n, t)| (n, t, memory.read::<f32>(*t))).collect();
-    let wide: Vec<_> = tensors.iter().filter(|(_, t)| t.dtype == DType::F64).map(|(n, t)| (n, t, memory.read::<f64>(*t))).collect();
+    let narrow: Vec<_> =
+        tensors.iter().filter(|(_, t)| t.dtype == DType::F32).map(|(n, t)| (n, t, memory.read::<f32>(*t))).collect();
+    let wide: Vec<_> =
+        tensors.iter().filter(|(_, t)| t.dtype == DType::F64).map(|(n, t)| (n, t, memory.read::<f64>(*t))).collect();
     let mut file = TensorFile::new();
     let dims = |t: &Tensor| t.shape.dims().collect::<Vec<_>>();
     for (name, tensor, data) in &narrow {

@@ -10,7 +10,9 @@ use kernels::{dtype::DType, memory::Memory};
 use crate::{
     api::Progress,
     attention::{AttentionSizes, Rotary, gqa, mla},
-    dense, embedding, expert, head,
+    dense, embedding, expert,
+    generate::CachedTokens,
+    head,
     head::LossSums,
     lower::{self, Lowering},
     microbatch::Inputs,
@@ -67,10 +69,15 @@ pub struct ModelPlugin;
 
 impl Plugin for ModelPlugin {
     fn build(&self, app: &mut App) {
-        app.init_resource::<RoutingState>().init_resource::<ExpertCounts>().init_resource::<Work>();
+        app.init_resource::<CachedTokens>()
+            .init_resource::<RoutingState>()
+            .init_resource::<ExpertCounts>()
+            .init_resource::<Work>();
         app.on_task(embedding::EMBED_F, embedding::embed_forward)
             .on_task(embedding::EMBED_W, embedding::embed_weight_grad)
             .on_task(mla::MLA_F, mla::mla_forward)
+            .on_task(mla::MLA_CACHED, mla::mla_cached)
+            .on_task(gqa::GQA_CACHED, gqa::gqa_cached)
             .on_task(mla::MLA_R, mla::mla_recompute)
             .on_task(mla::MLA_I, mla::mla_input_grad)
             .on_task(mla::MLA_W, mla::mla_weight_grad)
@@ -159,6 +166,27 @@ pub fn app_with_model(
     Ok(app)
 }
 
+/// Runs one step of the plan `key` and returns when it is done; nothing else takes a turn.
+///
+/// # Errors
+/// Whatever the step failed with.
+pub fn run_plan(app: &mut App, key: &PlanKey) -> Result<(), SessionError> {
+    fn stop(mut exit: ResMut<Exit>) {
+        exit.stop(ExitReason::Finished);
+    }
+    #[derive(Resource)]
+    struct StopsAfterOne;
+    if !app.world().contains_resource::<StopsAfterOne>() {
+        app.insert_resource(StopsAfterOne).add_systems(Step, stop.in_set(StepSystems::Keep));
+    }
+    app.insert_resource(Exit::default()).insert_resource(Work::Rest);
+    app.world_mut().resource_mut::<Plans>().active = Some(key.clone());
+    match engine::app::run(app) {
+        ExitReason::Finished => Ok(()),
+        reason => Err(SessionError::runtime(reason)),
+    }
+}
+
 impl<'w> Lowering<'w> {
     /// Starts a graph over the session's model.
     ///
@@ -173,7 +201,9 @@ impl<'w> Lowering<'w> {
         let named: Vec<_> = world
             .resource::<Parameters>()
             .iter()
-            .flat_map(|(spec, w)| [Some((w.value, spec.name.clone())), w.grad.map(|g| (g, format!("gradient of {}", spec.name)))])
+            .flat_map(|(spec, w)| {
+                [Some((w.value, spec.name.clone())), w.grad.map(|g| (g, format!("gradient of {}", spec.name)))]
+            })
             .flatten()
             .collect();
         let mut lowering = Lowering::new(world, (memory, stream), sizes, inputs, recompute, training);

@@ -240,10 +240,7 @@ fn record(
                 *seen = step;
             }
         }
-        telemetry.histogram(
-            format!("load/layer {layer}"),
-            layer_counts.iter().map(|&c| f64::from(c)).collect(),
-        );
+        telemetry.histogram(format!("load/layer {layer}"), layer_counts.iter().map(|&c| f64::from(c)).collect());
         rows.push((*layer as u16, layer_counts.to_vec()));
     }
     for (key, mut load) in &mut loads {

@@ -7,11 +7,7 @@ use systems::scene::{Scene, SceneErrors};
 
 /// What is wrong, the scene, the overrides.
 const CASES: &[(&str, &str, &[&str])] = &[
-    (
-        "unknown field",
-        "(\n  train: (steps: 4, max_grad_nrom: 1.0),\n)",
-        &[],
-    ),
+    ("unknown field", "(\n  train: (steps: 4, max_grad_nrom: 1.0),\n)", &[]),
     ("unknown field, nothing near", "(mtp: (zzz: 1))", &[]),
     ("unknown section", "(optimiser: AdamW)", &[]),
     ("string for a number", "(train: (steps: \"400\"))", &[]),
@@ -22,58 +18,18 @@ const CASES: &[(&str, &str, &[&str])] = &[
     ("struct for a number", "(mtp: (loss_weight: (x: 0.3)))", &[]),
     ("braces for a struct", "(mtp: {\"loss_weight\": 0.3})", &[]),
     ("list for a struct", "(batch: [8, 1])", &[]),
-    (
-        "missing fields",
-        "(\n  schedule: WarmupStableDecay(\n    warmup_steps: 3,\n  ),\n)",
-        &[],
-    ),
+    ("missing fields", "(\n  schedule: WarmupStableDecay(\n    warmup_steps: 3,\n  ),\n)", &[]),
     ("unknown variant", "(schedule: Cosin(peak_lr: 1))", &[]),
-    (
-        "unknown variant, nothing near",
-        "(recompute: Everything)",
-        &[],
-    ),
-    (
-        "struct where a variant belongs",
-        "(optimizer: (beta1: 0.9))",
-        &[],
-    ),
-    (
-        "fields on a variant that has none",
-        "(routing: (mode: Forced(1)))",
-        &[],
-    ),
-    (
-        "duplicate field",
-        "(\n  seed: 1,\n  name: \"x\",\n  seed: 2,\n)",
-        &[],
-    ),
-    (
-        "never closed",
-        "(\n  train: (steps: 4,\n  seed: 1,\n)\n",
-        &[],
-    ),
+    ("unknown variant, nothing near", "(recompute: Everything)", &[]),
+    ("struct where a variant belongs", "(optimizer: (beta1: 0.9))", &[]),
+    ("fields on a variant that has none", "(routing: (mode: Forced(1)))", &[]),
+    ("duplicate field", "(\n  seed: 1,\n  name: \"x\",\n  seed: 2,\n)", &[]),
+    ("never closed", "(\n  train: (steps: 4,\n  seed: 1,\n)\n", &[]),
     ("comma forgotten", "(\n  seed: 1\n  name: \"x\",\n)", &[]),
-    (
-        "tabs and wide characters",
-        "(\n\tname: \"é\", seeed: 1)",
-        &[],
-    ),
-    (
-        "unknown key in an override",
-        "(train: (steps: 4))",
-        &["train.step=5"],
-    ),
-    (
-        "wrong type in an override",
-        "(train: (steps: 4))",
-        &["seed=2", "train.steps=five"],
-    ),
-    (
-        "override without a value",
-        "(train: (steps: 4))",
-        &["train.steps"],
-    ),
+    ("tabs and wide characters", "(\n\tname: \"é\", seeed: 1)", &[]),
+    ("unknown key in an override", "(train: (steps: 4))", &["train.step=5"]),
+    ("wrong type in an override", "(train: (steps: 4))", &["seed=2", "train.steps=five"]),
+    ("override without a value", "(train: (steps: 4))", &["train.steps"]),
     (
         "several at once",
         "(\n  sed: 1,\n  train: (steps: \"x\"),\n  data: (train: 1, seq_len: 2.5),\n)",
@@ -96,9 +52,7 @@ fn errors(text: &str, overrides: &[&str]) -> SceneErrors {
 
 #[track_caller]
 fn check_golden(name: &str, found: &str) {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/golden")
-        .join(name);
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
     if std::env::var_os("UPDATE_GOLDEN").is_some() {
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
         std::fs::write(&path, found).unwrap();
@@ -123,17 +77,7 @@ fn plain_messages() {
 
 #[test]
 fn messages_for_a_terminal() {
-    let (_, scene, overrides) = CASES
-        .iter()
-        .find(|(name, ..)| *name == "several at once")
-        .unwrap();
-    check_golden(
-        "scene_errors_graphical.txt",
-        &errors(scene, overrides).graphical(80, false),
-    );
-    assert!(
-        errors(scene, overrides)
-            .graphical(80, true)
-            .contains("\u{1b}[")
-    );
+    let (_, scene, overrides) = CASES.iter().find(|(name, ..)| *name == "several at once").unwrap();
+    check_golden("scene_errors_graphical.txt", &errors(scene, overrides).graphical(80, false));
+    assert!(errors(scene, overrides).graphical(80, true).contains("\u{1b}["));
 }

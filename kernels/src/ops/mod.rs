@@ -5,13 +5,13 @@
 //!
 //! Shape letters: t tokens, d model width, f feed-forward width, o output width, i input width, h heads, e experts, v vocabulary.
 
-mod expect;
 pub mod adamw;
 pub mod attention;
 pub mod balance;
 pub mod cross_entropy;
 pub mod elementwise;
 pub mod embedding;
+mod expect;
 pub mod gate;
 pub mod gemm;
 pub mod gemv;

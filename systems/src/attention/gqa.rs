@@ -5,13 +5,17 @@
 use bevy_ecs::prelude::*;
 use engine::prelude::*;
 use kernels::{
-    ops::{attention, elementwise, gemm, rms_norm, rope},
+    ops::{
+        attention::{self, cached::KvCache},
+        elementwise, gemm, rms_norm, rope,
+    },
     stream::Stream,
     tensor::Tensor,
 };
 
 use super::{AttentionSizes, Rotary};
 use crate::{
+    generate::CachedTokens,
     lower::{Lowering, Saved},
     microbatch::Inputs,
     model::Weight,
@@ -19,6 +23,8 @@ use crate::{
 
 /// F of grouped-query attention.
 pub const GQA_F: TaskKind = TaskKind("attention_forward_gqa");
+/// F over a cache of keys and values.
+pub const GQA_CACHED: TaskKind = TaskKind("attention_cached_gqa");
 /// I of grouped-query attention.
 pub const GQA_I: TaskKind = TaskKind("attention_input_grad_gqa");
 /// W of grouped-query attention.
@@ -79,19 +85,19 @@ pub(crate) struct GqaTask {
     acts: GqaActivations,
     grads: Option<GqaGradients>,
     renorm: bool,
+    cache: Option<KvCache>,
 }
 
 impl Gqa {
     fn task(&self, l: &Lowering, acts: GqaActivations, grads: Option<GqaGradients>) -> GqaTask {
         let renorm = grads.is_some() && l.recomputes(Saved::Norm);
-        GqaTask { gqa: *self, sizes: l.attention, inputs: l.inputs, eps: l.eps, acts, grads, renorm }
+        GqaTask { gqa: *self, sizes: l.attention, inputs: l.inputs, eps: l.eps, acts, grads, renorm, cache: None }
     }
 
-    /// Emits F.
-    pub fn lower_forward(&self, l: &mut Lowering, x: Tensor) -> Result<GqaActivations> {
+    fn allocate(&self, l: &mut Lowering, x: Tensor) -> GqaActivations {
         let (t, d) = (x.dim(0), x.dim(1));
         let AttentionSizes { heads, kv_heads, qk, v, .. } = l.attention;
-        let acts = GqaActivations {
+        GqaActivations {
             x,
             normed: l.alloc("attention normed", &[t, d]),
             rstd: l.alloc("attention rstd", &[t]),
@@ -101,7 +107,20 @@ impl Gqa {
             o: l.alloc("attention heads", &[t, heads, v]),
             lse: l.alloc_acc("attention logsumexp", &[t, heads]),
             out: l.alloc("attention out", &[t, d]),
-        };
+        }
+    }
+
+    /// Emits F of new tokens over `cache`, which they are appended to. Only the output is of use after it.
+    pub fn lower_cached(&self, l: &mut Lowering, x: Tensor, cache: KvCache) -> Result<GqaActivations> {
+        let acts = self.allocate(l, x);
+        let task = GqaTask { cache: Some(cache), ..self.task(l, acts, None) };
+        l.task(GQA_CACHED, Pass::Forward, task)?;
+        Ok(acts)
+    }
+
+    /// Emits F.
+    pub fn lower_forward(&self, l: &mut Lowering, x: Tensor) -> Result<GqaActivations> {
+        let acts = self.allocate(l, x);
         let task = self.task(l, acts, None);
         l.task(GQA_F, Pass::Forward, task)?;
         l.drop_recomputable(Saved::Norm, acts.normed);
@@ -138,6 +157,19 @@ impl Gqa {
 }
 
 impl GqaTask {
+    /// Input to rotated queries, keys and values.
+    fn project(&self, s: &mut Stream, rotary: &Rotary) -> Result {
+        let (a, gqa) = (&self.acts, &self.gqa);
+        rms_norm::forward(s, a.x, gqa.norm.value, a.normed, a.rstd, self.eps)?;
+        for ((w, bias), y) in [(gqa.query, a.q), (gqa.key, a.k), (gqa.value, a.v)] {
+            gemm::forward(s, a.normed, w.value, bias.map(|b| b.value), flat(y))?;
+        }
+        for x in [a.q, a.k] {
+            rope::forward(s, x, self.sizes.nope, self.inputs.positions, &rotary.0)?;
+        }
+        Ok(())
+    }
+
     fn attention(&self) -> attention::Inputs {
         let (a, doc_offsets, scale) = (&self.acts, self.inputs.doc_offsets, self.sizes.scale);
         attention::Inputs { q: a.q, k: a.k, v: a.v, doc_offsets, scale }
@@ -147,14 +179,25 @@ impl GqaTask {
 pub(crate) fn gqa_forward(In(id): In<Entity>, mut launch: Launch<GqaTask>, rotary: Res<Rotary>) -> Result {
     let (_, &task, s) = launch.get(id)?;
     let (a, gqa) = (&task.acts, &task.gqa);
-    rms_norm::forward(s, a.x, gqa.norm.value, a.normed, a.rstd, task.eps)?;
-    for ((w, bias), y) in [(gqa.query, a.q), (gqa.key, a.k), (gqa.value, a.v)] {
-        gemm::forward(s, a.normed, w.value, bias.map(|b| b.value), flat(y))?;
-    }
-    for x in [a.q, a.k] {
-        rope::forward(s, x, task.sizes.nope, task.inputs.positions, &rotary.0)?;
-    }
+    task.project(s, &rotary)?;
     attention::forward(s, task.attention(), a.o, a.lse)?;
+    elementwise::copy(s, a.x, a.out)?;
+    gemm::forward_acc(s, flat(a.o), gqa.out.value, a.out)?;
+    Ok(())
+}
+
+pub(crate) fn gqa_cached(
+    In(id): In<Entity>,
+    mut launch: Launch<GqaTask>,
+    rotary: Res<Rotary>,
+    cached: Res<CachedTokens>,
+) -> Result {
+    let (_, &task, s) = launch.get(id)?;
+    let (a, gqa) = (&task.acts, &task.gqa);
+    let Some(cache) = task.cache else { return Ok(()) };
+    task.project(s, &rotary)?;
+    attention::cached::append(s, a.k, a.v, cache, cached.0)?;
+    attention::cached::forward(s, a.q, cache, cached.0, task.sizes.scale, a.o)?;
     elementwise::copy(s, a.x, a.out)?;
     gemm::forward_acc(s, flat(a.o), gqa.out.value, a.out)?;
     Ok(())

@@ -14,6 +14,7 @@ use kernels::{
 
 use super::{AttentionSizes, Rotary};
 use crate::{
+    generate::CachedTokens,
     lower::{Lowering, Saved},
     microbatch::Inputs,
     model::Weight,
@@ -120,16 +121,16 @@ pub(crate) struct MlaTask {
     acts: MlaActivations,
     grads: Option<MlaGradients>,
     recompute: (bool, bool),
+    cache: Option<Tensor>,
 }
 
 impl Mla {
     fn task(&self, l: &Lowering, acts: MlaActivations, grads: Option<MlaGradients>) -> MlaTask {
         let recompute = (l.recomputes(Saved::Norm), l.recomputes(Saved::MlaUp));
-        MlaTask { mla: *self, sizes: l.attention, inputs: l.inputs, eps: l.eps, acts, grads, recompute }
+        MlaTask { mla: *self, sizes: l.attention, inputs: l.inputs, eps: l.eps, acts, grads, recompute, cache: None }
     }
 
-    /// Emits F.
-    pub fn lower_forward(&self, l: &mut Lowering, x: Tensor) -> Result<MlaActivations> {
+    fn allocate(&self, l: &mut Lowering, x: Tensor) -> MlaActivations {
         let (t, d) = (x.dim(0), x.dim(1));
         let AttentionSizes { heads: h, qk, v, .. } = l.attention;
         let (c_r, c) = (self.kv_down.value.dim(0), self.kv_norm.value.len());
@@ -141,7 +142,7 @@ impl Mla {
                 rstd: l.alloc("query latent rstd", &[t]),
             }),
         };
-        let acts = MlaActivations {
+        MlaActivations {
             x,
             normed: l.alloc("attention normed", &[t, d]),
             rstd: l.alloc("attention rstd", &[t]),
@@ -156,7 +157,12 @@ impl Mla {
             o: l.alloc("attention heads", &[t, h, v]),
             lse: l.alloc_acc("attention logsumexp", &[t, h]),
             out: l.alloc("attention out", &[t, d]),
-        };
+        }
+    }
+
+    /// Emits F.
+    pub fn lower_forward(&self, l: &mut Lowering, x: Tensor) -> Result<MlaActivations> {
+        let acts = self.allocate(l, x);
         let task = self.task(l, acts, None);
         l.task(MLA_F, Pass::Forward, task)?;
         l.release(acts.kv);
@@ -167,8 +173,21 @@ impl Mla {
         Ok(acts)
     }
 
+    /// Emits F of new tokens over `cache` [capacity, c + r], which they are appended to. Only the output is of use after it.
+    pub fn lower_cached(&self, l: &mut Lowering, x: Tensor, cache: Tensor) -> Result<MlaActivations> {
+        let acts = self.allocate(l, x);
+        let task = MlaTask { cache: Some(cache), ..self.task(l, acts, None) };
+        l.task(MLA_CACHED, Pass::Forward, task)?;
+        Ok(acts)
+    }
+
     /// Emits I.
-    pub fn lower_input_grad(&self, l: &mut Lowering, mut acts: MlaActivations, d_out: Tensor) -> Result<(MlaActivations, MlaGradients)> {
+    pub fn lower_input_grad(
+        &self,
+        l: &mut Lowering,
+        mut acts: MlaActivations,
+        d_out: Tensor,
+    ) -> Result<(MlaActivations, MlaGradients)> {
         let (t, d) = (acts.x.dim(0), acts.x.dim(1));
         let AttentionSizes { heads: h, qk, v, .. } = l.attention;
         acts.normed = l.alloc_again(Saved::Norm, acts.normed);
@@ -191,9 +210,9 @@ impl Mla {
             dkv: l.alloc("d keys and values", &[t, self.kv_up.value.dim(0)]),
             d_kv_normed: like(l, "d key-value latent normed", acts.kv_normed),
             d_kv_latent: like(l, "d key-value latent", acts.kv_latent),
-            d_query: acts.latent_query.map(|q| {
-                (l.alloc_like("d query latent normed", q.normed), l.alloc_like("d query latent", q.latent))
-            }),
+            d_query: acts
+                .latent_query
+                .map(|q| (l.alloc_like("d query latent normed", q.normed), l.alloc_like("d query latent", q.latent))),
             d_normed: l.alloc("d attention normed", &[t, d]),
             dx: l.alloc("d attention in", &[t, d]),
         };
@@ -215,13 +234,20 @@ impl MlaTask {
         Ok(rms_norm::forward(s, a.x, self.mla.norm.value, a.normed, a.rstd, self.eps)?)
     }
 
-    fn attention(&self) -> attention::Inputs {
-        let (a, doc_offsets, scale) = (&self.acts, self.inputs.doc_offsets, self.sizes.scale);
-        attention::Inputs { q: a.q, k: a.k, v: a.v, doc_offsets, scale }
+    /// Input to latents.
+    fn down(&self, s: &mut Stream) -> Result {
+        let (a, mla) = (&self.acts, &self.mla);
+        self.norm(s)?;
+        if let (MlaQuery::LowRank { down, norm, .. }, Some(q)) = (mla.query, a.latent_query) {
+            gemm::forward(s, a.normed, down.value, None, q.latent)?;
+            rms_norm::forward(s, q.latent, norm.value, q.normed, q.rstd, LATENT_EPS)?;
+        }
+        gemm::forward(s, a.normed, mla.kv_down.value, None, a.kv_latent)?;
+        Ok(rms_norm::forward(s, a.kv_latent, mla.kv_norm.value, a.kv_normed, a.kv_rstd, LATENT_EPS)?)
     }
 
-    /// Latents to rotated queries, keys and values.
-    fn up(&self, s: &mut Stream, rotary: &Rotary) -> Result {
+    /// Latent to rotated queries.
+    fn queries(&self, s: &mut Stream, rotary: &Rotary) -> Result {
         let (a, sizes) = (&self.acts, &self.sizes);
         let q = a.q.reshape(&[a.q.dim(0), sizes.heads * sizes.qk]);
         match (self.mla.query, a.latent_query) {
@@ -229,7 +255,18 @@ impl MlaTask {
             (MlaQuery::Full(w), _) => gemm::forward(s, a.normed, w.value, None, q)?,
             _ => {}
         }
-        rope::forward(s, a.q, sizes.nope, self.inputs.positions, &rotary.0)?;
+        Ok(rope::forward(s, a.q, sizes.nope, self.inputs.positions, &rotary.0)?)
+    }
+
+    fn attention(&self) -> attention::Inputs {
+        let (a, doc_offsets, scale) = (&self.acts, self.inputs.doc_offsets, self.sizes.scale);
+        attention::Inputs { q: a.q, k: a.k, v: a.v, doc_offsets, scale }
+    }
+
+    /// Latents to rotated queries, keys and values.
+    fn up(&self, s: &mut Stream, rotary: &Rotary) -> Result {
+        let a = &self.acts;
+        self.queries(s, rotary)?;
         gemm::forward(s, a.kv_normed, self.mla.kv_up.value, None, a.kv)?;
         let latents = mla::Projections { kv_a: a.kv_latent, kv_b: a.kv };
         mla::assemble(s, latents, self.inputs.positions, &rotary.0, a.k, a.v)?;
@@ -240,15 +277,27 @@ impl MlaTask {
 pub(crate) fn mla_forward(In(id): In<Entity>, mut launch: Launch<MlaTask>, rotary: Res<Rotary>) -> Result {
     let (_, &task, s) = launch.get(id)?;
     let (a, mla) = (&task.acts, &task.mla);
-    task.norm(s)?;
-    if let (MlaQuery::LowRank { down, norm, .. }, Some(q)) = (mla.query, a.latent_query) {
-        gemm::forward(s, a.normed, down.value, None, q.latent)?;
-        rms_norm::forward(s, q.latent, norm.value, q.normed, q.rstd, LATENT_EPS)?;
-    }
-    gemm::forward(s, a.normed, mla.kv_down.value, None, a.kv_latent)?;
-    rms_norm::forward(s, a.kv_latent, mla.kv_norm.value, a.kv_normed, a.kv_rstd, LATENT_EPS)?;
+    task.down(s)?;
     task.up(s, &rotary)?;
     attention::forward(s, task.attention(), a.o, a.lse)?;
+    elementwise::copy(s, a.x, a.out)?;
+    gemm::forward_acc(s, flat(a.o), mla.out.value, a.out)?;
+    Ok(())
+}
+
+pub(crate) fn mla_cached(
+    In(id): In<Entity>,
+    mut launch: Launch<MlaTask>,
+    rotary: Res<Rotary>,
+    cached: Res<CachedTokens>,
+) -> Result {
+    let (_, &task, s) = launch.get(id)?;
+    let (a, mla) = (&task.acts, &task.mla);
+    let Some(cache) = task.cache else { return Ok(()) };
+    task.down(s)?;
+    task.queries(s, &rotary)?;
+    mla::latent::append(s, a.kv_normed, a.kv_latent, &rotary.0, cache, cached.0)?;
+    mla::latent::forward(s, a.q, mla.kv_up.value, cache, cached.0, task.sizes.scale, a.o)?;
     elementwise::copy(s, a.x, a.out)?;
     gemm::forward_acc(s, flat(a.o), mla.out.value, a.out)?;
     Ok(())

@@ -13,10 +13,7 @@ use super::tokenizer::END_OF_TEXT;
 pub(super) fn train(documents: &[String], vocab_size: usize) -> tokenizers::Result<String> {
     let level = ByteLevel::new(false, false, true);
     let mut tokenizer = HfTokenizer::new(BPE::default());
-    tokenizer
-        .with_pre_tokenizer(Some(level))
-        .with_decoder(Some(level))
-        .with_post_processor(Some(level));
+    tokenizer.with_pre_tokenizer(Some(level)).with_decoder(Some(level)).with_post_processor(Some(level));
     let alphabet: HashSet<char> = ByteLevel::alphabet().into_iter().collect();
     let trainer = BpeTrainer::builder()
         .vocab_size(vocab_size)
@@ -26,10 +23,7 @@ pub(super) fn train(documents: &[String], vocab_size: usize) -> tokenizers::Resu
         .initial_alphabet(alphabet)
         .build();
     let mut trainer = TrainerWrapper::from(trainer);
-    tokenizer.train(
-        &mut trainer,
-        documents.iter().flat_map(|document| pieces(document)),
-    )?;
+    tokenizer.train(&mut trainer, documents.iter().flat_map(|document| pieces(document)))?;
     tokenizer.to_string(false)
 }
 
@@ -54,19 +48,12 @@ pub(super) fn tokens(tokenizer: &HfTokenizer) -> Result<Vec<Token>, String> {
     let added = tokenizer.get_added_tokens_decoder();
     let byte_of_char = byte_of_char();
     let token = |id: u32| match (added.get(&id), tokenizer.id_to_token(id)) {
-        (Some(added), _) => Ok(Token {
-            bytes: added.content.as_bytes().into(),
-            is_special: added.special,
-        }),
+        (Some(added), _) => Ok(Token { bytes: added.content.as_bytes().into(), is_special: added.special }),
         (None, Some(name)) => {
             let byte = |c: char| byte_of_char.get(c as usize).copied().flatten();
             let bytes = name.chars().map(byte).collect::<Option<_>>();
-            let bytes = bytes
-                .ok_or_else(|| format!("token {id} {name:?}, which is not in the byte alphabet"))?;
-            Ok(Token {
-                bytes,
-                is_special: false,
-            })
+            let bytes = bytes.ok_or_else(|| format!("token {id} {name:?}, which is not in the byte alphabet"))?;
+            Ok(Token { bytes, is_special: false })
         }
         (None, None) => Ok(Token::default()),
     };
@@ -98,18 +85,11 @@ fn pieces(document: &str) -> impl Iterator<Item = &str> {
         if rest.is_empty() {
             return None;
         }
-        let cut = rest
-            .char_indices()
-            .skip_while(|(at, _)| *at < PIECE_BYTES)
-            .find_map(|(at, c)| {
-                let (before, after) = (
-                    rest[..at].chars().next_back(),
-                    rest[at + c.len_utf8()..].chars().next(),
-                );
-                let lone = before.is_some_and(|b| !b.is_whitespace())
-                    && after.is_some_and(|a| !a.is_whitespace());
-                (c == '\n' && lone).then_some(at + 1)
-            });
+        let cut = rest.char_indices().skip_while(|(at, _)| *at < PIECE_BYTES).find_map(|(at, c)| {
+            let (before, after) = (rest[..at].chars().next_back(), rest[at + c.len_utf8()..].chars().next());
+            let lone = before.is_some_and(|b| !b.is_whitespace()) && after.is_some_and(|a| !a.is_whitespace());
+            (c == '\n' && lone).then_some(at + 1)
+        });
         let (piece, tail) = rest.split_at(cut.unwrap_or(rest.len()));
         rest = tail;
         Some(piece)
@@ -134,9 +114,7 @@ mod tests {
             assert_eq!(pieces.concat(), text);
             for pair in pieces.windows(2) {
                 assert!(
-                    pair[0].ends_with('\n')
-                        && !pair[0].ends_with("\n\n")
-                        && !pair[1].starts_with(char::is_whitespace)
+                    pair[0].ends_with('\n') && !pair[0].ends_with("\n\n") && !pair[1].starts_with(char::is_whitespace)
                 );
             }
         }

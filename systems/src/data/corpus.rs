@@ -36,11 +36,7 @@ impl Corpus {
     fn push(&mut self, shard: Arc<Shard>, documents: Range<usize>) {
         if !documents.is_empty() {
             let first = self.num_documents();
-            self.parts.push(Part {
-                shard,
-                documents,
-                first,
-            });
+            self.parts.push(Part { shard, documents, first });
         }
     }
 
@@ -48,9 +44,7 @@ impl Corpus {
     pub fn split_at(&self, num_documents: usize) -> (Corpus, Corpus) {
         let (mut head, mut tail) = (Corpus::default(), Corpus::default());
         for part in &self.parts {
-            let num_head = num_documents
-                .saturating_sub(part.first)
-                .min(part.documents.len());
+            let num_head = num_documents.saturating_sub(part.first).min(part.documents.len());
             let cut = part.documents.start + num_head;
             head.push(part.shard.clone(), part.documents.start..cut);
             tail.push(part.shard.clone(), cut..part.documents.end);
@@ -60,23 +54,17 @@ impl Corpus {
 
     /// Number of documents.
     pub fn num_documents(&self) -> usize {
-        self.parts
-            .last()
-            .map_or(0, |part| part.first + part.documents.len())
+        self.parts.last().map_or(0, |part| part.first + part.documents.len())
     }
 
     /// Number of tokens of all documents, separators not counted.
     pub fn num_tokens(&self) -> u64 {
-        (0..self.num_documents())
-            .map(|document| self.document_tokens(document))
-            .sum()
+        (0..self.num_documents()).map(|document| self.document_tokens(document)).sum()
     }
 
     /// UTF-8 bytes of all documents.
     pub fn num_bytes(&self) -> u64 {
-        (0..self.num_documents())
-            .map(|document| self.document_bytes(document))
-            .sum()
+        (0..self.num_documents()).map(|document| self.document_bytes(document)).sum()
     }
 
     /// Number of tokens of one document.
@@ -101,17 +89,10 @@ impl Corpus {
     /// are meant. The tokens are not read.
     pub fn digest(&self) -> String {
         let mut hash = Sha256::new();
-        for Part {
-            shard, documents, ..
-        } in &self.parts
-        {
+        for Part { shard, documents, .. } in &self.parts {
             hash.update(shard.origin().source);
             hash.update(shard.origin().tokenizer);
-            for number in [
-                shard.num_tokens(),
-                documents.start as u64,
-                documents.end as u64,
-            ] {
+            for number in [shard.num_tokens(), documents.start as u64, documents.end as u64] {
                 hash.update(number.to_le_bytes());
             }
         }
@@ -146,31 +127,18 @@ mod tests {
     fn documents_of_all_shards_in_order_and_split_anywhere() {
         let shards: [&[&[u32]]; 4] = [&[&[1, 2], &[3]], &[], &[&[]], &[&[4], &[5, 6, 7], &[8]]];
         let shard = |documents: &[&[u32]]| {
-            Arc::new(Shard::from_documents(
-                documents.iter().map(|d| (d.to_vec(), 10 + d.len() as u64)),
-            ))
+            Arc::new(Shard::from_documents(documents.iter().map(|d| (d.to_vec(), 10 + d.len() as u64))))
         };
         let corpus = Corpus::new(shards.map(shard));
-        let all: Vec<Vec<u32>> = shards
-            .concat()
-            .iter()
-            .map(|document| document.to_vec())
-            .collect();
+        let all: Vec<Vec<u32>> = shards.concat().iter().map(|document| document.to_vec()).collect();
         assert_eq!(documents(&corpus), all);
         assert_eq!((corpus.num_tokens(), corpus.num_bytes()), (8, 68));
         for cut in 0..=all.len() + 1 {
             let (head, tail) = corpus.split_at(cut);
             assert_eq!(documents(&head), all[..cut.min(all.len())], "cut at {cut}");
             assert_eq!(documents(&tail), all[cut.min(all.len())..], "cut at {cut}");
-            assert_eq!(
-                head.digest() == corpus.digest(),
-                cut >= all.len(),
-                "cut at {cut}"
-            );
-            for (tail_cut, rest) in [
-                (1, all.len().saturating_sub(cut + 1)),
-                (0, all.len().saturating_sub(cut)),
-            ] {
+            assert_eq!(head.digest() == corpus.digest(), cut >= all.len(), "cut at {cut}");
+            for (tail_cut, rest) in [(1, all.len().saturating_sub(cut + 1)), (0, all.len().saturating_sub(cut))] {
                 assert_eq!(tail.split_at(tail_cut).1.num_documents(), rest);
             }
         }

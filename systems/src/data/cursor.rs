@@ -43,9 +43,7 @@ pub enum CursorError {
         found: String,
     },
     /// The cursor points past its epoch.
-    #[error(
-        "the data cursor is at sample {sample} of an epoch of {num_rows} samples; the checkpoint is damaged"
-    )]
+    #[error("the data cursor is at sample {sample} of an epoch of {num_rows} samples; the checkpoint is damaged")]
     OutOfRange {
         /// The cursor's sample.
         sample: u64,
@@ -53,9 +51,7 @@ pub enum CursorError {
         num_rows: u64,
     },
     /// Row indices are 32 bits.
-    #[error(
-        "the corpus has {0} rows, at most 4294967295 can be shuffled; raise the sequence length"
-    )]
+    #[error("the corpus has {0} rows, at most 4294967295 can be shuffled; raise the sequence length")]
     TooManyRows(u64),
 }
 
@@ -75,17 +71,8 @@ impl Loader {
     /// [`CursorError::TooManyRows`].
     pub fn new(rows: Rows, seed: u64) -> Result<Loader, CursorError> {
         let num_rows = rows.num_rows();
-        let order = Order::new(
-            seed,
-            0,
-            u32::try_from(num_rows).map_err(|_| CursorError::TooManyRows(num_rows))?,
-        );
-        Ok(Loader {
-            rows,
-            seed,
-            next: 0,
-            order: (0, order),
-        })
+        let order = Order::new(seed, 0, u32::try_from(num_rows).map_err(|_| CursorError::TooManyRows(num_rows))?);
+        Ok(Loader { rows, seed, next: 0, order: (0, order) })
     }
 
     /// The rows drawn from.
@@ -114,37 +101,19 @@ impl Loader {
         let here = self.cursor();
         for (field, saved, found) in [
             ("seed", cursor.seed.to_string(), here.seed.to_string()),
-            (
-                "seq_len",
-                cursor.seq_len.to_string(),
-                here.seq_len.to_string(),
-            ),
+            ("seq_len", cursor.seq_len.to_string(), here.seq_len.to_string()),
             ("corpus", cursor.corpus.clone(), here.corpus),
-            (
-                "num_rows",
-                cursor.num_rows.to_string(),
-                here.num_rows.to_string(),
-            ),
+            ("num_rows", cursor.num_rows.to_string(), here.num_rows.to_string()),
         ] {
             if saved != found {
-                return Err(CursorError::Changed {
-                    field,
-                    saved,
-                    found,
-                });
+                return Err(CursorError::Changed { field, saved, found });
             }
         }
-        let out_of_range = CursorError::OutOfRange {
-            sample: cursor.sample,
-            num_rows: here.num_rows,
-        };
+        let out_of_range = CursorError::OutOfRange { sample: cursor.sample, num_rows: here.num_rows };
         if cursor.sample >= here.num_rows {
             return Err(out_of_range);
         }
-        let begin = cursor
-            .epoch
-            .checked_mul(here.num_rows)
-            .and_then(|begin| begin.checked_add(cursor.sample));
+        let begin = cursor.epoch.checked_mul(here.num_rows).and_then(|begin| begin.checked_add(cursor.sample));
         self.next = begin.ok_or(out_of_range)?;
         Ok(())
     }
@@ -164,9 +133,7 @@ impl Loader {
     /// Samples `begin..begin + num_sequences`, counted over all epochs; the cursor stays. An epoch's last batch goes on into
     /// the next epoch.
     pub fn batch_at(&mut self, begin: u64, num_sequences: usize) -> Batch {
-        let rows: Vec<u64> = (begin..begin + num_sequences as u64)
-            .map(|sample| self.row_of(sample))
-            .collect();
+        let rows: Vec<u64> = (begin..begin + num_sequences as u64).map(|sample| self.row_of(sample)).collect();
         self.rows.batch(rows)
     }
 

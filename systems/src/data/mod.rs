@@ -113,21 +113,14 @@ pub fn prepare(spec: &DataSpec) -> Result<Data, DataError> {
     };
     let tokenizer = match &spec.tokenizer {
         TokenizerSource::File(path) => Tokenizer::load(path)?,
-        TokenizerSource::Train { vocab_size } => {
-            cached_tokenizer(&spec.cache, &train, *vocab_size)?
-        }
+        TokenizerSource::Train { vocab_size } => cached_tokenizer(&spec.cache, &train, *vocab_size)?,
     };
     let corpus = |documents: &[String]| match documents {
         [] => Ok(Corpus::default()),
-        documents => cached_shard(&spec.cache, documents, &tokenizer)
-            .map(|shard| Corpus::new([Arc::new(shard)])),
+        documents => cached_shard(&spec.cache, documents, &tokenizer).map(|shard| Corpus::new([Arc::new(shard)])),
     };
     let (train, held_out) = (corpus(&train)?, corpus(&held_out)?);
-    Ok(Data {
-        tokenizer: Arc::new(tokenizer),
-        train,
-        held_out,
-    })
+    Ok(Data { tokenizer: Arc::new(tokenizer), train, held_out })
 }
 
 fn prepare_shards(spec: &DataSpec) -> Result<Data, DataError> {
@@ -148,38 +141,21 @@ fn prepare_shards(spec: &DataSpec) -> Result<Data, DataError> {
     let num_train = match spec.held_out {
         None => all.num_documents(),
         Some(share) => {
-            let bytes: Vec<u64> = (0..all.num_documents())
-                .map(|document| all.document_bytes(document))
-                .collect();
+            let bytes: Vec<u64> = (0..all.num_documents()).map(|document| all.document_bytes(document)).collect();
             share.split_at_document(&bytes)?
         }
     };
     let (train, held_out) = all.split_at(num_train);
-    Ok(Data {
-        tokenizer: Arc::new(tokenizer),
-        train,
-        held_out,
-    })
+    Ok(Data { tokenizer: Arc::new(tokenizer), train, held_out })
 }
 
 /// The shard of `documents` from the cache folder, made there if it is not.
 ///
 /// # Errors
 /// Those of encoding and writing. A damaged shard in the cache is made again.
-pub fn cached_shard(
-    cache: &Path,
-    documents: &[String],
-    tokenizer: &Tokenizer,
-) -> Result<Shard, DataError> {
-    let origin = Origin {
-        source: digest(documents),
-        tokenizer: tokenizer.sha256(),
-    };
-    let name = format!(
-        "tokens-{}-{}.bin",
-        hex(&origin.source[..8]),
-        hex(&origin.tokenizer[..8])
-    );
+pub fn cached_shard(cache: &Path, documents: &[String], tokenizer: &Tokenizer) -> Result<Shard, DataError> {
+    let origin = Origin { source: digest(documents), tokenizer: tokenizer.sha256() };
+    let name = format!("tokens-{}-{}.bin", hex(&origin.source[..8]), hex(&origin.tokenizer[..8]));
     let bin = cache.join(name);
     match Shard::open(&bin) {
         Ok(shard) if shard.origin() == origin => Ok(shard),
@@ -191,15 +167,8 @@ pub fn cached_shard(
 ///
 /// # Errors
 /// Those of encoding and writing.
-pub fn write_shard(
-    bin: &Path,
-    documents: &[String],
-    tokenizer: &Tokenizer,
-) -> Result<Shard, DataError> {
-    let origin = Origin {
-        source: digest(documents),
-        tokenizer: tokenizer.sha256(),
-    };
+pub fn write_shard(bin: &Path, documents: &[String], tokenizer: &Tokenizer) -> Result<Shard, DataError> {
+    let origin = Origin { source: digest(documents), tokenizer: tokenizer.sha256() };
     let mut writer = ShardWriter::create(bin, tokenizer.vocab_size(), origin)?;
     for documents in documents.chunks(DOCUMENTS_AT_A_TIME) {
         for (tokens, document) in tokenizer.encode_documents(documents)?.iter().zip(documents) {
@@ -209,15 +178,8 @@ pub fn write_shard(
     Ok(writer.finish()?)
 }
 
-fn cached_tokenizer(
-    cache: &Path,
-    documents: &[String],
-    vocab_size: usize,
-) -> Result<Tokenizer, DataError> {
-    let path = cache.join(format!(
-        "tokenizer-{}-{vocab_size}.json",
-        hex(&digest(documents)[..8])
-    ));
+fn cached_tokenizer(cache: &Path, documents: &[String], vocab_size: usize) -> Result<Tokenizer, DataError> {
+    let path = cache.join(format!("tokenizer-{}-{vocab_size}.json", hex(&digest(documents)[..8])));
     if let Ok(tokenizer) = Tokenizer::load(&path) {
         return Ok(tokenizer);
     }

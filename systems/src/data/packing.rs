@@ -85,6 +85,22 @@ pub struct Batch {
 }
 
 impl Batch {
+    /// Rows of `seq_len` given tokens, each a document of its own: every token predicts the next one of its row.
+    pub fn of_rows(tokens: Vec<u32>, seq_len: usize) -> Batch {
+        let (t, s) = (tokens.len(), seq_len);
+        let target = |i: usize| if (i + 1) % s == 0 { IGNORE } else { tokens[i + 1] };
+        Batch {
+            num_sequences: t / s,
+            seq_len,
+            targets: (0..t).map(target).collect(),
+            positions: (0..t).map(|i| (i % s) as u32).collect(),
+            doc_offsets: (0..=t).step_by(s).map(|i| i as u32).collect(),
+            tokens,
+            mtp: Vec::new(),
+            end_of_text: 0,
+        }
+    }
+
     /// Number of multi-token-prediction depths.
     pub fn num_mtp(&self) -> usize {
         self.mtp.len()
@@ -94,32 +110,21 @@ impl Batch {
     /// [`IGNORE`] beyond its document. It may lie in the next row: the stream is read past the row. Depth 0 is
     /// [`Batch::targets`]; panics for depths that the packing did not ask for.
     pub fn mtp_targets(&self, depth: usize) -> &[u32] {
-        if depth == 0 {
-            &self.targets
-        } else {
-            &self.mtp[depth - 1]
-        }
+        if depth == 0 { &self.targets } else { &self.mtp[depth - 1] }
     }
 
     /// Input tokens of depth `depth` (from 1), [n * s]: the token `depth` places after each position. Where that lies beyond
     /// the document the end-of-text token stands in; the depth's target is [`IGNORE`] there.
     pub fn mtp_inputs(&self, depth: usize) -> Vec<u32> {
         let input = |target: &u32| {
-            if *target == IGNORE {
-                self.end_of_text
-            } else {
-                *target
-            }
+            if *target == IGNORE { self.end_of_text } else { *target }
         };
         self.mtp_targets(depth - 1).iter().map(input).collect()
     }
 
     /// Number of targets that count.
     pub fn num_targets(&self) -> usize {
-        self.targets
-            .iter()
-            .filter(|target| **target != IGNORE)
-            .count()
+        self.targets.iter().filter(|target| **target != IGNORE).count()
     }
 }
 
@@ -137,11 +142,7 @@ impl Rows {
         for document in 0..corpus.num_documents() {
             let tokens = corpus.document_tokens(document);
             if packing.refuse_long_documents && tokens >= packing.seq_len as u64 {
-                return Err(PackingError::LongDocument {
-                    document,
-                    tokens,
-                    seq_len: packing.seq_len,
-                });
+                return Err(PackingError::LongDocument { document, tokens, seq_len: packing.seq_len });
             }
             end += 1 + tokens;
             starts.push(end);
@@ -149,11 +150,7 @@ impl Rows {
         if end == starts.len() as u64 - 1 {
             return Err(PackingError::Empty);
         }
-        Ok(Rows {
-            corpus,
-            packing,
-            starts,
-        })
+        Ok(Rows { corpus, packing, starts })
     }
 
     /// How the rows were made.
@@ -178,25 +175,12 @@ impl Rows {
 
     /// The given rows as a batch; rows from [`Rows::num_rows`] on are all padding. Panics if the batch has 2^32 positions.
     pub fn batch(&self, rows: impl IntoIterator<Item = u64>) -> Batch {
-        let Packing {
-            seq_len,
-            end_of_text,
-            num_mtp,
-            ..
-        } = self.packing;
-        let mut batch = Batch {
-            seq_len,
-            end_of_text,
-            mtp: vec![Vec::new(); num_mtp],
-            ..Batch::default()
-        };
+        let Packing { seq_len, end_of_text, num_mtp, .. } = self.packing;
+        let mut batch = Batch { seq_len, end_of_text, mtp: vec![Vec::new(); num_mtp], ..Batch::default() };
         let mut window = Vec::new();
         for row in rows {
             batch.num_sequences += 1;
-            assert!(
-                u32::try_from(batch.num_sequences * seq_len).is_ok(),
-                "a batch has at most 2^32 - 1 positions"
-            );
+            assert!(u32::try_from(batch.num_sequences * seq_len).is_ok(), "a batch has at most 2^32 - 1 positions");
             self.push_row(row, &mut window, &mut batch);
         }
         batch.doc_offsets.push(batch.tokens.len() as u32);
@@ -204,13 +188,7 @@ impl Rows {
     }
 
     fn push_row(&self, row: u64, window: &mut Vec<u32>, batch: &mut Batch) {
-        let Packing {
-            seq_len,
-            end_of_text,
-            num_mtp,
-            cross_document_attention,
-            ..
-        } = self.packing;
+        let Packing { seq_len, end_of_text, num_mtp, cross_document_attention, .. } = self.packing;
         let row_len = seq_len as u64;
         let begin = row.saturating_mul(row_len).min(self.num_positions());
         let end = (begin + row_len).min(self.num_positions());
@@ -218,36 +196,18 @@ impl Rows {
         let mut chunk_begin = begin;
         while chunk_begin < end {
             let document = self.starts.partition_point(|start| *start <= chunk_begin) - 1;
-            let chunk_end = if cross_document_attention {
-                end
-            } else {
-                end.min(self.starts[document + 1])
-            };
-            let last_target = if cross_document_attention {
-                self.num_positions()
-            } else {
-                self.starts[document + 1]
-            };
+            let chunk_end = if cross_document_attention { end } else { end.min(self.starts[document + 1]) };
+            let last_target = if cross_document_attention { self.num_positions() } else { self.starts[document + 1] };
             batch.doc_offsets.push(batch.tokens.len() as u32);
             batch.positions.extend(0..(chunk_end - chunk_begin) as u32);
-            batch.tokens.extend_from_slice(
-                &window[(chunk_begin - begin) as usize..(chunk_end - begin) as usize],
-            );
+            batch.tokens.extend_from_slice(&window[(chunk_begin - begin) as usize..(chunk_end - begin) as usize]);
             for depth in 0..=num_mtp {
-                let targets = if depth == 0 {
-                    &mut batch.targets
-                } else {
-                    &mut batch.mtp[depth - 1]
-                };
+                let targets = if depth == 0 { &mut batch.targets } else { &mut batch.mtp[depth - 1] };
                 targets.extend((chunk_begin..chunk_end).map(|position| {
                     let at = position + 1 + depth as u64;
-                    let counts = at <= last_target
-                        && (self.packing.end_targets || self.starts.binary_search(&at).is_err());
-                    if counts {
-                        window[(at - begin) as usize]
-                    } else {
-                        IGNORE
-                    }
+                    let counts =
+                        at <= last_target && (self.packing.end_targets || self.starts.binary_search(&at).is_err());
+                    if counts { window[(at - begin) as usize] } else { IGNORE }
                 }));
             }
             chunk_begin = chunk_end;
@@ -256,10 +216,7 @@ impl Rows {
         if num_padding > 0 {
             batch.doc_offsets.push(batch.tokens.len() as u32);
             batch.positions.extend(0..num_padding as u32);
-            for (ids, id) in [
-                (&mut batch.tokens, end_of_text),
-                (&mut batch.targets, IGNORE),
-            ] {
+            for (ids, id) in [(&mut batch.tokens, end_of_text), (&mut batch.targets, IGNORE)] {
                 ids.resize(ids.len() + num_padding, id);
             }
             for targets in &mut batch.mtp {

@@ -113,46 +113,21 @@ impl Shard {
     /// A missing file, or a pair that breaks the format anywhere but in the token values ([`Shard::check_vocab`] reads those).
     pub fn open(bin: &Path) -> Result<Shard, ShardError> {
         let idx = bin.with_extension("idx");
-        let index = fs::read(&idx).map_err(|source| ShardError::Io {
-            operation: "open",
-            path: idx.clone(),
-            source,
-        })?;
+        let index = fs::read(&idx).map_err(|source| ShardError::Io { operation: "open", path: idx.clone(), source })?;
         let header = Header::parse(&idx, &index)?;
-        let mapped = map_file(bin).map_err(|source| ShardError::Io {
-            operation: "map",
-            path: bin.to_owned(),
-            source,
-        })?;
+        let mapped =
+            map_file(bin).map_err(|source| ShardError::Io { operation: "map", path: bin.to_owned(), source })?;
         let expected = header.num_tokens.checked_mul(u64::from(header.token_bytes));
         if expected != Some(mapped.len() as u64) {
             return Err(ShardError::Invalid {
                 path: bin.to_owned(),
-                expected: format!(
-                    "{} tokens of {} bytes",
-                    header.num_tokens, header.token_bytes
-                ),
+                expected: format!("{} tokens of {} bytes", header.num_tokens, header.token_bytes),
                 found: format!("a file of {} bytes", mapped.len()),
             });
         }
-        let tokens = if header.token_bytes == 2 {
-            Tokens::U16(mapped)
-        } else {
-            Tokens::U32(mapped)
-        };
-        let Header {
-            origin,
-            token_offsets,
-            byte_offsets,
-            ..
-        } = header;
-        Ok(Shard {
-            path: bin.to_owned(),
-            tokens,
-            origin,
-            token_offsets,
-            byte_offsets,
-        })
+        let tokens = if header.token_bytes == 2 { Tokens::U16(mapped) } else { Tokens::U32(mapped) };
+        let Header { origin, token_offsets, byte_offsets, .. } = header;
+        Ok(Shard { path: bin.to_owned(), tokens, origin, token_offsets, byte_offsets })
     }
 
     /// A shard in memory from (token ids, UTF-8 bytes) of each document; its origin is the tokens, with a tokenizer of zeros.
@@ -167,17 +142,8 @@ impl Shard {
             byte_offsets.push(byte_offsets[byte_offsets.len() - 1] + num_bytes);
         }
         let path = PathBuf::from("(memory)");
-        let origin = Origin {
-            source: hash.finalize().into(),
-            tokenizer: [0; 32],
-        };
-        Shard {
-            path,
-            tokens: Tokens::Owned(tokens),
-            origin,
-            token_offsets,
-            byte_offsets,
-        }
+        let origin = Origin { source: hash.finalize().into(), tokenizer: [0; 32] };
+        Shard { path, tokens: Tokens::Owned(tokens), origin, token_offsets, byte_offsets }
     }
 
     /// The token file.
@@ -217,20 +183,13 @@ impl Shard {
 
     /// Appends the tokens `range` of a document to `out`; panics when the range is outside of it.
     pub fn read(&self, document: usize, range: Range<u64>, out: &mut Vec<u32>) {
-        assert!(
-            range.end <= self.document_tokens(document),
-            "{range:?} is outside of document {document}"
-        );
+        assert!(range.end <= self.document_tokens(document), "{range:?} is outside of document {document}");
         let base = self.token_offsets[document];
         let span = (base + range.start) as usize..(base + range.end) as usize;
         match &self.tokens {
             Tokens::U16(bytes) => {
                 let (pairs, _) = bytes[2 * span.start..2 * span.end].as_chunks::<2>();
-                out.extend(
-                    pairs
-                        .iter()
-                        .map(|pair| u32::from(u16::from_le_bytes(*pair))),
-                );
+                out.extend(pairs.iter().map(|pair| u32::from(u16::from_le_bytes(*pair))));
             }
             Tokens::U32(bytes) => {
                 let (quads, _) = bytes[4 * span.start..4 * span.end].as_chunks::<4>();
@@ -251,13 +210,7 @@ impl Shard {
             self.read(document, 0..self.document_tokens(document), &mut tokens);
             if let Some(index) = tokens.iter().position(|id| *id as usize >= vocab_size) {
                 let (path, id) = (self.path.clone(), tokens[index]);
-                return Err(ShardError::TokenRange {
-                    path,
-                    document,
-                    index,
-                    id,
-                    vocab_size,
-                });
+                return Err(ShardError::TokenRange { path, document, index, id, vocab_size });
             }
         }
         Ok(())
@@ -281,10 +234,7 @@ impl Header {
             found,
         };
         let Some((header, offsets)) = index.split_at_checked(HEADER_BYTES) else {
-            return Err(invalid(
-                "an index of at least 104 bytes",
-                format!("{} bytes", index.len()),
-            ));
+            return Err(invalid("an index of at least 104 bytes", format!("{} bytes", index.len())));
         };
         if &header[..8] != MAGIC {
             return Err(invalid(
@@ -311,28 +261,17 @@ impl Header {
         }
         let (token_offsets, byte_offsets) = offsets.split_at(offsets.len() / 2);
         let ascending = |name: &str, bytes: &[u8], total: u64| {
-            let values: Vec<u64> = bytes
-                .as_chunks::<8>()
-                .0
-                .iter()
-                .map(|long| u64::from_le_bytes(*long))
-                .collect();
+            let values: Vec<u64> = bytes.as_chunks::<8>().0.iter().map(|long| u64::from_le_bytes(*long)).collect();
             if values.first() == Some(&0) && values.last() == Some(&total) && values.is_sorted() {
                 Ok(values)
             } else {
-                Err(invalid(
-                    &format!("{name} offsets that ascend from 0 to {total}"),
-                    "others".to_owned(),
-                ))
+                Err(invalid(&format!("{name} offsets that ascend from 0 to {total}"), "others".to_owned()))
             }
         };
         Ok(Header {
             token_bytes,
             num_tokens,
-            origin: Origin {
-                source: array(&header[40..]),
-                tokenizer: array(&header[72..]),
-            },
+            origin: Origin { source: array(&header[40..]), tokenizer: array(&header[72..]) },
             token_offsets: ascending("token", token_offsets, num_tokens)?,
             byte_offsets: ascending("byte", byte_offsets, num_bytes)?,
         })

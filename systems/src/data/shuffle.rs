@@ -48,9 +48,7 @@ mod tests {
 
     fn rows(seed: u64, epoch: u64, num_rows: u32) -> Vec<u64> {
         let order = Order::new(seed, epoch, num_rows);
-        (0..u64::from(num_rows))
-            .map(|index| order.row(index))
-            .collect()
+        (0..u64::from(num_rows)).map(|index| order.row(index)).collect()
     }
 
     #[test]
@@ -68,10 +66,7 @@ mod tests {
         let mut seen = vec![(0..100).collect::<Vec<u64>>()];
         for (seed, epoch) in [(0, 0), (0, 1), (1, 0), (1, 1), (u64::MAX, 0), (0, u64::MAX)] {
             let order = rows(seed, epoch, 100);
-            assert!(
-                !seen.contains(&order),
-                "seed {seed}, epoch {epoch} repeats an order"
-            );
+            assert!(!seen.contains(&order), "seed {seed}, epoch {epoch} repeats an order");
             seen.push(order);
         }
     }
@@ -90,9 +85,6 @@ mod tests {
         }
         assert_eq!(counts.len(), 24);
         // 1000 expected, standard deviation 31.
-        assert!(
-            counts.values().all(|count| (850..1150).contains(count)),
-            "{counts:?}"
-        );
+        assert!(counts.values().all(|count| (850..1150).contains(count)), "{counts:?}");
     }
 }

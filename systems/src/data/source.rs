@@ -114,11 +114,7 @@ impl Format {
     /// # Errors
     /// [`SourceError::UnknownFormat`] for any other extension than txt, jsonl, parquet and bin (in any case).
     pub fn of(path: &Path) -> Result<Format, SourceError> {
-        let extension = path
-            .extension()
-            .and_then(|e| e.to_str())
-            .unwrap_or_default()
-            .to_ascii_lowercase();
+        let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default().to_ascii_lowercase();
         match extension.as_str() {
             "txt" => Ok(Format::Text),
             "jsonl" => Ok(Format::Jsonl),
@@ -136,20 +132,12 @@ impl Format {
 pub fn are_shards(paths: &[PathBuf]) -> Result<bool, SourceError> {
     let first = Format::of(paths.first().ok_or(SourceError::NoFiles)?)? == Format::Shard;
     let name = |shard| {
-        if shard {
-            "a pre-tokenized shard"
-        } else {
-            "a text file"
-        }
+        if shard { "a pre-tokenized shard" } else { "a text file" }
     };
     for path in paths {
         let shard = Format::of(path)? == Format::Shard;
         if shard != first {
-            return Err(SourceError::Mixed {
-                path: path.clone(),
-                expected: name(first),
-                found: name(shard),
-            });
+            return Err(SourceError::Mixed { path: path.clone(), expected: name(first), found: name(shard) });
         }
     }
     Ok(first)
@@ -162,11 +150,7 @@ pub fn are_shards(paths: &[PathBuf]) -> Result<bool, SourceError> {
 pub fn read_documents(paths: &[PathBuf]) -> Result<Vec<String>, SourceError> {
     if are_shards(paths)? {
         let path = paths[0].clone();
-        return Err(SourceError::Mixed {
-            path,
-            expected: "a text file",
-            found: "a pre-tokenized shard",
-        });
+        return Err(SourceError::Mixed { path, expected: "a text file", found: "a pre-tokenized shard" });
     }
     let mut documents = Vec::new();
     for path in paths {
@@ -178,40 +162,25 @@ pub fn read_documents(paths: &[PathBuf]) -> Result<Vec<String>, SourceError> {
             Format::Shard => unreachable!("are_shards refused mixed lists"),
         }
         if documents.len() == before {
-            return Err(SourceError::Empty {
-                path: path.clone(),
-                found: "only empty lines or separators",
-            });
+            return Err(SourceError::Empty { path: path.clone(), found: "only empty lines or separators" });
         }
     }
     Ok(documents)
 }
 
 fn read_utf8(path: &Path) -> Result<String, SourceError> {
-    let bytes = fs::read(path).map_err(|source| SourceError::Io {
-        path: path.to_owned(),
-        source,
-    })?;
+    let bytes = fs::read(path).map_err(|source| SourceError::Io { path: path.to_owned(), source })?;
     if bytes.is_empty() {
-        return Err(SourceError::Empty {
-            path: path.to_owned(),
-            found: "an empty file",
-        });
+        return Err(SourceError::Empty { path: path.to_owned(), found: "an empty file" });
     }
-    String::from_utf8(bytes).map_err(|error| SourceError::NotUtf8 {
-        path: path.to_owned(),
-        offset: error.utf8_error().valid_up_to(),
-    })
+    String::from_utf8(bytes)
+        .map_err(|error| SourceError::NotUtf8 { path: path.to_owned(), offset: error.utf8_error().valid_up_to() })
 }
 
 fn read_text(path: &Path, documents: &mut Vec<String>) -> Result<(), SourceError> {
     let text = read_utf8(path)?;
     if text.contains(END_OF_TEXT) {
-        documents.extend(
-            text.split(END_OF_TEXT)
-                .filter(|piece| !piece.trim().is_empty())
-                .map(str::to_owned),
-        );
+        documents.extend(text.split(END_OF_TEXT).filter(|piece| !piece.trim().is_empty()).map(str::to_owned));
     } else if !text.trim().is_empty() {
         documents.push(text);
     }
@@ -223,11 +192,8 @@ fn read_jsonl(path: &Path, documents: &mut Vec<String>) -> Result<(), SourceErro
         if line.trim().is_empty() {
             continue;
         }
-        let document = text_field(line).map_err(|found| SourceError::Line {
-            path: path.to_owned(),
-            line: index + 1,
-            found,
-        })?;
+        let document =
+            text_field(line).map_err(|found| SourceError::Line { path: path.to_owned(), line: index + 1, found })?;
         documents.push(document);
     }
     Ok(())
@@ -242,10 +208,7 @@ fn text_field(line: &str) -> Result<String, String> {
             Some(other) => Err(format!("{} in `text`", kind(&other))),
             None => {
                 let names: Vec<&str> = fields.keys().take(8).map(String::as_str).collect();
-                Err(format!(
-                    "no such field (the fields are: {})",
-                    names.join(", ")
-                ))
+                Err(format!("no such field (the fields are: {})", names.join(", ")))
             }
         },
         Ok(other) => Err(format!("{} instead of an object", kind(&other))),

@@ -17,25 +17,12 @@ const ROWS_PER_READ: usize = 1024;
 
 /// Appends the documents of the Parquet file at `path`.
 pub(super) fn read_parquet(path: &Path, documents: &mut Vec<String>) -> Result<(), SourceError> {
-    let unusable = |found: String| SourceError::Parquet {
-        path: path.to_owned(),
-        found,
-    };
+    let unusable = |found: String| SourceError::Parquet { path: path.to_owned(), found };
     let broken = |error: ParquetError| unusable(error.to_string());
-    let file = File::open(path).map_err(|source| SourceError::Io {
-        path: path.to_owned(),
-        source,
-    })?;
+    let file = File::open(path).map_err(|source| SourceError::Io { path: path.to_owned(), source })?;
     let reader = SerializedFileReader::new(file).map_err(broken)?;
     let schema = reader.metadata().file_metadata().schema_descr_ptr();
-    let names = || {
-        schema
-            .columns()
-            .iter()
-            .map(|column| column.path().string())
-            .collect::<Vec<_>>()
-            .join(", ")
-    };
+    let names = || schema.columns().iter().map(|column| column.path().string()).collect::<Vec<_>>().join(", ");
     let (column, description) = schema
         .columns()
         .iter()
@@ -43,28 +30,15 @@ pub(super) fn read_parquet(path: &Path, documents: &mut Vec<String>) -> Result<(
         .find(|(_, column)| column.path().parts() == ["text"])
         .ok_or_else(|| unusable(format!("the columns {}", names())))?;
     if description.physical_type() != PhysicalType::BYTE_ARRAY || description.max_rep_level() > 0 {
-        let repeated = if description.max_rep_level() > 0 {
-            "repeated "
-        } else {
-            ""
-        };
-        return Err(unusable(format!(
-            "a {repeated}column `text` of type {}",
-            description.physical_type()
-        )));
+        let repeated = if description.max_rep_level() > 0 { "repeated " } else { "" };
+        return Err(unusable(format!("a {repeated}column `text` of type {}", description.physical_type())));
     }
     let mut row = 0;
     for group in 0..reader.num_row_groups() {
         let group = reader.get_row_group(group).map_err(broken)?;
         match group.get_column_reader(column).map_err(broken)? {
             ColumnReader::ByteArrayColumnReader(texts) => {
-                read_group(
-                    path,
-                    texts,
-                    description.max_def_level(),
-                    &mut row,
-                    documents,
-                )?;
+                read_group(path, texts, description.max_def_level(), &mut row, documents)?;
             }
             _ => return Err(unusable("a column reader of another type".to_owned())),
         }
@@ -85,24 +59,16 @@ fn read_group(
         values.clear();
         let (num_rows, _, _) = texts
             .read_records(ROWS_PER_READ, Some(&mut levels), None, &mut values)
-            .map_err(|error| SourceError::Parquet {
-                path: path.to_owned(),
-                found: error.to_string(),
-            })?;
+            .map_err(|error| SourceError::Parquet { path: path.to_owned(), found: error.to_string() })?;
         if num_rows == 0 {
             return Ok(());
         }
-        let bad = |offset: usize, found| SourceError::Row {
-            path: path.to_owned(),
-            row: *row + offset,
-            found,
-        };
+        let bad = |offset: usize, found| SourceError::Row { path: path.to_owned(), row: *row + offset, found };
         if let Some(null) = levels.iter().position(|level| *level < max_def_level) {
             return Err(bad(null, "null"));
         }
         for (offset, value) in values.iter().enumerate() {
-            let text = std::str::from_utf8(value.data())
-                .map_err(|_| bad(offset, "bytes that are not UTF-8"))?;
+            let text = std::str::from_utf8(value.data()).map_err(|_| bad(offset, "bytes that are not UTF-8"))?;
             if text.is_empty() {
                 return Err(bad(offset, "an empty text"));
             }
@@ -114,10 +80,7 @@ fn read_group(
 
 #[cfg(test)]
 mod tests {
-    #![expect(
-        clippy::unwrap_used,
-        reason = "tests panic with the failing expression"
-    )]
+    #![expect(clippy::unwrap_used, reason = "tests panic with the failing expression")]
     use std::sync::Arc;
 
     use parquet::basic::Compression;
@@ -130,40 +93,24 @@ mod tests {
     use crate::data::source::read_documents;
 
     /// Writes row groups of texts (`None` is null) and reads the documents back.
-    fn round_trip(
-        schema: &str,
-        groups: &[&[Option<&[u8]>]],
-        compression: Compression,
-    ) -> Result<Vec<String>, String> {
+    fn round_trip(schema: &str, groups: &[&[Option<&[u8]>]], compression: Compression) -> Result<Vec<String>, String> {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.parquet");
         let schema = Arc::new(parse_message_type(schema).unwrap());
-        let properties = Arc::new(
-            WriterProperties::builder()
-                .set_compression(compression)
-                .build(),
-        );
-        let mut writer =
-            SerializedFileWriter::new(File::create(&path).unwrap(), schema, properties).unwrap();
+        let properties = Arc::new(WriterProperties::builder().set_compression(compression).build());
+        let mut writer = SerializedFileWriter::new(File::create(&path).unwrap(), schema, properties).unwrap();
         for rows in groups {
             let mut group = writer.next_row_group().unwrap();
             while let Some(mut column) = group.next_column().unwrap() {
                 let levels: Vec<i16> = rows.iter().map(|row| i16::from(row.is_some())).collect();
-                let values: Vec<ByteArray> = rows
-                    .iter()
-                    .flatten()
-                    .map(|bytes| bytes.to_vec().into())
-                    .collect();
+                let values: Vec<ByteArray> = rows.iter().flatten().map(|bytes| bytes.to_vec().into()).collect();
                 match column.untyped() {
                     parquet::column::writer::ColumnWriter::ByteArrayColumnWriter(texts) => {
                         texts.write_batch(&values, Some(&levels), None).unwrap();
                     }
                     _ => {
                         let numbers: Vec<i32> = (0..rows.len() as i32).collect();
-                        column
-                            .typed::<Int32Type>()
-                            .write_batch(&numbers, None, None)
-                            .unwrap();
+                        column.typed::<Int32Type>().write_batch(&numbers, None, None).unwrap();
                     }
                 }
                 column.close().unwrap();
@@ -171,11 +118,7 @@ mod tests {
             group.close().unwrap();
         }
         writer.close().unwrap();
-        read_documents(&[path]).map_err(|error| {
-            error
-                .to_string()
-                .replace(&format!("{}/", dir.path().display()), "")
-        })
+        read_documents(&[path]).map_err(|error| error.to_string().replace(&format!("{}/", dir.path().display()), ""))
     }
 
     /// A text or null.
@@ -185,20 +128,11 @@ mod tests {
 
     #[test]
     fn texts_come_in_row_order_over_row_groups_and_reads() {
-        let texts: Vec<String> = (0..3 * ROWS_PER_READ)
-            .map(|i| format!("text {i} é"))
-            .collect();
+        let texts: Vec<String> = (0..3 * ROWS_PER_READ).map(|i| format!("text {i} é")).collect();
         let rows: Vec<Option<&[u8]>> = texts.iter().map(|text| Some(text.as_bytes())).collect();
         let (head, tail) = rows.split_at(2 * ROWS_PER_READ + 7);
-        for compression in [
-            Compression::UNCOMPRESSED,
-            Compression::SNAPPY,
-            Compression::ZSTD(Default::default()),
-        ] {
-            assert_eq!(
-                round_trip(SCHEMA, &[head, tail], compression).unwrap(),
-                texts
-            );
+        for compression in [Compression::UNCOMPRESSED, Compression::SNAPPY, Compression::ZSTD(Default::default())] {
+            assert_eq!(round_trip(SCHEMA, &[head, tail], compression).unwrap(), texts);
         }
     }
 
@@ -216,21 +150,9 @@ mod tests {
                 &[good, &[Some(b"\xff")]],
                 "row 2: expected a non-empty UTF-8 string in column `text`, found bytes that are not UTF-8",
             ),
-            (
-                SCHEMA,
-                &[&[Some(b"")]],
-                "row 0: expected a non-empty UTF-8 string in column `text`, found an empty text",
-            ),
-            (
-                "message m { required int32 id; required int32 n; }",
-                &[good],
-                "found the columns id, n",
-            ),
-            (
-                "message m { required int32 text; }",
-                &[good],
-                "found a column `text` of type INT32",
-            ),
+            (SCHEMA, &[&[Some(b"")]], "row 0: expected a non-empty UTF-8 string in column `text`, found an empty text"),
+            ("message m { required int32 id; required int32 n; }", &[good], "found the columns id, n"),
+            ("message m { required int32 text; }", &[good], "found a column `text` of type INT32"),
             (SCHEMA, &[], "expected at least one document"),
         ];
         for (schema, groups, expected) in cases {
@@ -246,10 +168,7 @@ mod tests {
             let path = dir.path().join("b.parquet");
             std::fs::write(&path, bytes).unwrap();
             let error = read_documents(&[path]).unwrap_err().to_string();
-            assert!(
-                error.contains("b.parquet: expected a Parquet file"),
-                "{error}"
-            );
+            assert!(error.contains("b.parquet: expected a Parquet file"), "{error}");
         }
     }
 }

@@ -17,9 +17,7 @@ pub struct HeldOut(pub f64);
 #[non_exhaustive]
 pub enum SplitError {
     /// The share is not a proper fraction.
-    #[error(
-        "the held-out share must be above 0 and below 1, found {0}; 0.1 holds out the last tenth"
-    )]
+    #[error("the held-out share must be above 0 and below 1, found {0}; 0.1 holds out the last tenth")]
     Share(f64),
     /// One side would be empty.
     #[error(
@@ -60,11 +58,7 @@ impl HeldOut {
                 best = Some((distance, first));
             }
         }
-        let too_small = SplitError::TooSmall {
-            num_bytes,
-            num_documents: document_bytes.len(),
-            share: self.0,
-        };
+        let too_small = SplitError::TooSmall { num_bytes, num_documents: document_bytes.len(), share: self.0 };
         best.map(|(_, first)| first).ok_or(too_small)
     }
 
@@ -72,27 +66,17 @@ impl HeldOut {
     ///
     /// # Errors
     /// A share outside (0, 1), or a single document too short to be cut.
-    pub fn split(
-        self,
-        mut documents: Vec<String>,
-    ) -> Result<(Vec<String>, Vec<String>), SplitError> {
+    pub fn split(self, mut documents: Vec<String>) -> Result<(Vec<String>, Vec<String>), SplitError> {
         if let [text] = documents.as_mut_slice() {
             let num_bytes = text.len() as u64;
             let cut = text.floor_char_boundary(text.len() - self.target(num_bytes)? as usize);
             let held_out = text.split_off(cut);
             if text.is_empty() || held_out.is_empty() {
-                return Err(SplitError::TooSmall {
-                    num_bytes,
-                    num_documents: 1,
-                    share: self.0,
-                });
+                return Err(SplitError::TooSmall { num_bytes, num_documents: 1, share: self.0 });
             }
             return Ok((documents, vec![held_out]));
         }
-        let bytes: Vec<u64> = documents
-            .iter()
-            .map(|document| document.len() as u64)
-            .collect();
+        let bytes: Vec<u64> = documents.iter().map(|document| document.len() as u64).collect();
         let held_out = documents.split_off(self.split_at_document(&bytes)?);
         Ok((documents, held_out))
     }
@@ -100,10 +84,7 @@ impl HeldOut {
 
 #[cfg(test)]
 mod tests {
-    #![expect(
-        clippy::unwrap_used,
-        reason = "tests panic with the failing expression"
-    )]
+    #![expect(clippy::unwrap_used, reason = "tests panic with the failing expression")]
     use super::*;
 
     fn split(share: f64, documents: &[&str]) -> Result<(Vec<String>, Vec<String>), SplitError> {
@@ -116,20 +97,10 @@ mod tests {
     fn the_cut_is_where_the_rule_says() {
         let cases: [(f64, Texts, Texts, Texts); 10] = [
             (0.1, &["0123456789"], &["012345678"], &["9"]),
-            (
-                0.1,
-                &["0123456789abcdefghi"],
-                &["0123456789abcdefgh"],
-                &["i"],
-            ), // 1.9 bytes: 1
-            (0.5, &["aéb"], &["a"], &["éb"]), // byte 2 is inside é: the cut moves back
+            (0.1, &["0123456789abcdefghi"], &["0123456789abcdefgh"], &["i"]), // 1.9 bytes: 1
+            (0.5, &["aéb"], &["a"], &["éb"]),                                 // byte 2 is inside é: the cut moves back
             (0.25, &["ab€"], &["ab"], &["€"]),
-            (
-                0.1,
-                &["aaaaaaaaaaaaaaaaaa", "bb"],
-                &["aaaaaaaaaaaaaaaaaa"],
-                &["bb"],
-            ),
+            (0.1, &["aaaaaaaaaaaaaaaaaa", "bb"], &["aaaaaaaaaaaaaaaaaa"], &["bb"]),
             (0.1, &["a", "bbbbbbbbb"], &["a"], &["bbbbbbbbb"]), // at least one document on each side
             (0.5, &["aa", "bb", "cc", "dd"], &["aa", "bb"], &["cc", "dd"]),
             (0.5, &["aa", "bb", "cc"], &["aa", "bb"], &["cc"]), // 2 or 4 bytes for 3: equally near, the later cut
@@ -138,11 +109,7 @@ mod tests {
         ];
         for (share, documents, train, held_out) in cases {
             let (got_train, got_held_out) = split(share, documents).unwrap();
-            assert_eq!(
-                (got_train, got_held_out),
-                (owned(train), owned(held_out)),
-                "{share} of {documents:?}"
-            );
+            assert_eq!((got_train, got_held_out), (owned(train), owned(held_out)), "{share} of {documents:?}");
         }
     }
 
@@ -162,20 +129,11 @@ mod tests {
     #[test]
     fn shares_and_corpora_that_cannot_be_split_are_refused() {
         for share in [0.0, 1.0, -0.1, 1.5, f64::NAN, f64::INFINITY] {
-            assert!(
-                matches!(split(share, &["text", "text"]), Err(SplitError::Share(_))),
-                "{share}"
-            );
-            assert!(
-                matches!(split(share, &["text"]), Err(SplitError::Share(_))),
-                "{share}"
-            );
+            assert!(matches!(split(share, &["text", "text"]), Err(SplitError::Share(_))), "{share}");
+            assert!(matches!(split(share, &["text"]), Err(SplitError::Share(_))), "{share}");
         }
         for documents in [&["short"][..], &["é"], &[]] {
-            assert!(
-                matches!(split(0.1, documents), Err(SplitError::TooSmall { .. })),
-                "{documents:?}"
-            );
+            assert!(matches!(split(0.1, documents), Err(SplitError::TooSmall { .. })), "{documents:?}");
         }
     }
 }

@@ -63,14 +63,8 @@ pub enum TokenFileError {
 /// # Errors
 /// See [`TokenFileError`].
 pub fn read_token_file(path: &Path, vocab_size: usize) -> Result<TokenFile, TokenFileError> {
-    let invalid = |found: String| TokenFileError::Invalid {
-        path: path.to_owned(),
-        found,
-    };
-    let bytes = fs::read(path).map_err(|source| TokenFileError::Io {
-        path: path.to_owned(),
-        source,
-    })?;
+    let invalid = |found: String| TokenFileError::Invalid { path: path.to_owned(), found };
+    let bytes = fs::read(path).map_err(|source| TokenFileError::Io { path: path.to_owned(), source })?;
     let tensors = SafeTensors::deserialize(&bytes).map_err(|error| invalid(error.to_string()))?;
     let tensor = tensors.tensor(INPUT_IDS).map_err(|_| {
         let mut names = tensors.names();
@@ -78,47 +72,30 @@ pub fn read_token_file(path: &Path, vocab_size: usize) -> Result<TokenFile, Toke
         invalid(format!("the tensors [{}]", names.join(", ")))
     })?;
     let (Dtype::I64, &[batch, seq_len]) = (tensor.dtype(), tensor.shape()) else {
-        return Err(invalid(format!(
-            "`input_ids` of type {:?} and shape {:?}",
-            tensor.dtype(),
-            tensor.shape()
-        )));
+        return Err(invalid(format!("`input_ids` of type {:?} and shape {:?}", tensor.dtype(), tensor.shape())));
     };
     if batch == 0 || seq_len == 0 {
         return Err(invalid(format!("no ids in shape [{batch}, {seq_len}]")));
     }
-    let ids = tensor
-        .data()
-        .as_chunks::<8>()
-        .0
-        .iter()
-        .enumerate()
-        .map(|(at, bytes)| {
-            let id = i64::from_le_bytes(*bytes);
-            match u32::try_from(id) {
-                Ok(small) if (small as usize) < vocab_size => Ok(small),
-                _ => Err(TokenFileError::IdRange {
-                    path: path.to_owned(),
-                    row: at / seq_len,
-                    column: at % seq_len,
-                    id,
-                    vocab_size,
-                }),
-            }
-        });
-    Ok(TokenFile {
-        batch,
-        seq_len,
-        ids: ids.collect::<Result<_, _>>()?,
-    })
+    let ids = tensor.data().as_chunks::<8>().0.iter().enumerate().map(|(at, bytes)| {
+        let id = i64::from_le_bytes(*bytes);
+        match u32::try_from(id) {
+            Ok(small) if (small as usize) < vocab_size => Ok(small),
+            _ => Err(TokenFileError::IdRange {
+                path: path.to_owned(),
+                row: at / seq_len,
+                column: at % seq_len,
+                id,
+                vocab_size,
+            }),
+        }
+    });
+    Ok(TokenFile { batch, seq_len, ids: ids.collect::<Result<_, _>>()? })
 }
 
 #[cfg(test)]
 mod tests {
-    #![expect(
-        clippy::unwrap_used,
-        reason = "tests panic with the failing expression"
-    )]
+    #![expect(clippy::unwrap_used, reason = "tests panic with the failing expression")]
     use super::*;
     use safetensors::tensor::{TensorView, serialize};
 
@@ -134,51 +111,20 @@ mod tests {
     #[test]
     fn ids_come_row_by_row() {
         let file = read("input_ids", Dtype::I64, &[2, 3], &[0, 1, 2, 97, 98, 99]).unwrap();
-        assert_eq!(
-            file,
-            TokenFile {
-                batch: 2,
-                seq_len: 3,
-                ids: vec![0, 1, 2, 97, 98, 99]
-            }
-        );
+        assert_eq!(file, TokenFile { batch: 2, seq_len: 3, ids: vec![0, 1, 2, 97, 98, 99] });
     }
 
     #[test]
     fn errors_name_what_was_found() {
         let cases = [
-            (
-                read("tokens", Dtype::I64, &[1, 2], &[0, 1]),
-                "found the tensors [tokens]",
-            ),
-            (
-                read("input_ids", Dtype::F64, &[1, 2], &[0, 1]),
-                "found `input_ids` of type F64 and shape [1, 2]",
-            ),
-            (
-                read("input_ids", Dtype::I64, &[2], &[0, 1]),
-                "found `input_ids` of type I64 and shape [2]",
-            ),
-            (
-                read("input_ids", Dtype::I64, &[1, 1, 2], &[0, 1]),
-                "shape [1, 1, 2]",
-            ),
-            (
-                read("input_ids", Dtype::I64, &[0, 2], &[]),
-                "found no ids in shape [0, 2]",
-            ),
-            (
-                read("input_ids", Dtype::I64, &[2, 2], &[0, 1, 2, 100]),
-                "input_ids[1, 1] is 100, expected 0 to 99",
-            ),
-            (
-                read("input_ids", Dtype::I64, &[2, 2], &[0, 1, -1, 100]),
-                "input_ids[1, 0] is -1",
-            ),
-            (
-                read("input_ids", Dtype::I64, &[1, 1], &[1 << 32]),
-                "input_ids[0, 0] is 4294967296",
-            ),
+            (read("tokens", Dtype::I64, &[1, 2], &[0, 1]), "found the tensors [tokens]"),
+            (read("input_ids", Dtype::F64, &[1, 2], &[0, 1]), "found `input_ids` of type F64 and shape [1, 2]"),
+            (read("input_ids", Dtype::I64, &[2], &[0, 1]), "found `input_ids` of type I64 and shape [2]"),
+            (read("input_ids", Dtype::I64, &[1, 1, 2], &[0, 1]), "shape [1, 1, 2]"),
+            (read("input_ids", Dtype::I64, &[0, 2], &[]), "found no ids in shape [0, 2]"),
+            (read("input_ids", Dtype::I64, &[2, 2], &[0, 1, 2, 100]), "input_ids[1, 1] is 100, expected 0 to 99"),
+            (read("input_ids", Dtype::I64, &[2, 2], &[0, 1, -1, 100]), "input_ids[1, 0] is -1"),
+            (read("input_ids", Dtype::I64, &[1, 1], &[1 << 32]), "input_ids[0, 0] is 4294967296"),
         ];
         for (result, expected) in cases {
             let error = result.unwrap_err();
@@ -190,12 +136,7 @@ mod tests {
     fn files_that_are_no_safetensors_are_refused() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("t.safetensors");
-        assert!(
-            read_token_file(&path, 1)
-                .unwrap_err()
-                .to_string()
-                .starts_with("cannot read the token file")
-        );
+        assert!(read_token_file(&path, 1).unwrap_err().to_string().starts_with("cannot read the token file"));
         for bytes in [&b""[..], b"garbage", &[255; 16]] {
             fs::write(&path, bytes).unwrap();
             let error = read_token_file(&path, 1).unwrap_err().to_string();

@@ -20,12 +20,7 @@ pub const END_OF_TEXT: &str = "<|endoftext|>";
 pub const MIN_VOCAB_SIZE: usize = 257;
 
 /// Names under which published tokenizers keep their end-of-document token, tried in this order.
-const END_OF_TEXT_NAMES: [&str; 4] = [
-    END_OF_TEXT,
-    "<｜end▁of▁sentence｜>",
-    "<|end_of_text|>",
-    "</s>",
-];
+const END_OF_TEXT_NAMES: [&str; 4] = [END_OF_TEXT, "<｜end▁of▁sentence｜>", "<|end_of_text|>", "</s>"];
 
 /// What can go wrong with a tokenizer.
 #[derive(Debug, Error)]
@@ -97,10 +92,7 @@ impl Tokenizer {
             path: path.to_owned(),
             source,
         })?;
-        Tokenizer::from_json(&json).map_err(|found| TokenizerError::Unusable {
-            path: path.to_owned(),
-            found,
-        })
+        Tokenizer::from_json(&json).map_err(|found| TokenizerError::Unusable { path: path.to_owned(), found })
     }
 
     /// Trains on `documents`: at most `vocab_size` tokens, fewer when no pair of tokens occurs twice any more. Id 0 is
@@ -112,62 +104,30 @@ impl Tokenizer {
         if vocab_size < MIN_VOCAB_SIZE {
             return Err(TokenizerError::TooSmall(vocab_size));
         }
-        let library = |message| TokenizerError::Library {
-            operation: "train a tokenizer",
-            message,
-        };
+        let library = |message| TokenizerError::Library { operation: "train a tokenizer", message };
         let json = bpe::train(documents, vocab_size).map_err(|error| library(error.to_string()))?;
         Tokenizer::from_json(&json).map_err(library)
     }
 
     fn from_json(json: &str) -> Result<Tokenizer, String> {
-        let value: Value =
-            serde_json::from_str(json).map_err(|error| format!("invalid JSON ({error})"))?;
-        let of_type = |part: &str| {
-            value
-                .pointer(part)
-                .and_then(Value::as_str)
-                .unwrap_or("none")
-                .to_owned()
-        };
+        let value: Value = serde_json::from_str(json).map_err(|error| format!("invalid JSON ({error})"))?;
+        let of_type = |part: &str| value.pointer(part).and_then(Value::as_str).unwrap_or("none").to_owned();
         for (part, expected) in [("/model/type", "BPE"), ("/decoder/type", "ByteLevel")] {
             if of_type(part) != expected {
-                return Err(format!(
-                    "{} {:?} instead of {expected:?}",
-                    &part[1..],
-                    of_type(part)
-                ));
+                return Err(format!("{} {:?} instead of {expected:?}", &part[1..], of_type(part)));
             }
         }
-        let mut special: HfTokenizer = json
-            .parse()
-            .map_err(|error: tokenizers::Error| error.to_string())?;
-        special
-            .with_truncation(None)
-            .map_err(|error| error.to_string())?
-            .with_padding(None);
+        let mut special: HfTokenizer = json.parse().map_err(|error: tokenizers::Error| error.to_string())?;
+        special.with_truncation(None).map_err(|error| error.to_string())?.with_padding(None);
         let end_of_text = END_OF_TEXT_NAMES
             .iter()
             .find_map(|name| special.token_to_id(name))
-            .ok_or_else(|| {
-                format!(
-                    "none of the end-of-text tokens {}",
-                    END_OF_TEXT_NAMES.join(" ")
-                )
-            })?;
+            .ok_or_else(|| format!("none of the end-of-text tokens {}", END_OF_TEXT_NAMES.join(" ")))?;
         let tokens = bpe::tokens(&special)?;
-        let canonical = special
-            .to_string(false)
-            .map_err(|error| error.to_string())?;
+        let canonical = special.to_string(false).map_err(|error| error.to_string())?;
         let mut plain = special.clone();
         plain.set_encode_special_tokens(true);
-        Ok(Tokenizer {
-            special,
-            plain,
-            tokens,
-            end_of_text,
-            sha256: Sha256::digest(canonical).into(),
-        })
+        Ok(Tokenizer { special, plain, tokens, end_of_text, sha256: Sha256::digest(canonical).into() })
     }
 
     /// The tokenizer as the text of a `tokenizer.json`.
@@ -207,10 +167,7 @@ impl Tokenizer {
     pub fn check_model(&self, model_vocab_size: usize) -> Result<(), TokenizerError> {
         let tokenizer = self.vocab_size();
         if tokenizer > model_vocab_size {
-            return Err(TokenizerError::LargerThanModel {
-                tokenizer,
-                model: model_vocab_size,
-            });
+            return Err(TokenizerError::LargerThanModel { tokenizer, model: model_vocab_size });
         }
         Ok(())
     }
@@ -246,29 +203,18 @@ impl Tokenizer {
     /// # Errors
     /// Those of the library.
     pub fn encode_documents(&self, documents: &[String]) -> Result<Vec<Vec<u32>>, TokenizerError> {
-        documents
-            .par_iter()
-            .map(|document| self.encode(document))
-            .collect()
+        documents.par_iter().map(|document| self.encode(document)).collect()
     }
 
     /// The text of `ids`; bytes that are no UTF-8 become U+FFFD, ids that are not assigned become nothing.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> String {
-        let bytes: Vec<u8> = ids
-            .iter()
-            .flat_map(|id| self.bytes_of(*id, skip_special))
-            .copied()
-            .collect();
+        let bytes: Vec<u8> = ids.iter().flat_map(|id| self.bytes_of(*id, skip_special)).copied().collect();
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
     /// A decoder for a stream of ids.
     pub fn decode_stream(&self, skip_special: bool) -> DecodeStream<'_> {
-        DecodeStream {
-            tokenizer: self,
-            skip_special,
-            pending: Vec::new(),
-        }
+        DecodeStream { tokenizer: self, skip_special, pending: Vec::new() }
     }
 
     fn bytes_of(&self, id: u32, skip_special: bool) -> &[u8] {
@@ -280,15 +226,9 @@ impl Tokenizer {
 }
 
 fn encode(tokenizer: &HfTokenizer, text: &str) -> Result<Vec<u32>, TokenizerError> {
-    let library = |error: tokenizers::Error| TokenizerError::Library {
-        operation: "encode a text",
-        message: error.to_string(),
-    };
-    Ok(tokenizer
-        .encode_fast(text, false)
-        .map_err(library)?
-        .get_ids()
-        .to_vec())
+    let library =
+        |error: tokenizers::Error| TokenizerError::Library { operation: "encode a text", message: error.to_string() };
+    Ok(tokenizer.encode_fast(text, false).map_err(library)?.get_ids().to_vec())
 }
 
 /// Decodes ids as they come. What it gives out never changes later: the pieces, concatenated, are [`Tokenizer::decode`].
@@ -303,8 +243,7 @@ pub struct DecodeStream<'t> {
 impl DecodeStream<'_> {
     /// The text that `id` completes, empty while a character is unfinished.
     pub fn push(&mut self, id: u32) -> String {
-        self.pending
-            .extend_from_slice(self.tokenizer.bytes_of(id, self.skip_special));
+        self.pending.extend_from_slice(self.tokenizer.bytes_of(id, self.skip_special));
         let mut complete = self.pending.len();
         if let Some(last) = self.pending.utf8_chunks().last()
             && let Err(error) = std::str::from_utf8(last.invalid())

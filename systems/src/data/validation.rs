@@ -26,19 +26,8 @@ impl Validation {
     /// See [`PackingError`].
     pub fn new(corpus: Corpus, packing: Packing) -> Result<Validation, PackingError> {
         let (num_bytes, num_targets) = (corpus.num_bytes(), corpus.num_tokens());
-        let rows = Rows::new(
-            corpus,
-            Packing {
-                end_targets: false,
-                refuse_long_documents: false,
-                ..packing
-            },
-        )?;
-        Ok(Validation {
-            rows,
-            num_bytes,
-            num_targets,
-        })
+        let rows = Rows::new(corpus, Packing { end_targets: false, refuse_long_documents: false, ..packing })?;
+        Ok(Validation { rows, num_bytes, num_targets })
     }
 
     /// UTF-8 bytes of the held-out text.
@@ -64,9 +53,7 @@ impl Validation {
     /// All rows, `num_sequences` (at least 1) at a time; the last batch is filled up with padding.
     pub fn batches(&self, num_sequences: usize) -> impl Iterator<Item = Batch> + '_ {
         let step = num_sequences.max(1);
-        (0..self.num_rows())
-            .step_by(step)
-            .map(move |first| self.batch(first..first + step as u64))
+        (0..self.num_rows()).step_by(step).map(move |first| self.batch(first..first + step as u64))
     }
 
     /// Bits per byte of UTF-8 from the sum of the negative log likelihoods (natural) of all targets.
@@ -77,10 +64,7 @@ impl Validation {
 
 #[cfg(test)]
 mod tests {
-    #![expect(
-        clippy::unwrap_used,
-        reason = "tests panic with the failing expression"
-    )]
+    #![expect(clippy::unwrap_used, reason = "tests panic with the failing expression")]
     use std::sync::Arc;
 
     use super::*;
@@ -96,8 +80,7 @@ mod tests {
             refuse_long_documents: true,
             end_targets: true,
         };
-        let shard =
-            Shard::from_documents(documents.iter().map(|d| (d.to_vec(), 3 * d.len() as u64)));
+        let shard = Shard::from_documents(documents.iter().map(|d| (d.to_vec(), 3 * d.len() as u64)));
         Validation::new(Corpus::new([Arc::new(shard)]), packing)
     }
 
@@ -108,17 +91,9 @@ mod tests {
             for num_sequences in [1, 2, 3, 100] {
                 let validation = validation(documents, seq_len).unwrap();
                 let batches: Vec<Batch> = validation.batches(num_sequences).collect();
-                assert!(
-                    batches
-                        .iter()
-                        .all(|batch| batch.num_sequences == num_sequences),
-                    "batches differ in shape"
-                );
-                let targets = batches
-                    .iter()
-                    .flat_map(|batch| &batch.targets)
-                    .copied()
-                    .filter(|target| *target != IGNORE);
+                assert!(batches.iter().all(|batch| batch.num_sequences == num_sequences), "batches differ in shape");
+                let targets =
+                    batches.iter().flat_map(|batch| &batch.targets).copied().filter(|target| *target != IGNORE);
                 assert_eq!(targets.collect::<Vec<_>>(), (1..=11).collect::<Vec<_>>());
                 assert_eq!(validation.num_targets(), 11);
             }

@@ -7,10 +7,7 @@ use std::collections::BTreeMap;
 
 use bevy_ecs::prelude::*;
 use engine::prelude::*;
-use kernels::{
-    ops::elementwise,
-    tensor::Tensor,
-};
+use kernels::{ops::elementwise, tensor::Tensor};
 
 use super::action::{Action, Work};
 use crate::{
@@ -22,6 +19,7 @@ use crate::{
     dense::{Dense, DenseActivations, DenseGradients},
     embedding,
     expert::{ExpertActivations, ExpertGradients, Moe},
+    generate::LayerCache,
     head::{self, Loss, NormActivations},
     lower::Lowering,
     microbatch::Inputs,
@@ -207,11 +205,17 @@ impl Stage {
         l.layer = Some(index as u32);
         let (attention, h) = match (mla, gqa) {
             (Some(mla), _) => {
-                let acts = mla.lower_forward(l, x)?;
+                let acts = match l.cache(index) {
+                    Some(LayerCache::Latent(cache)) => mla.lower_cached(l, x, cache)?,
+                    _ => mla.lower_forward(l, x)?,
+                };
                 (AttentionForward::Mla(mla, acts), acts.out)
             }
             (_, Some(gqa)) => {
-                let acts = gqa.lower_forward(l, x)?;
+                let acts = match l.cache(index) {
+                    Some(LayerCache::Heads(cache)) => gqa.lower_cached(l, x, cache)?,
+                    _ => gqa.lower_forward(l, x)?,
+                };
                 (AttentionForward::Gqa(gqa, acts), acts.out)
             }
             _ => return Err(format!("layer {index} has no attention").into()),
@@ -224,7 +228,12 @@ impl Stage {
         Ok(LayerForward { entity, index, x, parts: (attention, mlp), scope: l.take_scope() })
     }
 
-    fn layer_input_grad(&self, l: &mut Lowering, layer: LayerForward, d_out: Tensor) -> Result<(LayerBackward, Tensor)> {
+    fn layer_input_grad(
+        &self,
+        l: &mut Lowering,
+        layer: LayerForward,
+        d_out: Tensor,
+    ) -> Result<(LayerBackward, Tensor)> {
         let mut scopes = vec![layer.scope];
         let (mut attention, mut mlp) = layer.parts;
         if l.recomputes_layers() {
@@ -277,8 +286,12 @@ impl Stage {
             _ => {}
         }
         match (layer.parts.0, layer.grads.0) {
-            (AttentionForward::Mla(mla, acts), AttentionBackward::Mla(grads)) => mla.lower_weight_grad(l, acts, grads)?,
-            (AttentionForward::Gqa(gqa, acts), AttentionBackward::Gqa(grads)) => gqa.lower_weight_grad(l, acts, grads)?,
+            (AttentionForward::Mla(mla, acts), AttentionBackward::Mla(grads)) => {
+                mla.lower_weight_grad(l, acts, grads)?
+            }
+            (AttentionForward::Gqa(gqa, acts), AttentionBackward::Gqa(grads)) => {
+                gqa.lower_weight_grad(l, acts, grads)?
+            }
             _ => {}
         }
         for scope in layer.scopes {
@@ -296,7 +309,12 @@ impl Stage {
         let mut deferred = Vec::new();
         let no_gradient = || -> BevyError { "the head made no gradient: the forward was not for training".into() };
         let defer = |stage: &Self, l: &mut Lowering, item: Deferred, keep: Option<Tensor>, list: &mut Vec<Deferred>| {
-            if weights { stage.finish(l, item, keep) } else { list.push(item); Ok(()) }
+            if weights {
+                stage.finish(l, item, keep)
+            } else {
+                list.push(item);
+                Ok(())
+            }
         };
 
         let mut d_next: Option<Tensor> = None;

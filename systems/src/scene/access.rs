@@ -17,19 +17,14 @@ pub(super) struct Items<'a> {
 impl<'a> de::SeqAccess<'a> for Items<'a> {
     type Error = Fault;
 
-    fn next_element_seed<T: DeserializeSeed<'a>>(
-        &mut self,
-        seed: T,
-    ) -> Result<Option<T::Value>, Fault> {
+    fn next_element_seed<T: DeserializeSeed<'a>>(&mut self, seed: T) -> Result<Option<T::Value>, Fault> {
         let Some(node) = self.items.get(self.next) else {
             return Ok(None);
         };
         self.next += 1;
         let value = seed.deserialize(self.parent.to(node));
         let seg = Seg::Item(self.next - 1);
-        value
-            .map(Some)
-            .map_err(|fault| if self.segs { fault.within(seg) } else { fault })
+        value.map(Some).map_err(|fault| if self.segs { fault.within(seg) } else { fault })
     }
 }
 
@@ -42,22 +37,17 @@ pub(super) struct Fields<'a> {
 impl<'a> de::MapAccess<'a> for Fields<'a> {
     type Error = Fault;
 
-    fn next_key_seed<K: DeserializeSeed<'a>>(
-        &mut self,
-        seed: K,
-    ) -> Result<Option<K::Value>, Fault> {
+    fn next_key_seed<K: DeserializeSeed<'a>>(&mut self, seed: K) -> Result<Option<K::Value>, Fault> {
         let Some(field) = self.fields.get(self.next) else {
             return Ok(None);
         };
         self.next += 1;
-        seed.deserialize(StrDeserializer::<Fault>::new(&field.key))
-            .map(Some)
+        seed.deserialize(StrDeserializer::<Fault>::new(&field.key)).map(Some)
     }
 
     fn next_value_seed<T: DeserializeSeed<'a>>(&mut self, seed: T) -> Result<T::Value, Fault> {
         let field = &self.fields[self.next - 1];
-        seed.deserialize(self.parent.to(&field.value))
-            .map_err(|fault| fault.within(Seg::Field(field.key.clone())))
+        seed.deserialize(self.parent.to(&field.value)).map_err(|fault| fault.within(Seg::Field(field.key.clone())))
     }
 }
 
@@ -70,10 +60,7 @@ pub(super) struct Entries<'a> {
 impl<'a> de::MapAccess<'a> for Entries<'a> {
     type Error = Fault;
 
-    fn next_key_seed<K: DeserializeSeed<'a>>(
-        &mut self,
-        seed: K,
-    ) -> Result<Option<K::Value>, Fault> {
+    fn next_key_seed<K: DeserializeSeed<'a>>(&mut self, seed: K) -> Result<Option<K::Value>, Fault> {
         let Some((key, _)) = self.entries.get(self.next) else {
             return Ok(None);
         };
@@ -98,10 +85,7 @@ impl<'a> de::EnumAccess<'a> for Variant<'a> {
     type Variant = De<'a>;
 
     fn variant_seed<T: DeserializeSeed<'a>>(self, seed: T) -> Result<(T::Value, De<'a>), Fault> {
-        Ok((
-            seed.deserialize(StrDeserializer::<Fault>::new(self.name))?,
-            self.body,
-        ))
+        Ok((seed.deserialize(StrDeserializer::<Fault>::new(self.name))?, self.body))
     }
 }
 
@@ -112,18 +96,15 @@ impl<'a> de::VariantAccess<'a> for De<'a> {
         match &self.node.kind {
             Kind::Word(_) | Kind::Hole(_) => Ok(()),
             Kind::Struct { fields, .. } if fields.is_empty() => Ok(()),
-            _ => Err(self.wrong(format!(
-                "`{}` without fields",
-                self.node.name().unwrap_or_default()
-            ))),
+            _ => Err(self.wrong(format!("`{}` without fields", self.node.name().unwrap_or_default()))),
         }
     }
 
     fn newtype_variant_seed<T: DeserializeSeed<'a>>(self, seed: T) -> Result<T::Value, Fault> {
         match &self.node.kind {
-            Kind::Tuple { items, .. } if items.len() == 1 => seed
-                .deserialize(self.to(&items[0]))
-                .map_err(|fault| fault.within(Seg::Inner)),
+            Kind::Tuple { items, .. } if items.len() == 1 => {
+                seed.deserialize(self.to(&items[0])).map_err(|fault| fault.within(Seg::Inner))
+            }
             _ => seed.deserialize(self),
         }
     }
@@ -132,11 +113,7 @@ impl<'a> de::VariantAccess<'a> for De<'a> {
         self.tuple(len, visitor)
     }
 
-    fn struct_variant<V: Visitor<'a>>(
-        self,
-        fields: &'static [&'static str],
-        visitor: V,
-    ) -> Result<V::Value, Fault> {
+    fn struct_variant<V: Visitor<'a>>(self, fields: &'static [&'static str], visitor: V) -> Result<V::Value, Fault> {
         self.fields(Some(("", fields)), visitor)
     }
 }

@@ -5,9 +5,7 @@ use std::path::Path;
 
 use super::Scene;
 use super::schedule::{Constant, Cosine, Schedule, WarmupStableDecay};
-use super::sections::{
-    AdamW, Batch, Data, Optimizer, Recompute, Routing, ScenePath, Tokenizer, Train, Validation,
-};
+use super::sections::{AdamW, Batch, Data, Optimizer, Recompute, Routing, ScenePath, Tokenizer, Train, Validation};
 use crate::problem::Problem;
 
 /// A byte-level vocabulary holds every byte and one special token at least.
@@ -16,29 +14,16 @@ const MIN_BPE_VOCAB: usize = 257;
 /// `problems` of a part, seen from the whole: `n_group` of `model` is `model.n_group`.
 pub fn prefix(problems: Vec<Problem>, section: &str) -> Vec<Problem> {
     let join = |path: String| {
-        if path.is_empty() {
-            section.to_owned()
-        } else {
-            format!("{section}.{path}")
-        }
+        if path.is_empty() { section.to_owned() } else { format!("{section}.{path}") }
     };
-    problems
-        .into_iter()
-        .map(|problem| Problem {
-            path: join(problem.path),
-            ..problem
-        })
-        .collect()
+    problems.into_iter().map(|problem| Problem { path: join(problem.path), ..problem }).collect()
 }
 
 impl Scene {
     /// Everything that is wrong with the values of this scene, the model's inside left to its own check. Paths that are
     /// not absolute yet start from `base_dir`.
     pub fn check(&self, base_dir: &Path) -> Vec<Problem> {
-        let mut checks = Checks {
-            base_dir,
-            problems: Vec::new(),
-        };
+        let mut checks = Checks { base_dir, problems: Vec::new() };
         checks.scene(self);
         checks.problems
     }
@@ -57,27 +42,19 @@ impl Checks<'_> {
     }
 
     fn positive(&mut self, path: &str, value: f64) {
-        self.expect(value > 0.0 && value.is_finite(), path, || {
-            format!("must be above 0, but is {value}")
-        });
+        self.expect(value > 0.0 && value.is_finite(), path, || format!("must be above 0, but is {value}"));
     }
 
     fn not_negative(&mut self, path: &str, value: f64) {
-        self.expect(value >= 0.0 && value.is_finite(), path, || {
-            format!("must be 0 or more, but is {value}")
-        });
+        self.expect(value >= 0.0 && value.is_finite(), path, || format!("must be 0 or more, but is {value}"));
     }
 
     fn share(&mut self, path: &str, value: f64) {
-        self.expect((0.0..=1.0).contains(&value), path, || {
-            format!("must be between 0 and 1, but is {value}")
-        });
+        self.expect((0.0..=1.0).contains(&value), path, || format!("must be between 0 and 1, but is {value}"));
     }
 
     fn decay_rate(&mut self, path: &str, value: f64) {
-        self.expect((0.0..1.0).contains(&value), path, || {
-            format!("must be at least 0 and below 1, but is {value}")
-        });
+        self.expect((0.0..1.0).contains(&value), path, || format!("must be at least 0 and below 1, but is {value}"));
     }
 
     fn count(&mut self, path: &str, value: u64) {
@@ -87,11 +64,7 @@ impl Checks<'_> {
     fn file(&mut self, path: &str, file: &ScenePath) {
         let full = self.base_dir.join(&file.0);
         if !full.is_file() {
-            let what = if full.is_dir() {
-                "is a folder, not a file"
-            } else {
-                "is no file"
-            };
+            let what = if full.is_dir() { "is a folder, not a file" } else { "is no file" };
             let message = format!("`{}` {what}", full.display());
             let help = "paths start from the folder of the scene file that names them";
             self.problems.push(Problem::new(path, message).help(help));
@@ -99,20 +72,19 @@ impl Checks<'_> {
     }
 
     fn scene(&mut self, scene: &Scene) {
-        let name_is_folder = !scene.name.is_empty()
-            && !scene.name.starts_with('.')
-            && !scene.name.contains(['/', '\\']);
+        let name_is_folder =
+            !scene.name.is_empty() && !scene.name.starts_with('.') && !scene.name.contains(['/', '\\']);
         self.expect(name_is_folder, "name", || {
-            format!("names the run's folder, so it must not be empty, start with `.` or hold a slash, but is {:?}", scene.name)
+            format!(
+                "names the run's folder, so it must not be empty, start with `.` or hold a slash, but is {:?}",
+                scene.name
+            )
         });
         if let Some(init) = &scene.init {
             let folder = self.base_dir.join(&init.0);
             let file = folder.join("config.json");
             self.expect(file.is_file(), "init", || {
-                format!(
-                    "`{}` is no checkpoint: it has no config.json",
-                    folder.display()
-                )
+                format!("`{}` is no checkpoint: it has no config.json", folder.display())
             });
         }
         self.needs(scene);
@@ -134,23 +106,13 @@ impl Checks<'_> {
         }
         if let Some(train) = &scene.train {
             self.count("train.steps", train.steps);
-            train
-                .max_grad_norm
-                .into_iter()
-                .for_each(|norm| self.positive("train.max_grad_norm", norm));
-            train
-                .max_train_secs
-                .into_iter()
-                .for_each(|secs| self.positive("train.max_train_secs", secs));
+            train.max_grad_norm.into_iter().for_each(|norm| self.positive("train.max_grad_norm", norm));
+            train.max_train_secs.into_iter().for_each(|secs| self.positive("train.max_train_secs", secs));
         }
         if let Recompute::Selective(ops) = &scene.recompute {
-            self.expect(!ops.is_empty(), "recompute", || {
-                "selects no operation; `Off` says so".to_owned()
-            });
+            self.expect(!ops.is_empty(), "recompute", || "selects no operation; `Off` says so".to_owned());
             for (index, op) in ops.iter().enumerate() {
-                self.expect(!ops[..index].contains(op), "recompute", || {
-                    format!("selects `{op:?}` twice")
-                });
+                self.expect(!ops[..index].contains(op), "recompute", || format!("selects `{op:?}` twice"));
             }
         }
         self.observers(scene);
@@ -161,93 +123,53 @@ impl Checks<'_> {
         let needs = [
             (scene.train.is_some(), "train", scene.data.is_some(), "data"),
             (scene.train.is_some(), "train", has_model, "model"),
-            (
-                scene.train.is_some(),
-                "train",
-                scene.optimizer.is_some(),
-                "optimizer",
-            ),
-            (
-                scene.train.is_some(),
-                "train",
-                scene.schedule.is_some(),
-                "schedule",
-            ),
+            (scene.train.is_some(), "train", scene.optimizer.is_some(), "optimizer"),
+            (scene.train.is_some(), "train", scene.schedule.is_some(), "schedule"),
             (scene.eval.is_some(), "eval", scene.data.is_some(), "data"),
             (scene.sample.is_some(), "sample", has_model, "model"),
         ];
-        for (_, section, _, needed) in needs
-            .into_iter()
-            .filter(|&(given, _, has, _)| given && !has)
-        {
-            let alternative = if needed == "model" {
-                " (or `init`, to start from a checkpoint)"
-            } else {
-                ""
-            };
-            let problem = Problem::new(
-                section,
-                format!("needs a section `{needed}`, which the scene has not"),
-            );
-            self.problems.push(problem.help(format!(
-                "add `{needed}: ..`{alternative}, or take `{section}` out"
-            )));
+        for (_, section, _, needed) in needs.into_iter().filter(|&(given, _, has, _)| given && !has) {
+            let alternative = if needed == "model" { " (or `init`, to start from a checkpoint)" } else { "" };
+            let problem = Problem::new(section, format!("needs a section `{needed}`, which the scene has not"));
+            self.problems.push(problem.help(format!("add `{needed}: ..`{alternative}, or take `{section}` out")));
         }
     }
 
     fn data(&mut self, data: &Data) {
-        self.expect(!data.train.0.is_empty(), "data.train", || {
-            "names no file".to_owned()
-        });
+        self.expect(!data.train.0.is_empty(), "data.train", || "names no file".to_owned());
         for (index, file) in data.train.0.iter().enumerate() {
             self.file(&format!("data.train[{index}]"), file);
         }
         match &data.validation {
             Validation::HeldOut { fraction } => {
-                self.expect(
-                    *fraction > 0.0 && *fraction < 1.0,
-                    "data.validation.fraction",
-                    || format!("must be above 0 and below 1, but is {fraction}"),
-                );
+                self.expect(*fraction > 0.0 && *fraction < 1.0, "data.validation.fraction", || {
+                    format!("must be above 0 and below 1, but is {fraction}")
+                });
             }
             Validation::File(file) => self.file("data.validation", file),
         }
         match &data.tokenizer {
-            Tokenizer::Bpe { vocab_size } => self.expect(*vocab_size >= MIN_BPE_VOCAB, "data.tokenizer.vocab_size", || {
-                format!("must be {MIN_BPE_VOCAB} or more (256 bytes and a special token), but is {vocab_size}")
-            }),
+            Tokenizer::Bpe { vocab_size } => {
+                self.expect(*vocab_size >= MIN_BPE_VOCAB, "data.tokenizer.vocab_size", || {
+                    format!("must be {MIN_BPE_VOCAB} or more (256 bytes and a special token), but is {vocab_size}")
+                })
+            }
             Tokenizer::File(file) => self.file("data.tokenizer", file),
         }
         self.expect(data.seq_len >= 2, "data.seq_len", || {
-            format!(
-                "must be 2 or more (a token and the one to predict), but is {}",
-                data.seq_len
-            )
+            format!("must be 2 or more (a token and the one to predict), but is {}", data.seq_len)
         });
     }
 
     fn batch(&mut self, batch: &Batch) {
-        self.count(
-            "batch.microbatch_sequences",
-            batch.microbatch_sequences as u64,
-        );
+        self.count("batch.microbatch_sequences", batch.microbatch_sequences as u64);
         self.count("batch.num_microbatches", batch.num_microbatches as u64);
         for (index, ramp) in batch.ramp.iter().enumerate() {
-            self.count(
-                &format!("batch.ramp[{index}].num_microbatches"),
-                ramp.num_microbatches as u64,
-            );
+            self.count(&format!("batch.ramp[{index}].num_microbatches"), ramp.num_microbatches as u64);
             if let Some(before) = index.checked_sub(1).map(|before| &batch.ramp[before]) {
-                self.expect(
-                    ramp.step > before.step,
-                    &format!("batch.ramp[{index}].step"),
-                    || {
-                        format!(
-                            "must come after step {} of the entry before, but is {}",
-                            before.step, ramp.step
-                        )
-                    },
-                );
+                self.expect(ramp.step > before.step, &format!("batch.ramp[{index}].step"), || {
+                    format!("must come after step {} of the entry before, but is {}", before.step, ramp.step)
+                });
             }
         }
     }
@@ -257,16 +179,9 @@ impl Checks<'_> {
         self.not_negative("routing.sequence_aux_loss", routing.sequence_aux_loss);
         self.not_negative("routing.z_loss", routing.z_loss);
         if let Some(Train { steps, .. }) = train {
-            self.expect(
-                routing.bias_warm_down_steps <= *steps,
-                "routing.bias_warm_down_steps",
-                || {
-                    format!(
-                        "is {}, more than the {steps} steps of `train`",
-                        routing.bias_warm_down_steps
-                    )
-                },
-            );
+            self.expect(routing.bias_warm_down_steps <= *steps, "routing.bias_warm_down_steps", || {
+                format!("is {}, more than the {steps} steps of `train`", routing.bias_warm_down_steps)
+            });
         }
     }
 
@@ -293,21 +208,12 @@ impl Checks<'_> {
     fn schedule(&mut self, schedule: &Schedule, train: Option<&Train>) {
         let (warmup_steps, decay_steps) = match schedule {
             Schedule::Constant(Constant { lr }) => return self.positive("schedule.lr", *lr),
-            Schedule::WarmupStableDecay(WarmupStableDecay {
-                peak_lr,
-                warmup_steps,
-                decay_steps,
-                final_lr_ratio,
-            }) => {
+            Schedule::WarmupStableDecay(WarmupStableDecay { peak_lr, warmup_steps, decay_steps, final_lr_ratio }) => {
                 self.positive("schedule.peak_lr", *peak_lr);
                 self.share("schedule.final_lr_ratio", *final_lr_ratio);
                 (*warmup_steps, *decay_steps)
             }
-            Schedule::Cosine(Cosine {
-                peak_lr,
-                warmup_steps,
-                final_lr_ratio,
-            }) => {
+            Schedule::Cosine(Cosine { peak_lr, warmup_steps, final_lr_ratio }) => {
                 self.positive("schedule.peak_lr", *peak_lr);
                 self.share("schedule.final_lr_ratio", *final_lr_ratio);
                 (*warmup_steps, 0)
@@ -318,24 +224,20 @@ impl Checks<'_> {
         };
         if warmup_steps > steps {
             let message = format!("is {warmup_steps}, more than the {steps} steps of `train`");
-            self.problems
-                .push(Problem::new("schedule.warmup_steps", message));
+            self.problems.push(Problem::new("schedule.warmup_steps", message));
         } else if decay_steps > steps - warmup_steps {
             let message = format!(
                 "is {decay_steps}, but after the warm-up only {} of the {steps} steps are left",
                 steps - warmup_steps
             );
-            self.problems
-                .push(Problem::new("schedule.decay_steps", message));
+            self.problems.push(Problem::new("schedule.decay_steps", message));
         }
     }
 
     fn observers(&mut self, scene: &Scene) {
         if let Some(eval) = &scene.eval {
             self.count("eval.every_steps", eval.every_steps);
-            eval.max_tokens
-                .into_iter()
-                .for_each(|tokens| self.count("eval.max_tokens", tokens as u64));
+            eval.max_tokens.into_iter().for_each(|tokens| self.count("eval.max_tokens", tokens as u64));
         }
         if let Some(checkpoint) = &scene.checkpoint {
             self.count("checkpoint.every_steps", checkpoint.every_steps);
@@ -344,29 +246,23 @@ impl Checks<'_> {
         if let Some(sample) = &scene.sample {
             self.count("sample.max_new_tokens", sample.max_new_tokens as u64);
             self.not_negative("sample.temperature", sample.temperature);
-            self.expect(
-                sample.top_p > 0.0 && sample.top_p <= 1.0,
-                "sample.top_p",
-                || format!("must be above 0 and at most 1, but is {}", sample.top_p),
-            );
+            self.expect(sample.top_p > 0.0 && sample.top_p <= 1.0, "sample.top_p", || {
+                format!("must be above 0 and at most 1, but is {}", sample.top_p)
+            });
         }
         if let Some(telemetry) = &scene.telemetry {
             self.count("telemetry.log_every_steps", telemetry.log_every_steps);
             if let Some(trace) = &telemetry.trace_steps {
                 self.count("telemetry.trace_steps.count", trace.count);
                 if let Some(train) = &scene.train {
-                    self.expect(
-                        trace.start < train.steps,
-                        "telemetry.trace_steps.start",
-                        || {
-                            format!(
-                                "is {}, but the last of the {} steps of `train` is {}",
-                                trace.start,
-                                train.steps,
-                                train.steps.saturating_sub(1)
-                            )
-                        },
-                    );
+                    self.expect(trace.start < train.steps, "telemetry.trace_steps.start", || {
+                        format!(
+                            "is {}, but the last of the {} steps of `train` is {}",
+                            trace.start,
+                            train.steps,
+                            train.steps.saturating_sub(1)
+                        )
+                    });
                 }
             }
         }

@@ -28,11 +28,7 @@ pub(super) fn read<T: DeserializeOwned>(root: &Node, sources: &Sources) -> Resul
     let mut findings = Vec::new();
     // Patches can take several rounds to fill a hole, so rounds are counted apart from findings.
     for _ in 0..10 * MAX_FAULTS {
-        match T::deserialize(De {
-            node: &root,
-            sources,
-            mode: Mode::Whole,
-        }) {
+        match T::deserialize(De { node: &root, sources, mode: Mode::Whole }) {
             Ok(value) if findings.is_empty() => return Ok(value),
             Ok(_) => break,
             Err(fault) => {
@@ -66,11 +62,7 @@ pub(super) struct De<'de> {
 
 impl<'de> De<'de> {
     pub fn to(self, node: &'de Node) -> Self {
-        De {
-            node,
-            mode: Mode::Whole,
-            ..self
-        }
+        De { node, mode: Mode::Whole, ..self }
     }
 
     pub fn with(self, mode: Mode) -> Self {
@@ -78,10 +70,7 @@ impl<'de> De<'de> {
     }
 
     pub fn wrong(self, expected: impl Into<String>) -> Fault {
-        What::WrongType {
-            expected: expected.into(),
-        }
-        .into()
+        What::WrongType { expected: expected.into() }.into()
     }
 
     /// A scalar, read by RON; a hole reads as `hole`.
@@ -109,33 +98,14 @@ impl<'de> De<'de> {
 
     fn seq<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
         match &self.node.kind {
-            Kind::List(items) => visitor.visit_seq(Items {
-                items,
-                next: 0,
-                parent: self,
-                segs: true,
-            }),
-            Kind::Tuple { name, items } if name.is_none() || self.mode == Mode::Body => visitor
-                .visit_seq(Items {
-                    items,
-                    next: 0,
-                    parent: self,
-                    segs: true,
-                }),
-            Kind::Hole(_) => visitor.visit_seq(Items {
-                items: &[],
-                next: 0,
-                parent: self,
-                segs: true,
-            }),
+            Kind::List(items) => visitor.visit_seq(Items { items, next: 0, parent: self, segs: true }),
+            Kind::Tuple { name, items } if name.is_none() || self.mode == Mode::Body => {
+                visitor.visit_seq(Items { items, next: 0, parent: self, segs: true })
+            }
+            Kind::Hole(_) => visitor.visit_seq(Items { items: &[], next: 0, parent: self, segs: true }),
             _ if self.mode == Mode::OneOrMany => {
                 let items = std::slice::from_ref(self.node);
-                visitor.visit_seq(Items {
-                    items,
-                    next: 0,
-                    parent: self,
-                    segs: false,
-                })
+                visitor.visit_seq(Items { items, next: 0, parent: self, segs: false })
             }
             _ => Err(self.wrong("a list `[ .. ]`")),
         }
@@ -144,35 +114,23 @@ impl<'de> De<'de> {
     /// `len` items, no more and no fewer.
     pub fn tuple<V: Visitor<'de>>(self, len: usize, visitor: V) -> Result<V::Value, Fault> {
         match &self.node.kind {
-            Kind::List(items) | Kind::Tuple { items, .. } if items.len() == len => visitor
-                .visit_seq(Items {
-                    items,
-                    next: 0,
-                    parent: self,
-                    segs: true,
-                }),
+            Kind::List(items) | Kind::Tuple { items, .. } if items.len() == len => {
+                visitor.visit_seq(Items { items, next: 0, parent: self, segs: true })
+            }
             Kind::Hole(_) => {
                 let items = vec![self.node; len];
-                visitor.visit_seq(de::value::SeqDeserializer::new(
-                    items.into_iter().map(|node| self.to(node)),
-                ))
+                visitor.visit_seq(de::value::SeqDeserializer::new(items.into_iter().map(|node| self.to(node))))
             }
             _ => Err(self.wrong(format!("a tuple of {len}"))),
         }
     }
 
     /// Fields by name. `allowed` is the struct's name and keys; `None` for maps, which take any key.
-    pub fn fields<V: Visitor<'de>>(
-        self,
-        allowed: Option<(&str, &[&str])>,
-        visitor: V,
-    ) -> Result<V::Value, Fault> {
+    pub fn fields<V: Visitor<'de>>(self, allowed: Option<(&str, &[&str])>, visitor: V) -> Result<V::Value, Fault> {
         let fields: &[Field] = match &self.node.kind {
             Kind::Hole(fields) => fields,
             Kind::Struct { name, fields } => {
-                let named_wrong = name
-                    .as_deref()
-                    .is_some_and(|name| allowed.is_none_or(|(wanted, _)| name != wanted));
+                let named_wrong = name.as_deref().is_some_and(|name| allowed.is_none_or(|(wanted, _)| name != wanted));
                 if named_wrong && self.mode != Mode::Body {
                     return Err(self.wrong("a struct `( .. )` without a name"));
                 }
@@ -180,30 +138,16 @@ impl<'de> De<'de> {
             }
             Kind::Word(_) if self.mode == Mode::Body => &[],
             Kind::Map(entries) if allowed.is_none() => {
-                return visitor.visit_map(Entries {
-                    entries,
-                    next: 0,
-                    parent: self,
-                });
+                return visitor.visit_map(Entries { entries, next: 0, parent: self });
             }
             _ => return Err(self.wrong("a struct `( .. )`")),
         };
         if let Some((_, allowed)) = allowed
-            && let Some(field) = fields
-                .iter()
-                .find(|field| !allowed.contains(&field.key.as_str()))
+            && let Some(field) = fields.iter().find(|field| !allowed.contains(&field.key.as_str()))
         {
-            return Err(What::UnknownField {
-                key: field.key.clone(),
-                fields: owned(allowed),
-            }
-            .into());
+            return Err(What::UnknownField { key: field.key.clone(), fields: owned(allowed) }.into());
         }
-        visitor.visit_map(Fields {
-            fields,
-            next: 0,
-            parent: self,
-        })
+        visitor.visit_map(Fields { fields, next: 0, parent: self })
     }
 }
 
@@ -301,11 +245,7 @@ impl<'de> de::Deserializer<'de> for De<'de> {
         }
     }
 
-    fn deserialize_newtype_struct<V: Visitor<'de>>(
-        self,
-        name: &'static str,
-        visitor: V,
-    ) -> Result<V::Value, Fault> {
+    fn deserialize_newtype_struct<V: Visitor<'de>>(self, name: &'static str, visitor: V) -> Result<V::Value, Fault> {
         visitor.visit_newtype_struct(match name {
             PATH => self.with(Mode::Path),
             ONE_OR_MANY => self.with(Mode::OneOrMany),
@@ -354,15 +294,9 @@ impl<'de> de::Deserializer<'de> for De<'de> {
             _ => self.node.name().unwrap_or_default(),
         };
         if !variants.contains(&name) {
-            return Err(What::UnknownVariant {
-                variants: owned(variants),
-            }
-            .into());
+            return Err(What::UnknownVariant { variants: owned(variants) }.into());
         }
-        visitor.visit_enum(Variant {
-            name,
-            body: self.with(Mode::Body),
-        })
+        visitor.visit_enum(Variant { name, body: self.with(Mode::Body) })
     }
 
     serde::forward_to_deserialize_any! { bytes byte_buf unit_struct identifier ignored_any }
@@ -381,11 +315,8 @@ mod tests {
 
     fn read_text<T: DeserializeOwned>(text: &str) -> Result<T, Vec<String>> {
         let mut sources = Sources::default();
-        let tree = source::read_str(text, &[], &mut sources)
-            .map_err(|findings| format!("{findings:?}"))
-            .unwrap();
-        let paths =
-            |findings: Vec<Finding>| findings.into_iter().map(|finding| finding.path).collect();
+        let tree = source::read_str(text, &[], &mut sources).map_err(|findings| format!("{findings:?}")).unwrap();
+        let paths = |findings: Vec<Finding>| findings.into_iter().map(|finding| finding.path).collect();
         read(&tree.root, &sources).map_err(paths)
     }
 
@@ -425,31 +356,12 @@ mod tests {
     fn types_that_no_section_has_yet_read_too() {
         check(
             "[1, \"x\", (width: 2)]",
-            vec![
-                Untagged::Count(1),
-                Untagged::Name("x".into()),
-                Untagged::Size { width: 2.0 },
-            ],
+            vec![Untagged::Count(1), Untagged::Name("x".into()), Untagged::Size { width: 2.0 }],
         );
-        check(
-            "{\"a\": 1, \"b\": -2}",
-            BTreeMap::from([("a".to_owned(), 1_i8), ("b".to_owned(), -2)]),
-        );
-        check(
-            "(name: 'x', a: -128)",
-            Flat {
-                name: 'x',
-                rest: BTreeMap::from([("a".to_owned(), -128)]),
-            },
-        );
-        check(
-            "[Line(1, inf), Dot(())]",
-            vec![Shape::Line(1.0, f64::INFINITY), Shape::Dot(())],
-        );
-        check(
-            "(1, [true, false], \"\\n\")",
-            (1_u8, (true, false), "\n".to_owned()),
-        );
+        check("{\"a\": 1, \"b\": -2}", BTreeMap::from([("a".to_owned(), 1_i8), ("b".to_owned(), -2)]));
+        check("(name: 'x', a: -128)", Flat { name: 'x', rest: BTreeMap::from([("a".to_owned(), -128)]) });
+        check("[Line(1, inf), Dot(())]", vec![Shape::Line(1.0, f64::INFINITY), Shape::Dot(())]);
+        check("(1, [true, false], \"\\n\")", (1_u8, (true, false), "\n".to_owned()));
         check("[None, 3, Some(4)]", vec![None, Some(3), Some(4_i64)]);
         check(
             "(a: [1, -2, 0.5, true, None], b: {\"c\": \"d\"})",
@@ -459,22 +371,10 @@ mod tests {
 
     #[test]
     fn what_follows_from_a_fault_is_not_told() {
-        let faults =
-            read_text::<Vec<Strict>>("[(count: 0, size: (256, 1)), (count: 1), (cuont: 2)]");
-        let expected = [
-            "[0].count",
-            "[0].size[0]",
-            "[0].size[1]",
-            "[1].size",
-            "[2].cuont",
-            "[2].count",
-            "[2].size",
-        ];
+        let faults = read_text::<Vec<Strict>>("[(count: 0, size: (256, 1)), (count: 1), (cuont: 2)]");
+        let expected = ["[0].count", "[0].size[0]", "[0].size[1]", "[1].size", "[2].cuont", "[2].count", "[2].size"];
         assert_eq!(faults.unwrap_err(), expected);
         // A hole is no address, so the whole list is given up.
-        assert_eq!(
-            read_text::<Vec<std::net::IpAddr>>("[\"x\", \"::1\"]").unwrap_err(),
-            ["[0]"]
-        );
+        assert_eq!(read_text::<Vec<std::net::IpAddr>>("[\"x\", \"::1\"]").unwrap_err(), ["[0]"]);
     }
 }

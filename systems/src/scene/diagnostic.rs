@@ -2,9 +2,7 @@
 //! One finding is data; it prints as plain `file:line:column` text (logs, CI, editors) or through miette (terminals).
 use std::fmt;
 
-use miette::{
-    Diagnostic, GraphicalReportHandler, GraphicalTheme, LabeledSpan, NamedSource, SourceCode,
-};
+use miette::{Diagnostic, GraphicalReportHandler, GraphicalTheme, LabeledSpan, NamedSource, SourceCode};
 
 use super::source::Sources;
 use super::tree::At;
@@ -20,18 +18,8 @@ pub(super) struct Finding {
 }
 
 impl Finding {
-    pub fn new(
-        at: impl Into<Option<At>>,
-        message: impl Into<String>,
-        label: impl Into<Box<str>>,
-    ) -> Self {
-        Finding {
-            at: at.into(),
-            path: String::new(),
-            message: message.into(),
-            label: label.into(),
-            help: None,
-        }
+    pub fn new(at: impl Into<Option<At>>, message: impl Into<String>, label: impl Into<Box<str>>) -> Self {
+        Finding { at: at.into(), path: String::new(), message: message.into(), label: label.into(), help: None }
     }
 
     pub fn help(mut self, help: impl Into<String>) -> Self {
@@ -90,21 +78,13 @@ impl SceneErrors {
             label: finding.label.into(),
             help: finding.help,
         });
-        SceneErrors {
-            errors: errors.collect(),
-        }
+        SceneErrors { errors: errors.collect() }
     }
 
     /// The same errors drawn for a terminal `width` columns wide, with colors if `color`.
     pub fn graphical(&self, width: usize, color: bool) -> String {
-        let theme = if color {
-            GraphicalTheme::unicode()
-        } else {
-            GraphicalTheme::unicode_nocolor()
-        };
-        let handler = GraphicalReportHandler::new_themed(theme)
-            .with_width(width)
-            .with_links(false);
+        let theme = if color { GraphicalTheme::unicode() } else { GraphicalTheme::unicode_nocolor() };
+        let handler = GraphicalReportHandler::new_themed(theme).with_width(width).with_links(false);
         let mut text = String::new();
         for error in &self.errors {
             if handler.render_report(&mut text, error).is_err() {
@@ -127,12 +107,8 @@ impl Place {
     fn new(at: At, sources: &Sources) -> Self {
         let source = sources.get(at);
         let text = &source.text;
-        let line_start = text[..at.start]
-            .rfind('\n')
-            .map_or(0, |newline| newline + 1);
-        let line_end = text[at.start..]
-            .find('\n')
-            .map_or(text.len(), |len| at.start + len);
+        let line_start = text[..at.start].rfind('\n').map_or(0, |newline| newline + 1);
+        let line_end = text[at.start..].find('\n').map_or(text.len(), |len| at.start + len);
         let source_line = text[line_start..line_end].trim_end_matches('\r');
         // A value of several lines is shown by its first.
         let end = at.end.min(line_start + source_line.len()).max(at.start);
@@ -154,14 +130,7 @@ impl SceneError {
     pub fn plain(&self) -> String {
         let mut text = format!("error: {}", self.message);
         if let Some(place) = &self.place {
-            let Place {
-                file,
-                line,
-                column,
-                source_line,
-                width,
-                ..
-            } = place;
+            let Place { file, line, column, source_line, width, .. } = place;
             let number = line.to_string();
             let gutter = " ".repeat(number.len());
             // Tabs stay tabs, so that the carets stand under the value in any terminal.
@@ -218,8 +187,6 @@ impl std::error::Error for SceneErrors {}
 
 impl Diagnostic for SceneErrors {
     fn related<'a>(&'a self) -> Option<Box<dyn Iterator<Item = &'a dyn Diagnostic> + 'a>> {
-        Some(Box::new(
-            self.errors.iter().map(|error| error as &dyn Diagnostic),
-        ))
+        Some(Box::new(self.errors.iter().map(|error| error as &dyn Diagnostic)))
     }
 }

@@ -25,9 +25,9 @@ pub use check::prefix;
 pub use diagnostic::{Place, SceneError, SceneErrors};
 pub use schedule::{Constant, Cosine, Schedule, WarmupStableDecay};
 pub use sections::{
-    AdamW, Batch, Checkpoint, Compute, Data, Eval, Mtp, Muon, Optimizer, Pipeline,
-    PipelineSchedule, Precision, Ramp, Recompute, RecomputeOp, Routing, RoutingMode, Sample,
-    ScenePath, ScenePaths, Telemetry, Tokenizer, TraceSteps, Train, Validation,
+    AdamW, Batch, Checkpoint, Compute, Data, Eval, Mtp, Muon, Optimizer, Pipeline, PipelineSchedule, Precision, Ramp,
+    Recompute, RecomputeOp, Routing, RoutingMode, Sample, ScenePath, ScenePaths, Telemetry, Tokenizer, TraceSteps,
+    Train, Validation,
 };
 
 use crate::hf::config::HfConfig;
@@ -133,11 +133,7 @@ impl Scene {
 }
 
 impl Loaded {
-    fn new(
-        read: Result<Read, Vec<Finding>>,
-        sources: Sources,
-        stem: &str,
-    ) -> Result<Self, SceneErrors> {
+    fn new(read: Result<Read, Vec<Finding>>, sources: Sources, stem: &str) -> Result<Self, SceneErrors> {
         let Read { root, mut findings } = match read {
             Ok(read) => read,
             Err(findings) => return Err(SceneErrors::new(findings, &sources)),
@@ -153,11 +149,7 @@ impl Loaded {
         if !root.find(&tree::segments("name")).complete {
             stem.clone_into(&mut scene.name);
         }
-        Ok(Loaded {
-            scene,
-            sources,
-            root,
-        })
+        Ok(Loaded { scene, sources, root })
     }
 
     /// The whole scene as RON, defaults written out, under a comment with Hadal's version and the sha256 of what
@@ -166,22 +158,12 @@ impl Loaded {
     /// # Errors
     /// RON's, if a value has no RON form.
     pub fn to_ron(&self) -> Result<String, ron::Error> {
-        let extensions = Extensions::IMPLICIT_SOME
-            | Extensions::UNWRAP_NEWTYPES
-            | Extensions::UNWRAP_VARIANT_NEWTYPES;
+        let extensions = Extensions::IMPLICIT_SOME | Extensions::UNWRAP_NEWTYPES | Extensions::UNWRAP_VARIANT_NEWTYPES;
         let options = ron::Options::default().with_default_extension(extensions);
-        let config = ron::ser::PrettyConfig::new()
-            .new_line("\n")
-            .compact_arrays(true);
+        let config = ron::ser::PrettyConfig::new().new_line("\n").compact_arrays(true);
         let body = options.to_string_pretty(&self.scene, config)? + "\n";
-        let hash: String = Sha256::digest(body.as_bytes())
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect();
-        Ok(format!(
-            "// Hadal {}, sha256 {hash}\n{body}",
-            env!("CARGO_PKG_VERSION")
-        ))
+        let hash: String = Sha256::digest(body.as_bytes()).iter().map(|byte| format!("{byte:02x}")).collect();
+        Ok(format!("// Hadal {}, sha256 {hash}\n{body}", env!("CARGO_PKG_VERSION")))
     }
 
     /// Names of the texts, the scene's own file first, then what it extends, then one `--set` for each override.
@@ -192,48 +174,23 @@ impl Loaded {
     /// Later findings about the scene, pointed at the values that won. A path to what is not written points at the
     /// section that it would stand in.
     pub fn errors(&self, problems: &[Problem]) -> SceneErrors {
-        SceneErrors::new(
-            problems
-                .iter()
-                .map(|problem| self.finding(problem))
-                .collect(),
-            &self.sources,
-        )
+        SceneErrors::new(problems.iter().map(|problem| self.finding(problem)).collect(), &self.sources)
     }
 
     fn finding(&self, problem: &Problem) -> Finding {
-        let Problem {
-            path,
-            message,
-            help,
-        } = problem;
+        let Problem { path, message, help } = problem;
         let found = self.root.find(&tree::segments(path));
         let at = found.node.at;
         let spans_lines = self.sources.get(at).text[at.start..at.end].contains('\n');
         let at = match found.key_at {
             Some(key_at) if !found.complete || spans_lines => key_at,
             // Not in the file at all: its first bracket stands for all of it.
-            None if !found.complete => At {
-                end: at.start + 1,
-                ..at
-            },
+            None if !found.complete => At { end: at.start + 1, ..at },
             _ => at,
         };
-        let label = if found.complete {
-            "this value".to_owned()
-        } else {
-            format!("`{path}` is not given here")
-        };
-        let message = if path.is_empty() {
-            message.clone()
-        } else {
-            format!("`{path}` {message}")
-        };
-        Finding {
-            path: path.clone(),
-            help: help.clone(),
-            ..Finding::new(at, message, label)
-        }
+        let label = if found.complete { "this value".to_owned() } else { format!("`{path}` is not given here") };
+        let message = if path.is_empty() { message.clone() } else { format!("`{path}` {message}") };
+        Finding { path: path.clone(), help: help.clone(), ..Finding::new(at, message, label) }
     }
 }
 

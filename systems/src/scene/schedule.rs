@@ -65,9 +65,7 @@ impl Schedule {
                 s.peak_lr * warmup(step, s.warmup_steps) * (1.0 - (1.0 - s.final_lr_ratio) * down)
             }
             Schedule::Cosine(s) => {
-                let down = (1.0
-                    - (std::f64::consts::PI * share_done(step, s.warmup_steps, total_steps)).cos())
-                    / 2.0;
+                let down = (1.0 - (std::f64::consts::PI * share_done(step, s.warmup_steps, total_steps)).cos()) / 2.0;
                 s.peak_lr * warmup(step, s.warmup_steps) * (1.0 - (1.0 - s.final_lr_ratio) * down)
             }
         }
@@ -75,11 +73,7 @@ impl Schedule {
 }
 
 fn warmup(step: u64, warmup_steps: u64) -> f64 {
-    if step < warmup_steps {
-        (step + 1) as f64 / warmup_steps as f64
-    } else {
-        1.0
-    }
+    if step < warmup_steps { (step + 1) as f64 / warmup_steps as f64 } else { 1.0 }
 }
 
 /// How much of the steps `start..end` is done with step `step`: 0 before, 1 in the last of them and after. Nothing is
@@ -97,49 +91,29 @@ mod tests {
     use super::*;
 
     fn wsd(warmup_steps: u64, decay_steps: u64, final_lr_ratio: f64) -> Schedule {
-        Schedule::WarmupStableDecay(WarmupStableDecay {
-            peak_lr: 2.0,
-            warmup_steps,
-            decay_steps,
-            final_lr_ratio,
-        })
+        Schedule::WarmupStableDecay(WarmupStableDecay { peak_lr: 2.0, warmup_steps, decay_steps, final_lr_ratio })
     }
 
     fn cosine(warmup_steps: u64, final_lr_ratio: f64) -> Schedule {
-        Schedule::Cosine(Cosine {
-            peak_lr: 2.0,
-            warmup_steps,
-            final_lr_ratio,
-        })
+        Schedule::Cosine(Cosine { peak_lr: 2.0, warmup_steps, final_lr_ratio })
     }
 
     #[track_caller]
     fn check(schedule: &Schedule, total_steps: u64, expected: &[f64]) {
         for (step, expected) in expected.iter().enumerate() {
             let found = schedule.lr_at(step as u64, total_steps);
-            assert!(
-                (found - expected).abs() < 1e-12,
-                "{schedule:?} step {step}: {found}, expected {expected}"
-            );
+            assert!((found - expected).abs() < 1e-12, "{schedule:?} step {step}: {found}, expected {expected}");
         }
     }
 
     #[test]
     fn constant_never_changes() {
-        check(
-            &Schedule::Constant(Constant { lr: 0.5 }),
-            3,
-            &[0.5, 0.5, 0.5, 0.5],
-        );
+        check(&Schedule::Constant(Constant { lr: 0.5 }), 3, &[0.5, 0.5, 0.5, 0.5]);
     }
 
     #[test]
     fn warmup_stable_decay_rises_stays_and_falls_to_the_final_rate() {
-        check(
-            &wsd(4, 4, 0.0),
-            10,
-            &[0.5, 1.0, 1.5, 2.0, 2.0, 2.0, 1.5, 1.0, 0.5, 0.0, 0.0],
-        );
+        check(&wsd(4, 4, 0.0), 10, &[0.5, 1.0, 1.5, 2.0, 2.0, 2.0, 1.5, 1.0, 0.5, 0.0, 0.0]);
         check(&wsd(0, 2, 0.5), 4, &[2.0, 2.0, 1.5, 1.0, 1.0]);
         check(&wsd(0, 0, 0.5), 3, &[2.0, 2.0, 2.0, 2.0]);
         check(&wsd(2, 2, 0.0), 4, &[1.0, 2.0, 1.0, 0.0]);
@@ -147,11 +121,7 @@ mod tests {
 
     #[test]
     fn cosine_passes_half_way_in_the_middle() {
-        check(
-            &cosine(0, 0.0),
-            4,
-            &[1.0 + 0.5_f64.sqrt(), 1.0, 1.0 - 0.5_f64.sqrt(), 0.0, 0.0],
-        );
+        check(&cosine(0, 0.0), 4, &[1.0 + 0.5_f64.sqrt(), 1.0, 1.0 - 0.5_f64.sqrt(), 0.0, 0.0]);
         check(&cosine(2, 0.5), 4, &[1.0, 2.0, 1.5, 1.0, 1.0]);
     }
 

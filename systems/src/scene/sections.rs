@@ -94,11 +94,7 @@ pub struct Ramp {
 
 impl Default for Batch {
     fn default() -> Self {
-        Batch {
-            microbatch_sequences: 8,
-            num_microbatches: 1,
-            ramp: Vec::new(),
-        }
+        Batch { microbatch_sequences: 8, num_microbatches: 1, ramp: Vec::new() }
     }
 }
 
@@ -200,12 +196,7 @@ pub struct AdamW {
 
 impl Default for AdamW {
     fn default() -> Self {
-        AdamW {
-            beta1: 0.9,
-            beta2: 0.95,
-            eps: 1e-8,
-            weight_decay: 0.1,
-        }
+        AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 }
     }
 }
 
@@ -331,10 +322,7 @@ pub struct Eval {
 
 impl Default for Eval {
     fn default() -> Self {
-        Eval {
-            every_steps: 100,
-            max_tokens: None,
-        }
+        Eval { every_steps: 100, max_tokens: None }
     }
 }
 
@@ -350,10 +338,7 @@ pub struct Checkpoint {
 
 impl Default for Checkpoint {
     fn default() -> Self {
-        Checkpoint {
-            every_steps: 200,
-            keep_last: 2,
-        }
+        Checkpoint { every_steps: 200, keep_last: 2 }
     }
 }
 
@@ -373,12 +358,7 @@ pub struct Sample {
 
 impl Default for Sample {
     fn default() -> Self {
-        Sample {
-            prompt: String::new(),
-            max_new_tokens: 80,
-            temperature: 0.8,
-            top_p: 0.95,
-        }
+        Sample { prompt: String::new(), max_new_tokens: 80, temperature: 0.8, top_p: 0.95 }
     }
 }
 
@@ -408,12 +388,7 @@ pub struct TraceSteps {
 
 impl Default for Telemetry {
     fn default() -> Self {
-        Telemetry {
-            dir: PathBuf::from("runs"),
-            tensorboard: true,
-            trace_steps: None,
-            log_every_steps: 10,
-        }
+        Telemetry { dir: PathBuf::from("runs"), tensorboard: true, trace_steps: None, log_every_steps: 10 }
     }
 }
 
@@ -423,32 +398,18 @@ mod tests {
 
     #[test]
     fn the_batch_grows_at_the_steps_of_the_ramp() {
-        let ramp = |step, num_microbatches| Ramp {
-            step,
-            num_microbatches,
-        };
-        let batch = Batch {
-            microbatch_sequences: 1,
-            num_microbatches: 2,
-            ramp: vec![ramp(3, 4), ramp(5, 8)],
-        };
+        let ramp = |step, num_microbatches| Ramp { step, num_microbatches };
+        let batch = Batch { microbatch_sequences: 1, num_microbatches: 2, ramp: vec![ramp(3, 4), ramp(5, 8)] };
         let found: Vec<_> = (0..7).map(|step| batch.num_microbatches_at(step)).collect();
         assert_eq!(found, [2, 2, 2, 4, 4, 8, 8]);
     }
 
     #[test]
     fn the_bias_speed_falls_to_zero_in_the_last_steps() {
-        let routing = Routing {
-            bias_update_speed: 1.0,
-            bias_warm_down_steps: 4,
-            ..Routing::default()
-        };
+        let routing = Routing { bias_update_speed: 1.0, bias_warm_down_steps: 4, ..Routing::default() };
         let found: Vec<_> = (0..8).map(|step| routing.bias_speed_at(step, 6)).collect();
         assert_eq!(found, [1.0, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0, 0.0]);
-        let steady = Routing {
-            bias_warm_down_steps: 0,
-            ..routing
-        };
+        let steady = Routing { bias_warm_down_steps: 0, ..routing };
         assert_eq!(steady.bias_speed_at(5, 6), 1.0);
     }
 }

@@ -27,11 +27,7 @@ pub(super) struct Sources(pub Vec<Source>);
 
 impl Sources {
     fn add(&mut self, name: impl Into<String>, text: &str, dir: Option<PathBuf>) -> usize {
-        self.0.push(Source {
-            name: name.into(),
-            text: text.into(),
-            dir,
-        });
+        self.0.push(Source { name: name.into(), text: text.into(), dir });
         self.0.len() - 1
     }
 
@@ -65,28 +61,14 @@ pub(super) struct Read {
 ///
 /// # Errors
 /// Findings that leave no whole tree to read: a file that cannot be read, broken syntax, a cycle of `extends`.
-pub(super) fn read_file(
-    path: &Path,
-    overrides: &[String],
-    sources: &mut Sources,
-) -> Result<Read, Vec<Finding>> {
+pub(super) fn read_file(path: &Path, overrides: &[String], sources: &mut Sources) -> Result<Read, Vec<Finding>> {
     let text = read_text(path, None).map_err(|finding| vec![finding])?;
     read(path.to_owned(), text, true, overrides, sources)
 }
 
 /// The same for a text that is not in a file.
-pub(super) fn read_str(
-    text: &str,
-    overrides: &[String],
-    sources: &mut Sources,
-) -> Result<Read, Vec<Finding>> {
-    read(
-        PathBuf::from("scene.ron"),
-        text.to_owned(),
-        false,
-        overrides,
-        sources,
-    )
+pub(super) fn read_str(text: &str, overrides: &[String], sources: &mut Sources) -> Result<Read, Vec<Finding>> {
+    read(PathBuf::from("scene.ron"), text.to_owned(), false, overrides, sources)
 }
 
 fn read(
@@ -101,14 +83,7 @@ fn read(
     let mut findings = Vec::new();
     let fatal = loop {
         let folder = path.parent().unwrap_or(Path::new(""));
-        let dir = in_file.then(|| {
-            fs::canonicalize(if folder == Path::new("") {
-                Path::new(".")
-            } else {
-                folder
-            })
-            .ok()
-        });
+        let dir = in_file.then(|| fs::canonicalize(if folder == Path::new("") { Path::new(".") } else { folder }).ok());
         chain.push(fs::canonicalize(&path).unwrap_or_else(|_| path.clone()));
         let source = sources.add(path.display().to_string(), &text, dir.flatten());
         let (mut node, found) = match syntax::parse(&text, source, 0) {
@@ -160,40 +135,23 @@ fn base_of(value: &Node, folder: &Path, chain: &[PathBuf]) -> Result<(PathBuf, S
     };
     let fault = |message: String, label| {
         let finding = Finding::new(value.at, message, label);
-        Finding {
-            path: "extends".to_owned(),
-            ..finding
-        }
+        Finding { path: "extends".to_owned(), ..finding }
     };
     let Some(name) = name else {
-        let message = format!(
-            "`extends` must be the path of a scene file, but is {}",
-            value.describe()
-        );
+        let message = format!("`extends` must be the path of a scene file, but is {}", value.describe());
         return Err(fault(message, "expected a string"));
     };
     let path = folder.join(name);
     let real = fs::canonicalize(&path).unwrap_or_else(|_| path.clone());
     if let Some(first) = chain.iter().position(|file| *file == real) {
         let names = chain[first..].iter().chain([&real]).map(|file| {
-            file.file_name().map_or_else(
-                || file.display().to_string(),
-                |name| name.to_string_lossy().into_owned(),
-            )
+            file.file_name().map_or_else(|| file.display().to_string(), |name| name.to_string_lossy().into_owned())
         });
-        let message = format!(
-            "`extends` goes in a circle: {}",
-            names.collect::<Vec<_>>().join(" -> ")
-        );
-        return Err(
-            fault(message, "closes the circle").help("let one of these files extend nothing")
-        );
+        let message = format!("`extends` goes in a circle: {}", names.collect::<Vec<_>>().join(" -> "));
+        return Err(fault(message, "closes the circle").help("let one of these files extend nothing"));
     }
     if chain.len() == MAX_EXTENDS {
-        return Err(fault(
-            format!("`extends` is chained through more than {MAX_EXTENDS} files"),
-            "one too many",
-        ));
+        return Err(fault(format!("`extends` is chained through more than {MAX_EXTENDS} files"), "one too many"));
     }
     let text = read_text(&path, Some(value.at))?;
     Ok((path, text))
@@ -204,9 +162,7 @@ fn read_override(text: &str, source: usize) -> Result<(Node, Vec<Finding>), Find
     let at = |start: usize, end: usize| At { source, start, end };
     let form = "write it as `path.to.key=RON`, e.g. `--set train.steps=100`";
     let Some(equals) = text.find('=') else {
-        return Err(
-            Finding::new(at(0, text.len()), "an override has no `=`", "expected `=`").help(form),
-        );
+        return Err(Finding::new(at(0, text.len()), "an override has no `=`", "expected `=`").help(form));
     };
     let mut keys = Vec::new();
     let mut start = 0;
@@ -215,21 +171,11 @@ fn read_override(text: &str, source: usize) -> Result<(Node, Vec<Finding>), Find
         let key_start = start + part.len() - part.trim_start().len();
         let key_at = at(key_start, key_start + key.len());
         if key.is_empty() || !key.chars().all(|c| c.is_alphanumeric() || c == '_') {
-            return Err(Finding::new(
-                key_at,
-                format!("`{key}` is not a field name"),
-                "expected a name",
-            )
-            .help(form));
+            return Err(Finding::new(key_at, format!("`{key}` is not a field name"), "expected a name").help(form));
         }
         if keys.is_empty() && key == "extends" {
             let help = "name the other scene file on the command line instead";
-            return Err(Finding::new(
-                key_at,
-                "`extends` cannot be set",
-                "only a file can extend a file",
-            )
-            .help(help));
+            return Err(Finding::new(key_at, "`extends` cannot be set", "only a file can extend a file").help(help));
         }
         keys.push((key.to_owned(), key_at));
         start += part.len() + 1;
@@ -237,10 +183,7 @@ fn read_override(text: &str, source: usize) -> Result<(Node, Vec<Finding>), Find
     let (value, findings) = syntax::parse(text, source, equals + 1)?;
     let node = keys.into_iter().rev().fold(value, |value, (key, key_at)| {
         let fields = vec![Field { key, key_at, value }];
-        Node {
-            at: at(0, text.len()),
-            kind: Kind::Struct { name: None, fields },
-        }
+        Node { at: at(0, text.len()), kind: Kind::Struct { name: None, fields } }
     });
     Ok((node, findings))
 }

@@ -8,22 +8,10 @@ const MAX_DEPTH: usize = 64;
 
 /// Reads one value that fills `text[from..]`. Keys given twice are findings and the first one stays; anything else that
 /// is wrong with the structure ends the reading.
-pub(super) fn parse(
-    text: &str,
-    source: usize,
-    from: usize,
-) -> Result<(Node, Vec<Finding>), Finding> {
-    let mut reader = Reader {
-        text,
-        source,
-        pos: from,
-        depth: 0,
-        findings: Vec::new(),
-    };
+pub(super) fn parse(text: &str, source: usize, from: usize) -> Result<(Node, Vec<Finding>), Finding> {
+    let mut reader = Reader { text, source, pos: from, depth: 0, findings: Vec::new() };
     if from == 0 {
-        reader.pos += text
-            .strip_prefix('\u{feff}')
-            .map_or(0, |rest| text.len() - rest.len());
+        reader.pos += text.strip_prefix('\u{feff}').map_or(0, |rest| text.len() - rest.len());
         reader.attributes()?;
     }
     let node = reader.value()?;
@@ -52,11 +40,7 @@ impl<'a> Reader<'a> {
     }
 
     fn at(&self, start: usize) -> At {
-        At {
-            source: self.source,
-            start,
-            end: self.pos,
-        }
+        At { source: self.source, start, end: self.pos }
     }
 
     fn eat(&mut self, token: &str) -> bool {
@@ -91,13 +75,10 @@ impl<'a> Reader<'a> {
                     } else if let Some(c) = self.peek() {
                         self.pos += c.len_utf8();
                     } else {
-                        let at = At {
-                            source: self.source,
-                            start,
-                            end: start + 2,
-                        };
-                        return Err(Finding::new(at, "a comment is never closed", "opened here")
-                            .help("close it with `*/`"));
+                        let at = At { source: self.source, start, end: start + 2 };
+                        return Err(
+                            Finding::new(at, "a comment is never closed", "opened here").help("close it with `*/`")
+                        );
                     }
                 }
             } else {
@@ -130,9 +111,7 @@ impl<'a> Reader<'a> {
                 reader.colon("the key")?;
                 Ok((key, reader.value()?))
             })?),
-            Some(c) if c.is_ascii_digit() || matches!(c, '+' | '-' | '.') => {
-                Kind::Number(self.number().to_owned())
-            }
+            Some(c) if c.is_ascii_digit() || matches!(c, '+' | '-' | '.') => Kind::Number(self.number().to_owned()),
             Some('"' | '\'') => self.quoted(start)?,
             Some('r' | 'b') if self.quote_prefix().is_some() => self.quoted(start)?,
             Some(c) if c.is_alphabetic() || c == '_' => {
@@ -150,21 +129,11 @@ impl<'a> Reader<'a> {
         };
         Ok(match kind {
             // `Some` may be written and may be left out, so it carries nothing.
-            Kind::Tuple {
-                name: Some(name),
-                mut items,
-            } if name == "Some" && items.len() == 1 => items.remove(0),
-            Kind::Struct {
-                name: Some(name),
-                fields,
-            } if name == "Some" => Node {
-                at: self.at(start),
-                kind: Kind::Struct { name: None, fields },
-            },
-            kind => Node {
-                at: self.at(start),
-                kind,
-            },
+            Kind::Tuple { name: Some(name), mut items } if name == "Some" && items.len() == 1 => items.remove(0),
+            Kind::Struct { name: Some(name), fields } if name == "Some" => {
+                Node { at: self.at(start), kind: Kind::Struct { name: None, fields } }
+            }
+            kind => Node { at: self.at(start), kind },
         })
     }
 
@@ -184,10 +153,7 @@ impl<'a> Reader<'a> {
         };
         self.pos = open;
         if !has_keys && !empty {
-            return Ok(Kind::Tuple {
-                name,
-                items: self.bracketed('(', ')', Self::value)?,
-            });
+            return Ok(Kind::Tuple { name, items: self.bracketed('(', ')', Self::value)? });
         }
         let mut fields: Vec<Field> = Vec::new();
         for field in self.bracketed('(', ')', Self::field)? {
@@ -197,9 +163,7 @@ impl<'a> Reader<'a> {
                     let line = self.text[..first.key_at.start].matches('\n').count() + 1;
                     let message = format!("the field `{}` is given twice", field.key);
                     let finding = Finding::new(field.key_at, message, "given again here");
-                    self.findings.push(
-                        finding.help(format!("keep one of the two; the first is in line {line}")),
-                    );
+                    self.findings.push(finding.help(format!("keep one of the two; the first is in line {line}")));
                 }
             }
         }
@@ -214,20 +178,12 @@ impl<'a> Reader<'a> {
         }
         let key_at = self.at(start);
         self.colon(&format!("the field name `{key}`"))?;
-        Ok(Field {
-            key,
-            key_at,
-            value: self.value()?,
-        })
+        Ok(Field { key, key_at, value: self.value()? })
     }
 
     fn colon(&mut self, after: &str) -> Result<(), Finding> {
         self.trivia()?;
-        if self.eat(":") {
-            Ok(())
-        } else {
-            Err(self.unexpected(&format!("`:` after {after}"), None))
-        }
+        if self.eat(":") { Ok(()) } else { Err(self.unexpected(&format!("`:` after {after}"), None)) }
     }
 
     fn bracketed<T>(
@@ -274,12 +230,9 @@ impl<'a> Reader<'a> {
         let start = self.pos;
         self.pos += 1;
         loop {
-            let exponent = self.text[start..self.pos].ends_with(['e', 'E'])
-                && !self.text[start..].starts_with("0x");
+            let exponent = self.text[start..self.pos].ends_with(['e', 'E']) && !self.text[start..].starts_with("0x");
             match self.peek() {
-                Some(c) if is_word(c) || c == '.' || (exponent && matches!(c, '+' | '-')) => {
-                    self.pos += c.len_utf8()
-                }
+                Some(c) if is_word(c) || c == '.' || (exponent && matches!(c, '+' | '-')) => self.pos += c.len_utf8(),
                 _ => return &self.text[start..self.pos],
             }
         }
@@ -297,10 +250,7 @@ impl<'a> Reader<'a> {
         })?;
         let rest = &rest[letters.len()..];
         let hashes = rest.len() - rest.trim_start_matches('#').len();
-        Some((
-            letters.len() + hashes,
-            letters.contains('r').then_some(hashes),
-        ))
+        Some((letters.len() + hashes, letters.contains('r').then_some(hashes)))
     }
 
     fn quoted(&mut self, start: usize) -> Result<Kind, Finding> {
@@ -319,15 +269,9 @@ impl<'a> Reader<'a> {
             match self.peek() {
                 Some(c) => self.pos += c.len_utf8(),
                 None => {
-                    let at = At {
-                        source: self.source,
-                        start,
-                        end: start + prefix_len + 1,
-                    };
+                    let at = At { source: self.source, start, end: start + prefix_len + 1 };
                     let help = format!("close it with `{close}`");
-                    return Err(
-                        Finding::new(at, "a string is never closed", "opened here").help(help)
-                    );
+                    return Err(Finding::new(at, "a string is never closed", "opened here").help(help));
                 }
             }
         }
@@ -346,15 +290,8 @@ impl<'a> Reader<'a> {
             }
         };
         let at = self.at(start);
-        let finding = Finding::new(
-            at,
-            format!("expected {expected}, found {found}"),
-            format!("expected {expected}"),
-        );
-        Finding {
-            help: help.map(str::to_owned),
-            ..finding
-        }
+        let finding = Finding::new(at, format!("expected {expected}, found {found}"), format!("expected {expected}"));
+        Finding { help: help.map(str::to_owned), ..finding }
     }
 }
 

@@ -19,18 +19,13 @@ fn parse(text: &str) -> Scene {
 
 #[track_caller]
 fn parse_with(text: &str, overrides: &[&str]) -> Scene {
-    Scene::parse(text, &sets(overrides))
-        .map_err(|errors| errors.to_string())
-        .unwrap()
-        .scene
+    Scene::parse(text, &sets(overrides)).map_err(|errors| errors.to_string()).unwrap().scene
 }
 
 /// `path line:column` of every error, in order.
 #[track_caller]
 fn faults_with(text: &str, overrides: &[&str]) -> Vec<String> {
-    let errors = Scene::parse(text, &sets(overrides))
-        .map(|loaded| loaded.scene)
-        .unwrap_err();
+    let errors = Scene::parse(text, &sets(overrides)).map(|loaded| loaded.scene).unwrap_err();
     let place = |error: &SceneError| {
         let place = error.place.as_ref().unwrap();
         let file = if place.file == "--set" { "--set " } else { "" };
@@ -59,45 +54,20 @@ const DATA: &str = "data: (train: \"a.txt\", tokenizer: Bpe(vocab_size: 300))";
 #[test]
 fn an_empty_scene_has_no_plugins() {
     let scene = parse("()");
-    assert_eq!(
-        scene,
-        Scene {
-            name: "scene".into(),
-            seed: 1,
-            ..Scene::default()
-        }
-    );
-    assert_eq!(
-        (scene.batch.num_microbatches, scene.precision.compute),
-        (1, Compute::F32)
-    );
+    assert_eq!(scene, Scene { name: "scene".into(), seed: 1, ..Scene::default() });
+    assert_eq!((scene.batch.num_microbatches, scene.precision.compute), (1, Compute::F32));
 }
 
 #[test]
 fn short_forms_mean_their_long_forms() {
     let same = [
-        (
-            DATA,
-            "data: (train: [\"a.txt\"], validation: HeldOut(fraction: 0.1), tokenizer: Bpe(vocab_size: 300))",
-        ),
-        (
-            DATA,
-            "data: Some(Data(train: [(\"a.txt\")], tokenizer: Bpe(vocab_size: 0x12c),),),",
-        ),
-        (
-            DATA,
-            "/* a /* b */ */ data: (train: r#\"a.txt\"#, // c\n tokenizer: Bpe(vocab_size: 3_00))",
-        ),
-        (
-            "optimizer: AdamW",
-            "optimizer: AdamW(beta1: 0.9, beta2: .95, eps: 1e-8, weight_decay: 1e-1)",
-        ),
+        (DATA, "data: (train: [\"a.txt\"], validation: HeldOut(fraction: 0.1), tokenizer: Bpe(vocab_size: 300))"),
+        (DATA, "data: Some(Data(train: [(\"a.txt\")], tokenizer: Bpe(vocab_size: 0x12c),),),"),
+        (DATA, "/* a /* b */ */ data: (train: r#\"a.txt\"#, // c\n tokenizer: Bpe(vocab_size: 3_00))"),
+        ("optimizer: AdamW", "optimizer: AdamW(beta1: 0.9, beta2: .95, eps: 1e-8, weight_decay: 1e-1)"),
         ("optimizer: AdamW()", "optimizer: Some(AdamW((beta1: 0.9)))"),
         ("optimizer: Muon", "optimizer: Muon(adamw: ())"),
-        (
-            "train: (steps: 4)",
-            "train: (steps: 4, max_grad_norm: Some(1), max_train_secs: None)",
-        ),
+        ("train: (steps: 4)", "train: (steps: 4, max_grad_norm: Some(1), max_train_secs: None)"),
         ("mtp: None", ""),
         ("mtp: ()", "mtp: (loss_weight: 0.3)"),
         ("recompute: Off", ""),
@@ -106,11 +76,7 @@ fn short_forms_mean_their_long_forms() {
     for (short, long) in same {
         // `("a.txt")` is not a path in parentheses but a tuple.
         let long = long.replace("(\"a.txt\")", "\"a.txt\"");
-        assert_eq!(
-            parse(&format!("({short})")),
-            parse(&format!("#![enable(implicit_some)]\n({long})")),
-            "{short}"
-        );
+        assert_eq!(parse(&format!("({short})")), parse(&format!("#![enable(implicit_some)]\n({long})")), "{short}");
     }
     assert_eq!(parse(&format!("({DATA})")).data, Some(example()));
 }
@@ -118,24 +84,10 @@ fn short_forms_mean_their_long_forms() {
 #[test]
 fn every_section_reads() {
     let scene = parse(include_str!("tests/every_section.ron"));
-    assert_eq!(
-        scene.recompute,
-        Recompute::Selective(vec![RecomputeOp::Norm, RecomputeOp::Swiglu])
-    );
-    assert_eq!(
-        scene.batch.ramp[1],
-        Ramp {
-            step: 50,
-            num_microbatches: 4
-        }
-    );
-    assert_eq!(
-        scene.telemetry.unwrap().trace_steps,
-        Some(TraceSteps { start: 3, count: 2 })
-    );
-    assert!(
-        matches!(scene.optimizer, Some(Optimizer::Muon(muon)) if muon.adamw.beta2 == 0.99 && muon.ns_steps == 5)
-    );
+    assert_eq!(scene.recompute, Recompute::Selective(vec![RecomputeOp::Norm, RecomputeOp::Swiglu]));
+    assert_eq!(scene.batch.ramp[1], Ramp { step: 50, num_microbatches: 4 });
+    assert_eq!(scene.telemetry.unwrap().trace_steps, Some(TraceSteps { start: 3, count: 2 }));
+    assert!(matches!(scene.optimizer, Some(Optimizer::Muon(muon)) if muon.adamw.beta2 == 0.99 && muon.ns_steps == 5));
 }
 
 #[test]
@@ -145,14 +97,8 @@ fn the_resolved_text_reads_as_the_same_scene() {
         let resolved = loaded.to_ron().unwrap();
         assert_eq!(parse(&resolved), loaded.scene, "{resolved}");
         let (header, body) = resolved.split_once('\n').unwrap();
-        let hash: String = Sha256::digest(body.as_bytes())
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect();
-        assert_eq!(
-            header,
-            format!("// Hadal {}, sha256 {hash}", env!("CARGO_PKG_VERSION"))
-        );
+        let hash: String = Sha256::digest(body.as_bytes()).iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(header, format!("// Hadal {}, sha256 {hash}", env!("CARGO_PKG_VERSION")));
     }
 }
 
@@ -160,35 +106,14 @@ fn the_resolved_text_reads_as_the_same_scene() {
 fn overrides_win_in_order() {
     let text = "(train: (steps: 4), optimizer: AdamW(beta1: 0.5, beta2: 0.6))";
     let optimizer = |overrides: &[&str]| parse_with(text, overrides).optimizer.unwrap();
-    let adamw = |beta1, beta2| {
-        Optimizer::AdamW(AdamW {
-            beta1,
-            beta2,
-            ..AdamW::default()
-        })
-    };
-    assert_eq!(
-        parse_with(text, &["train.steps=5", "train.steps = 6"])
-            .train
-            .unwrap()
-            .steps,
-        6
-    );
+    let adamw = |beta1, beta2| Optimizer::AdamW(AdamW { beta1, beta2, ..AdamW::default() });
+    assert_eq!(parse_with(text, &["train.steps=5", "train.steps = 6"]).train.unwrap().steps, 6);
     assert_eq!(parse_with(text, &["name=\"x=y\""]).name, "x=y");
-    assert_eq!(
-        parse_with(text, &["mtp=()", "mtp.loss_weight=0.1"]).mtp,
-        Some(Mtp { loss_weight: 0.1 })
-    );
+    assert_eq!(parse_with(text, &["mtp=()", "mtp.loss_weight=0.1"]).mtp, Some(Mtp { loss_weight: 0.1 }));
     assert_eq!(optimizer(&["optimizer.beta1=0.7"]), adamw(0.7, 0.6));
     assert_eq!(optimizer(&["optimizer=AdamW(beta1: 0.7)"]), adamw(0.7, 0.6));
-    assert_eq!(
-        optimizer(&["optimizer=Muon"]),
-        Optimizer::Muon(Muon::default())
-    );
-    assert_eq!(
-        optimizer(&["optimizer=Muon", "optimizer=AdamW", "optimizer.beta1=0.7"]),
-        adamw(0.7, 0.95)
-    );
+    assert_eq!(optimizer(&["optimizer=Muon"]), Optimizer::Muon(Muon::default()));
+    assert_eq!(optimizer(&["optimizer=Muon", "optimizer=AdamW", "optimizer.beta1=0.7"]), adamw(0.7, 0.95));
     assert_eq!(parse_with(text, &["optimizer=None"]).optimizer, None);
 }
 
@@ -259,17 +184,9 @@ fn a_fault_in_an_override_points_into_the_override() {
         ("sed=1", "sed --set 1:1"),
     ];
     for (text, place) in cases {
-        assert_eq!(
-            faults_with("(train: (steps: 4))", &[text]),
-            [place],
-            "{text}"
-        );
+        assert_eq!(faults_with("(train: (steps: 4))", &[text]), [place], "{text}");
         // It hides no other.
-        assert_eq!(
-            faults_with("(train: (steps: 4), zzz: 1)", &[text]),
-            ["zzz 1:21", place],
-            "{text}"
-        );
+        assert_eq!(faults_with("(train: (steps: 4), zzz: 1)", &[text]), ["zzz 1:21", place], "{text}");
     }
 }
 
@@ -298,44 +215,19 @@ fn a_file_extends_another_and_paths_keep_their_folder() {
             "base/base.ron",
             "(seed: 7, data: (train: \"../text/a.txt\", tokenizer: File(\"./t.json\")), batch: (num_microbatches: 2))",
         ),
-        (
-            "mid.ron",
-            "(extends: \"base/base.ron\", name: \"mid\", batch: (microbatch_sequences: 4))",
-        ),
-        (
-            "top.ron",
-            "(extends: \"mid.ron\", data: (validation: File(\"v.txt\")), batch: (num_microbatches: 3))",
-        ),
+        ("mid.ron", "(extends: \"base/base.ron\", name: \"mid\", batch: (microbatch_sequences: 4))"),
+        ("top.ron", "(extends: \"mid.ron\", data: (validation: File(\"v.txt\")), batch: (num_microbatches: 3))"),
         ("text/a.txt", "a"),
         ("v.txt", "v"),
     ]);
     let loaded = Scene::load(&folder.path("top.ron"), &[]).unwrap();
-    let Scene {
-        name,
-        seed,
-        data,
-        batch,
-        ..
-    } = &loaded.scene;
+    let Scene { name, seed, data, batch, .. } = &loaded.scene;
     assert_eq!((name.as_str(), *seed), ("mid", 7));
-    assert_eq!(
-        *batch,
-        Batch {
-            microbatch_sequences: 4,
-            num_microbatches: 3,
-            ramp: Vec::new()
-        }
-    );
+    assert_eq!(*batch, Batch { microbatch_sequences: 4, num_microbatches: 3, ramp: Vec::new() });
     let data = data.as_ref().unwrap();
     assert_eq!(data.train.0, [ScenePath(folder.path("text/a.txt"))]);
-    assert_eq!(
-        data.tokenizer,
-        Tokenizer::File(ScenePath(folder.path("base/t.json")))
-    );
-    assert_eq!(
-        data.validation,
-        Validation::File(ScenePath(folder.path("v.txt")))
-    );
+    assert_eq!(data.tokenizer, Tokenizer::File(ScenePath(folder.path("base/t.json"))));
+    assert_eq!(data.validation, Validation::File(ScenePath(folder.path("v.txt"))));
     assert_eq!(loaded.sources().count(), 3);
 
     // The missing tokenizer is blamed on the file that names it.
@@ -343,10 +235,7 @@ fn a_file_extends_another_and_paths_keep_their_folder() {
     let errors = loaded.errors(&problems);
     assert_eq!(errors.errors.len(), 1, "{errors}");
     let place = errors.errors[0].place.as_ref().unwrap();
-    assert_eq!(
-        (place.file.as_str(), place.line),
-        (folder.path("base/base.ron").to_str().unwrap(), 1)
-    );
+    assert_eq!((place.file.as_str(), place.line), (folder.path("base/base.ron").to_str().unwrap(), 1));
 
     // Elsewhere, the resolved text is the same scene.
     let resolved = folder.path("text/scene.ron");
@@ -357,24 +246,13 @@ fn a_file_extends_another_and_paths_keep_their_folder() {
 #[test]
 fn a_scene_is_called_after_its_file() {
     let folder = Folder::new(&[("quick.start.ron", "()")]);
-    assert_eq!(
-        Scene::load(&folder.path("quick.start.ron"), &[])
-            .unwrap()
-            .scene
-            .name,
-        "quick.start"
-    );
+    assert_eq!(Scene::load(&folder.path("quick.start.ron"), &[]).unwrap().scene.name, "quick.start");
 }
 
 #[test]
 fn a_chain_that_does_not_end_well_says_where() {
-    let long: Vec<_> = (0..20)
-        .map(|n| (format!("{n}.ron"), format!("(extends: \"{}.ron\")", n + 1)))
-        .collect();
-    let mut files: Vec<(&str, &str)> = long
-        .iter()
-        .map(|(name, text)| (name.as_str(), text.as_str()))
-        .collect();
+    let long: Vec<_> = (0..20).map(|n| (format!("{n}.ron"), format!("(extends: \"{}.ron\")", n + 1))).collect();
+    let mut files: Vec<(&str, &str)> = long.iter().map(|(name, text)| (name.as_str(), text.as_str())).collect();
     files.extend([
         ("self.ron", "(extends: \"./self.ron\")"),
         ("a.ron", "(\n  extends: \"b.ron\")"),
@@ -387,28 +265,17 @@ fn a_chain_that_does_not_end_well_says_where() {
         ("self.ron", "self.ron", "self.ron -> self.ron"),
         ("a.ron", "b.ron", "a.ron -> b.ron -> a.ron"),
         ("lost.ron", "lost.ron", "nowhere.ron"),
-        (
-            "word.ron",
-            "word.ron",
-            "must be the path of a scene file, but is the word `base`",
-        ),
+        ("word.ron", "word.ron", "must be the path of a scene file, but is the word `base`"),
         ("0.ron", "15.ron", "more than 16 files"),
     ];
     for (name, blamed, message) in cases {
-        let errors = Scene::load(&folder.path(name), &[])
-            .map(|loaded| loaded.scene)
-            .unwrap_err();
+        let errors = Scene::load(&folder.path(name), &[]).map(|loaded| loaded.scene).unwrap_err();
         let place = errors.errors[0].place.as_ref().unwrap();
         assert_eq!(PathBuf::from(&place.file), folder.path(blamed), "{errors}");
         assert!(errors.errors[0].message.contains(message), "{errors}");
     }
-    let errors = Scene::load(&folder.path("none.ron"), &[])
-        .map(|loaded| loaded.scene)
-        .unwrap_err();
-    assert!(
-        errors.errors[0].place.is_none() && errors.to_string().contains("none.ron"),
-        "{errors}"
-    );
+    let errors = Scene::load(&folder.path("none.ron"), &[]).map(|loaded| loaded.scene).unwrap_err();
+    assert!(errors.errors[0].place.is_none() && errors.to_string().contains("none.ron"), "{errors}");
 }
 
 #[test]
@@ -431,9 +298,7 @@ fn later_findings_point_at_the_value_or_the_section_it_would_stand_in() {
     ];
     for (path, expected) in cases {
         let errors = loaded.errors(&[Problem::new(path, "is odd")]);
-        let Place {
-            file, line, column, ..
-        } = errors.errors[0].place.clone().unwrap();
+        let Place { file, line, column, .. } = errors.errors[0].place.clone().unwrap();
         assert_eq!(format!("{file}:{line}:{column}"), expected, "{path}");
     }
 }
@@ -444,11 +309,7 @@ fn no_damage_to_a_text_is_a_panic() {
     let mut num_faulty = 0;
     for (at, c) in text.char_indices() {
         let (before, after) = (&text[..at], &text[at + c.len_utf8()..]);
-        let damaged = [
-            before.to_owned(),
-            format!("{before}{after}"),
-            format!("{before}é({after}"),
-        ];
+        let damaged = [before.to_owned(), format!("{before}{after}"), format!("{before}é({after}")];
         for text in damaged {
             if let Err(errors) = Scene::parse(&text, &[]) {
                 assert!(!errors.errors.is_empty(), "{text}");

@@ -36,15 +36,9 @@ pub(super) enum Kind {
     /// `[a, b]`
     List(Vec<Node>),
     /// `(a, b)` or `Name(a, b)`
-    Tuple {
-        name: Option<String>,
-        items: Vec<Node>,
-    },
+    Tuple { name: Option<String>, items: Vec<Node> },
     /// `(key: value)` or `Name(key: value)`; also `()`
-    Struct {
-        name: Option<String>,
-        fields: Vec<Field>,
-    },
+    Struct { name: Option<String>, fields: Vec<Field> },
     /// `{ key: value }`
     Map(Vec<(Node, Node)>),
     /// Stands where a faulty value was, and reads as anything, so that one fault does not cause others.
@@ -82,12 +76,7 @@ impl Node {
             Kind::Word(text) => format!("the word `{}`", short(text)),
             Kind::List(_) => "a list `[ .. ]`".to_owned(),
             Kind::Map(_) => "a map `{ .. }`".to_owned(),
-            Kind::Tuple {
-                name: Some(name), ..
-            }
-            | Kind::Struct {
-                name: Some(name), ..
-            } => format!("`{name}( .. )`"),
+            Kind::Tuple { name: Some(name), .. } | Kind::Struct { name: Some(name), .. } => format!("`{name}( .. )`"),
             Kind::Tuple { .. } => "a tuple `( .. )`".to_owned(),
             Kind::Struct { .. } => "a struct `( .. )`".to_owned(),
             Kind::Hole(_) => "nothing".to_owned(),
@@ -116,16 +105,11 @@ impl Node {
 
     fn child(&self, seg: &Seg) -> Option<(&Node, Option<At>)> {
         match (seg, &self.kind) {
-            (Seg::Field(key), Kind::Struct { fields, .. } | Kind::Hole(fields)) => fields
-                .iter()
-                .find(|field| &field.key == key)
-                .map(|field| (&field.value, Some(field.key_at))),
-            (Seg::Item(index), Kind::List(items) | Kind::Tuple { items, .. }) => {
-                items.get(*index).map(|n| (n, None))
+            (Seg::Field(key), Kind::Struct { fields, .. } | Kind::Hole(fields)) => {
+                fields.iter().find(|field| &field.key == key).map(|field| (&field.value, Some(field.key_at)))
             }
-            (Seg::Item(index), Kind::Map(entries)) => {
-                entries.get(*index).map(|(_, value)| (value, None))
-            }
+            (Seg::Item(index), Kind::List(items) | Kind::Tuple { items, .. }) => items.get(*index).map(|n| (n, None)),
+            (Seg::Item(index), Kind::Map(entries)) => entries.get(*index).map(|(_, value)| (value, None)),
             // A single path may stand for a list of one.
             (Seg::Item(0), Kind::Text(_)) => Some((self, None)),
             (Seg::Inner, Kind::Tuple { items, .. }) => items.first().map(|node| (node, None)),
@@ -136,16 +120,11 @@ impl Node {
     /// The child node to patch.
     pub fn child_mut(&mut self, seg: &Seg) -> Option<&mut Node> {
         match (seg, &mut self.kind) {
-            (Seg::Field(key), Kind::Struct { fields, .. } | Kind::Hole(fields)) => fields
-                .iter_mut()
-                .find(|field| &field.key == key)
-                .map(|field| &mut field.value),
-            (Seg::Item(index), Kind::List(items) | Kind::Tuple { items, .. }) => {
-                items.get_mut(*index)
+            (Seg::Field(key), Kind::Struct { fields, .. } | Kind::Hole(fields)) => {
+                fields.iter_mut().find(|field| &field.key == key).map(|field| &mut field.value)
             }
-            (Seg::Item(index), Kind::Map(entries)) => {
-                entries.get_mut(*index).map(|(_, value)| value)
-            }
+            (Seg::Item(index), Kind::List(items) | Kind::Tuple { items, .. }) => items.get_mut(*index),
+            (Seg::Item(index), Kind::Map(entries)) => entries.get_mut(*index).map(|(_, value)| value),
             (Seg::Inner, Kind::Tuple { items, .. }) => items.first_mut(),
             _ => None,
         }
@@ -153,28 +132,14 @@ impl Node {
 
     /// Walks `path` as far as it is written.
     pub fn find(&self, path: &[Seg]) -> Found<'_> {
-        let mut found = Found {
-            node: self,
-            key_at: None,
-            complete: true,
-        };
+        let mut found = Found { node: self, key_at: None, complete: true };
         for seg in path {
-            let inner = found
-                .node
-                .child(&Seg::Inner)
-                .and_then(|(node, _)| node.child(seg));
+            let inner = found.node.child(&Seg::Inner).and_then(|(node, _)| node.child(seg));
             match found.node.child(seg).or(inner) {
                 Some((node, key_at)) => {
                     // An item has no key: its first character stands for it.
-                    let first = At {
-                        end: node.at.start + 1,
-                        ..node.at
-                    };
-                    found = Found {
-                        node,
-                        key_at: key_at.or(Some(first)),
-                        complete: true,
-                    };
+                    let first = At { end: node.at.start + 1, ..node.at };
+                    found = Found { node, key_at: key_at.or(Some(first)), complete: true };
                 }
                 None => {
                     found.complete = false;
@@ -191,10 +156,7 @@ pub(super) fn segments(path: &str) -> Vec<Seg> {
     path.split(['.', '['])
         .map(|part| part.trim_end_matches(']'))
         .filter(|part| !part.is_empty())
-        .map(|part| {
-            part.parse()
-                .map_or_else(|_| Seg::Field(part.to_owned()), Seg::Item)
-        })
+        .map(|part| part.parse().map_or_else(|_| Seg::Field(part.to_owned()), Seg::Item))
         .collect()
 }
 
@@ -221,37 +183,16 @@ pub(super) fn dotted(path: &[Seg]) -> String {
 /// scalars replace. A merged struct keeps the place of its base, every other value has the place that won.
 pub(super) fn merge(base: Node, over: Node) -> Node {
     match (base.kind, over.kind) {
-        (
-            Kind::Struct {
-                name: base_name,
-                mut fields,
-            },
-            Kind::Struct {
-                name,
-                fields: over_fields,
-            },
-        ) if name.is_none() || base_name.is_none() || name == base_name => {
+        (Kind::Struct { name: base_name, mut fields }, Kind::Struct { name, fields: over_fields })
+            if name.is_none() || base_name.is_none() || name == base_name =>
+        {
             for field in over_fields {
                 merge_field(&mut fields, field);
             }
-            Node {
-                at: base.at,
-                kind: Kind::Struct {
-                    name: name.or(base_name),
-                    fields,
-                },
-            }
+            Node { at: base.at, kind: Kind::Struct { name: name.or(base_name), fields } }
         }
-        (Kind::Word(word), Kind::Struct { name: None, fields })
-            if !matches!(&*word, "None" | "true" | "false") =>
-        {
-            Node {
-                at: base.at,
-                kind: Kind::Struct {
-                    name: Some(word),
-                    fields,
-                },
-            }
+        (Kind::Word(word), Kind::Struct { name: None, fields }) if !matches!(&*word, "None" | "true" | "false") => {
+            Node { at: base.at, kind: Kind::Struct { name: Some(word), fields } }
         }
         (_, kind) => Node { at: over.at, kind },
     }
@@ -262,19 +203,8 @@ fn merge_field(fields: &mut Vec<Field>, over: Field) {
         Some(index) => {
             let base = fields.remove(index);
             let value = merge(base.value, over.value.clone());
-            let key_at = if value.at == over.value.at {
-                over.key_at
-            } else {
-                base.key_at
-            };
-            fields.insert(
-                index,
-                Field {
-                    key: over.key,
-                    key_at,
-                    value,
-                },
-            );
+            let key_at = if value.at == over.value.at { over.key_at } else { base.key_at };
+            fields.insert(index, Field { key: over.key, key_at, value });
         }
         None => fields.push(over),
     }

@@ -1,9 +1,6 @@
 //! Epochs, independence of batch size and ranks, and resuming at every sample.
 
-#![expect(
-    clippy::unwrap_used,
-    reason = "tests panic with the failing expression"
-)]
+#![expect(clippy::unwrap_used, reason = "tests panic with the failing expression")]
 use std::sync::Arc;
 
 use super::*;
@@ -28,15 +25,7 @@ fn loader(seed: u64, seq_len: usize) -> Loader {
 
 /// The targets of each sample.
 fn samples(batches: impl IntoIterator<Item = Batch>) -> Vec<Vec<u32>> {
-    batches
-        .into_iter()
-        .flat_map(|b| {
-            b.targets
-                .chunks(b.seq_len)
-                .map(<[u32]>::to_vec)
-                .collect::<Vec<_>>()
-        })
-        .collect()
+    batches.into_iter().flat_map(|b| b.targets.chunks(b.seq_len).map(<[u32]>::to_vec).collect::<Vec<_>>()).collect()
 }
 
 #[test]
@@ -44,9 +33,7 @@ fn an_epoch_has_every_target_once_and_each_epoch_another_order() {
     let mut loader = loader(1, 8);
     let num_rows = loader.rows().num_rows() as usize;
     let in_order = samples([loader.rows().clone().batch(0..num_rows as u64)]);
-    let epochs: Vec<_> = (0..3)
-        .map(|_| samples([loader.next_batch(num_rows)]))
-        .collect();
+    let epochs: Vec<_> = (0..3).map(|_| samples([loader.next_batch(num_rows)])).collect();
     let sorted = |epoch: &[Vec<u32>]| {
         let mut sorted = epoch.to_vec();
         sorted.sort();
@@ -65,11 +52,7 @@ fn samples_do_not_depend_on_batch_size_or_ranks() {
     for size in [1, 2, 3, 7, 40] {
         let mut loader = loader(7, 8);
         let batches = (0..total.div_ceil(size)).map(|_| loader.next_batch(size));
-        assert_eq!(
-            samples(batches.collect::<Vec<_>>())[..total],
-            expected,
-            "batches of {size}"
-        );
+        assert_eq!(samples(batches.collect::<Vec<_>>())[..total], expected, "batches of {size}");
     }
     for ranks in [2, 3, 5] {
         let per_rank = 4;
@@ -92,9 +75,7 @@ fn a_run_resumes_at_any_sample() {
     for taken in 0..80 {
         let saved = serde_json::to_string(&uninterrupted.cursor()).unwrap();
         let mut resumed = loader(3, 8);
-        resumed
-            .seek(&serde_json::from_str(&saved).unwrap())
-            .unwrap();
+        resumed.seek(&serde_json::from_str(&saved).unwrap()).unwrap();
         assert_eq!(resumed.cursor(), uninterrupted.cursor());
         let batch = uninterrupted.next_batch(1);
         assert_eq!(resumed.next_batch(1), batch, "after {taken} samples");
@@ -112,43 +93,16 @@ fn a_cursor_of_other_data_is_refused() {
     let mut other_corpus = cursor.clone();
     other_corpus.corpus = "0123456789abcdef".to_owned();
     let cases = [
-        (
-            loader(4, 8).cursor(),
-            "saved with seed = 4, but this run has seed = 3",
-        ),
-        (
-            loader(3, 9).cursor(),
-            "saved with seq_len = 9, but this run has seq_len = 8",
-        ),
+        (loader(4, 8).cursor(), "saved with seed = 4, but this run has seed = 3"),
+        (loader(3, 9).cursor(), "saved with seq_len = 9, but this run has seq_len = 8"),
         (other_corpus, "saved with corpus = 0123456789abcdef, but"),
-        (
-            Cursor {
-                num_rows: 2,
-                ..cursor.clone()
-            },
-            "saved with num_rows = 2, but",
-        ),
-        (
-            Cursor {
-                sample: cursor.num_rows,
-                ..cursor.clone()
-            },
-            "the checkpoint is damaged",
-        ),
-        (
-            Cursor {
-                epoch: u64::MAX,
-                ..cursor.clone()
-            },
-            "the checkpoint is damaged",
-        ),
+        (Cursor { num_rows: 2, ..cursor.clone() }, "saved with num_rows = 2, but"),
+        (Cursor { sample: cursor.num_rows, ..cursor.clone() }, "the checkpoint is damaged"),
+        (Cursor { epoch: u64::MAX, ..cursor.clone() }, "the checkpoint is damaged"),
     ];
     for (cursor, expected) in cases {
         let error = here.seek(&cursor).unwrap_err().to_string();
         assert!(error.contains(expected), "{error:?} lacks {expected:?}");
     }
-    assert!(
-        serde_json::from_str::<Cursor>("{\"epoch\":0,\"sample\":0}").is_err(),
-        "missing fields are refused"
-    );
+    assert!(serde_json::from_str::<Cursor>("{\"epoch\":0,\"sample\":0}").is_err(), "missing fields are refused");
 }

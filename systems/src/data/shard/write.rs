@@ -24,11 +24,7 @@ impl ShardWriter {
     ///
     /// # Errors
     /// Those of making the folder and the temporary file.
-    pub fn create(
-        bin: &Path,
-        vocab_size: usize,
-        origin: Origin,
-    ) -> Result<ShardWriter, ShardError> {
+    pub fn create(bin: &Path, vocab_size: usize, origin: Origin) -> Result<ShardWriter, ShardError> {
         if let Some(folder) = bin.parent() {
             fs::create_dir_all(folder).map_err(|source| ShardError::Io {
                 operation: "make the folder of",
@@ -44,15 +40,7 @@ impl ShardWriter {
         })?;
         let (token_offsets, byte_offsets) = (vec![0], vec![0]);
         let file = BufWriter::new(file);
-        Ok(ShardWriter {
-            bin: bin.to_owned(),
-            temporary,
-            file,
-            vocab_size,
-            origin,
-            token_offsets,
-            byte_offsets,
-        })
+        Ok(ShardWriter { bin: bin.to_owned(), temporary, file, vocab_size, origin, token_offsets, byte_offsets })
     }
 
     fn token_bytes(&self) -> u32 {
@@ -67,29 +55,13 @@ impl ShardWriter {
         let document = self.token_offsets.len() - 1;
         if let Some(index) = tokens.iter().position(|id| *id as usize >= self.vocab_size) {
             let (path, id, vocab_size) = (self.bin.clone(), tokens[index], self.vocab_size);
-            return Err(ShardError::TokenRange {
-                path,
-                document,
-                index,
-                id,
-                vocab_size,
-            });
+            return Err(ShardError::TokenRange { path, document, index, id, vocab_size });
         }
         let token_bytes = self.token_bytes() as usize;
-        let mut write = || {
-            tokens
-                .iter()
-                .try_for_each(|id| self.file.write_all(&id.to_le_bytes()[..token_bytes]))
-        };
-        write().map_err(|source| ShardError::Io {
-            operation: "write",
-            path: self.temporary.0.clone(),
-            source,
-        })?;
-        self.token_offsets
-            .push(self.token_offsets[document] + tokens.len() as u64);
-        self.byte_offsets
-            .push(self.byte_offsets[document] + num_bytes);
+        let mut write = || tokens.iter().try_for_each(|id| self.file.write_all(&id.to_le_bytes()[..token_bytes]));
+        write().map_err(|source| ShardError::Io { operation: "write", path: self.temporary.0.clone(), source })?;
+        self.token_offsets.push(self.token_offsets[document] + tokens.len() as u64);
+        self.byte_offsets.push(self.byte_offsets[document] + num_bytes);
         Ok(())
     }
 
@@ -103,11 +75,7 @@ impl ShardWriter {
         index.extend_from_slice(MAGIC);
         index.extend_from_slice(&VERSION.to_le_bytes());
         index.extend_from_slice(&self.token_bytes().to_le_bytes());
-        for total in [
-            self.token_offsets[num_documents],
-            num_documents as u64,
-            self.byte_offsets[num_documents],
-        ] {
+        for total in [self.token_offsets[num_documents], num_documents as u64, self.byte_offsets[num_documents]] {
             index.extend_from_slice(&total.to_le_bytes());
         }
         index.extend_from_slice(&self.origin.source);
@@ -115,21 +83,12 @@ impl ShardWriter {
         for offset in self.token_offsets.iter().chain(&self.byte_offsets) {
             index.extend_from_slice(&offset.to_le_bytes());
         }
-        let sync =
-            |file: &mut BufWriter<File>| file.flush().and_then(|()| file.get_ref().sync_all());
+        let sync = |file: &mut BufWriter<File>| file.flush().and_then(|()| file.get_ref().sync_all());
         sync(&mut self.file)
             .and_then(|()| fs::rename(&self.temporary.0, &self.bin))
-            .map_err(|source| ShardError::Io {
-                operation: "finish",
-                path: self.bin.clone(),
-                source,
-            })?;
+            .map_err(|source| ShardError::Io { operation: "finish", path: self.bin.clone(), source })?;
         let idx = self.bin.with_extension("idx");
-        write_atomically(&idx, &index).map_err(|source| ShardError::Io {
-            operation: "write",
-            path: idx,
-            source,
-        })?;
+        write_atomically(&idx, &index).map_err(|source| ShardError::Io { operation: "write", path: idx, source })?;
         Shard::open(&self.bin)
     }
 }
@@ -154,11 +113,7 @@ impl Temporary {
     fn beside(path: &Path) -> Temporary {
         static COUNT: AtomicU64 = AtomicU64::new(0);
         let mut name = path.as_os_str().to_owned();
-        name.push(format!(
-            ".{}-{}.tmp",
-            std::process::id(),
-            COUNT.fetch_add(1, Ordering::Relaxed)
-        ));
+        name.push(format!(".{}-{}.tmp", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed)));
         Temporary(PathBuf::from(name))
     }
 }

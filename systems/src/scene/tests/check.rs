@@ -11,10 +11,7 @@ fn values_are_checked() {
         (train, "train train train train"),
         ("eval: ()", "eval"),
         ("sample: ()", "sample"),
-        (
-            "data: (train: [], tokenizer: Bpe(vocab_size: 300))",
-            "data.train",
-        ),
+        ("data: (train: [], tokenizer: Bpe(vocab_size: 300))", "data.train"),
         (
             "data: (train: \"no\", tokenizer: File(\".\"), validation: File(\"no\"))",
             "data.train[0] data.validation data.tokenizer",
@@ -27,10 +24,7 @@ fn values_are_checked() {
             "data: (train: \"Cargo.toml\", tokenizer: Bpe(vocab_size: 257), validation: HeldOut(fraction: 1))",
             "data.validation.fraction",
         ),
-        (
-            "batch: (microbatch_sequences: 0, num_microbatches: 0)",
-            "batch.microbatch_sequences batch.num_microbatches",
-        ),
+        ("batch: (microbatch_sequences: 0, num_microbatches: 0)", "batch.microbatch_sequences batch.num_microbatches"),
         (
             "batch: (ramp: [(step: 3, num_microbatches: 1), (step: 3, num_microbatches: 0)])",
             "batch.ramp[1].num_microbatches batch.ramp[1].step",
@@ -49,16 +43,10 @@ fn values_are_checked() {
             "optimizer.momentum optimizer.ns_steps optimizer.lr_multiplier optimizer.adamw.eps",
         ),
         ("schedule: Constant(lr: 0)", "schedule.lr"),
-        (
-            "schedule: Cosine(peak_lr: inf, final_lr_ratio: 1.5)",
-            "schedule.peak_lr schedule.final_lr_ratio",
-        ),
+        ("schedule: Cosine(peak_lr: inf, final_lr_ratio: 1.5)", "schedule.peak_lr schedule.final_lr_ratio"),
         ("recompute: Selective([])", "recompute"),
         ("recompute: Selective([Norm, Norm])", "recompute"),
-        (
-            "checkpoint: (every_steps: 0, keep_last: 0)",
-            "checkpoint.every_steps checkpoint.keep_last",
-        ),
+        ("checkpoint: (every_steps: 0, keep_last: 0)", "checkpoint.every_steps checkpoint.keep_last"),
         (
             "telemetry: (log_every_steps: 0, trace_steps: (start: 0, count: 0))",
             "telemetry.log_every_steps telemetry.trace_steps.count",
@@ -67,11 +55,7 @@ fn values_are_checked() {
     ];
     let base = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
     for (text, expected) in cases {
-        let found: Vec<_> = parse(&format!("({text})"))
-            .check(&base)
-            .into_iter()
-            .map(|problem| problem.path)
-            .collect();
+        let found: Vec<_> = parse(&format!("({text})")).check(&base).into_iter().map(|problem| problem.path).collect();
         assert_eq!(found.join(" "), expected, "{text}");
     }
 }
@@ -84,55 +68,27 @@ fn a_run_is_checked_as_a_whole() {
               train: (steps: 10), {rest})"
         );
         let problems = parse(&text).check(&PathBuf::from(env!("CARGO_MANIFEST_DIR")));
-        problems
-            .into_iter()
-            .map(|problem| problem.path)
-            .collect::<Vec<_>>()
-            .join(" ")
+        problems.into_iter().map(|problem| problem.path).collect::<Vec<_>>().join(" ")
     };
     let wsd = |warmup: u64, decay: u64| {
-        run(&format!(
-            "schedule: WarmupStableDecay(peak_lr: 1, warmup_steps: {warmup}, decay_steps: {decay})"
-        ))
+        run(&format!("schedule: WarmupStableDecay(peak_lr: 1, warmup_steps: {warmup}, decay_steps: {decay})"))
     };
     assert_eq!(wsd(4, 6), "");
     assert_eq!(wsd(4, 7), "schedule.decay_steps");
     assert_eq!(wsd(11, 0), "schedule.warmup_steps");
     let constant = "schedule: Constant(lr: 1)";
+    assert_eq!(run(&format!("{constant}, routing: (bias_warm_down_steps: 10)")), "");
+    assert_eq!(run(&format!("{constant}, routing: (bias_warm_down_steps: 11)")), "routing.bias_warm_down_steps");
+    assert_eq!(run(&format!("{constant}, telemetry: (trace_steps: (start: 9, count: 5))")), "");
     assert_eq!(
-        run(&format!("{constant}, routing: (bias_warm_down_steps: 10)")),
-        ""
-    );
-    assert_eq!(
-        run(&format!("{constant}, routing: (bias_warm_down_steps: 11)")),
-        "routing.bias_warm_down_steps"
-    );
-    assert_eq!(
-        run(&format!(
-            "{constant}, telemetry: (trace_steps: (start: 9, count: 5))"
-        )),
-        ""
-    );
-    assert_eq!(
-        run(&format!(
-            "{constant}, telemetry: (trace_steps: (start: 10, count: 1))"
-        )),
+        run(&format!("{constant}, telemetry: (trace_steps: (start: 10, count: 1))")),
         "telemetry.trace_steps.start"
     );
 }
 
 #[test]
 fn a_part_is_prefixed_with_its_section() {
-    let problems = vec![
-        Problem::new("n_group", "x").help("y"),
-        Problem::new("", "x"),
-    ];
+    let problems = vec![Problem::new("n_group", "x").help("y"), Problem::new("", "x")];
     let found = prefix(problems, "model");
-    assert_eq!(
-        found,
-        [
-            Problem::new("model.n_group", "x").help("y"),
-            Problem::new("model", "x")
-        ]
-    );
+    assert_eq!(found, [Problem::new("model.n_group", "x").help("y"), Problem::new("model", "x")]);
 }
