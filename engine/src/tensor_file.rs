@@ -30,7 +30,7 @@ macro_rules! file_element {
     };
 }
 
-file_element!(f32 => F32, f64 => F64, bf16 => BF16, u32 => U32, u64 => U64);
+file_element!(f32 => F32, f64 => F64, bf16 => BF16, u32 => U32, i64 => I64, u64 => U64);
 
 /// Tensors by name, to be written or as read. Those to be written are borrowed.
 #[derive(Clone, Debug, Default)]

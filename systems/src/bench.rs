@@ -21,7 +21,7 @@ use crate::{
     run::{Options, set_up},
     session::SessionError,
     train::Training,
-    work::Work,
+    work::{Work, turn_of},
 };
 
 /// Steps before the measured ones.
@@ -43,9 +43,6 @@ fn median(values: &mut [f64]) -> f64 {
 }
 
 fn measure(mut measured: ResMut<Measured>, telemetry: Res<Telemetry>, training: Res<Training>, mut work: ResMut<Work>) {
-    if *work != Work::Train {
-        return;
-    }
     if training.step > WARM_UP_STEPS {
         let times = telemetry.times();
         measured.step_secs.push(times.step_secs);
@@ -54,7 +51,7 @@ fn measure(mut measured: ResMut<Measured>, telemetry: Res<Telemetry>, training: 
             measured.kinds.entry(kind.0).or_default().push(*secs);
         }
         measured.counts.clear();
-        for span in telemetry.spans().iter() {
+        for span in telemetry.last().iter().flat_map(|snapshot| snapshot.spans.iter()) {
             *measured.counts.entry(span.kind.0).or_default() += 1;
         }
     }
@@ -72,7 +69,7 @@ pub fn bench(request: BenchRequest) -> Result<BenchReport, SessionError> {
     let mut setup = set_up(&request.loaded, options)?;
     let app = &mut setup.app;
     app.init_resource::<Measured>().insert_resource(Work::Train);
-    app.add_systems(Step, measure.in_set(StepSystems::Keep));
+    app.add_systems(Step, measure.in_set(StepSystems::Keep).run_if(turn_of(Work::Train)));
     app.world_mut().resource_mut::<Training>().stop_at = Some(WARM_UP_STEPS + request.num_steps.max(1));
     run_to_rest(app)?;
     let tokens_per_step = {

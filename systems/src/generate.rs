@@ -162,6 +162,14 @@ impl Generation {
     pub fn start(&mut self, prompt: &str, max_new_tokens: usize) -> Result<(), SessionError> {
         let mut tokens = vec![self.tokenizer.end_of_text()];
         tokens.extend(self.tokenizer.encode(prompt).map_err(SessionError::input)?);
+        self.start_tokens(tokens, max_new_tokens)
+    }
+
+    /// Starts on tokens.
+    ///
+    /// # Errors
+    /// If they do not fit.
+    pub fn start_tokens(&mut self, tokens: Vec<u32>, max_new_tokens: usize) -> Result<(), SessionError> {
         if tokens.len() >= self.capacity {
             return Err(SessionError::input(format!(
                 "the prompt has {} tokens, and the model's context holds {}: shorten it",

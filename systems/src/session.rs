@@ -23,7 +23,7 @@ use crate::{
     pipeline::stage,
     routing::{self, ExpertCounts, RoutingState},
     scene::{Compute, Recompute},
-    work::Work,
+    work::{Turn, Work, begin_turn},
 };
 
 /// What every part of a session needs.
@@ -73,6 +73,7 @@ impl Plugin for ModelPlugin {
             .init_resource::<RoutingState>()
             .init_resource::<ExpertCounts>()
             .init_resource::<Work>();
+        app.init_resource::<Turn>().add_systems(Step, begin_turn.before(StepSystems::Admit));
         app.on_task(embedding::EMBED_F, embedding::embed_forward)
             .on_task(embedding::EMBED_W, embedding::embed_weight_grad)
             .on_task(mla::MLA_F, mla::mla_forward)

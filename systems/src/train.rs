@@ -21,7 +21,7 @@ use crate::{
     routing::{self, ExpertCounts, RoutingState},
     scene::{self as sections, Scene},
     session::Session,
-    work::{Work, turn_of},
+    work::{Turn, Work, turn_of},
 };
 
 /// Steps without a token after which an expert counts as dead.
@@ -55,7 +55,7 @@ pub struct Training {
     pub overhead: Mean,
     /// For each layer with experts, the last step in which each expert had a token.
     pub last_seen: Vec<Vec<u64>>,
-    /// Stop before this step; the run ends as after its last one, without the end's validation and sample.
+    /// A benchmark ends after this step.
     pub stop_at: Option<u64>,
     begin_nanos: u64,
     num_targets: u64,
@@ -170,7 +170,7 @@ fn admit(
 fn plan(world: &mut World) -> Result {
     let training = world.resource::<Training>();
     let num_microbatches = training.num_microbatches();
-    let checking = *world.resource::<Work>() == Work::LocateNotFinite;
+    let checking = world.resource::<Turn>().0 == Work::LocateNotFinite;
     let checked = if checking { ", checked" } else { "" };
     let key = PlanKey(format!("train 1F1B, {num_microbatches} microbatches{checked}"));
     if world.resource::<Plans>().contains(&key) {

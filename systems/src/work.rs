@@ -19,7 +19,16 @@ pub enum Work {
     Rest,
 }
 
-/// Run condition: it is the turn of `work`.
-pub fn turn_of(work: Work) -> impl Fn(Res<Work>) -> bool + Clone {
-    move |now: Res<Work>| *now == work
+/// Whose turn the step at hand is: [`Work`] as it was when the step began. Whoever ends a turn sets [`Work`], and the change
+/// counts from the next step on.
+#[derive(Resource, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Turn(pub Work);
+
+/// Run condition: the step at hand is the turn of `work`.
+pub fn turn_of(work: Work) -> impl Fn(Res<Turn>) -> bool + Clone {
+    move |now: Res<Turn>| now.0 == work
+}
+
+pub(crate) fn begin_turn(work: Res<Work>, mut turn: ResMut<Turn>) {
+    turn.0 = *work;
 }

@@ -8,13 +8,16 @@ use bevy_app::App;
 use engine::{prelude::*, tensor_file::TensorFile};
 use systems::{
     api::{Progress, StepReport},
+    data::tokenizer::Tokenizer,
     data::{packing::Batch, token_file::read_token_file},
     evaluate::EvaluationResult,
+    generate::{Caches, GeneratePlugin, Generation, Sampler, run_to_rest},
     model::{self, Parameters},
     optimizer::{OptimizerState, UpdateScalars},
     probe::{Checkpoint, Probe},
     scene::{AdamW, Compute, Optimizer},
     session::run_plan,
+    work::Work,
 };
 
 const CASES: [&str; 6] =
@@ -77,6 +80,31 @@ fn logits_and_loss_are_those_of_transformers() {
         assert!(worst < 1e-4, "{}: logits differ by {worst}", case.name);
         let want = f64::from(case.values("loss")[0]);
         assert!((loss - want).abs() < 1e-5, "{}: loss {loss}, theirs {want}", case.name);
+    });
+}
+
+/// Generates after a prompt fed in chunks of `chunk` tokens, and returns prompt and continuation.
+fn generate(app: &mut App, prompt: &[u32], num_new: usize) -> Vec<u32> {
+    let text = "a tokenizer is asked for, and its text is not looked at ".repeat(9);
+    let tokenizer = Arc::new(Tokenizer::train(&[text], 257).unwrap());
+    let sampler = Sampler { temperature: 0.0, top_p: 1.0, top_k: 0, seed: 0 };
+    let mut generation = Generation::new(app.world_mut(), tokenizer, 64, sampler).unwrap();
+    (generation.then, generation.ignore_eos) = (Work::Rest, true);
+    generation.start_tokens(prompt.to_vec(), num_new).unwrap();
+    app.insert_resource(generation).insert_resource(Work::Generate).add_plugins(GeneratePlugin);
+    run_to_rest(app).unwrap();
+    let world = app.world();
+    let report = world.resource::<Generation>().report(world.resource::<Caches>());
+    [prompt, &report.tokens].concat()
+}
+
+#[test]
+fn greedy_generation_over_the_cache_is_that_of_transformers() {
+    each_case(|case| {
+        let want = case.expected.get::<i64>("generated", &[1, 20]).unwrap();
+        let want: Vec<u32> = want.iter().map(|&t| t as u32).collect();
+        let mut app = case.app(Compute::F32, false);
+        assert_eq!(generate(&mut app, &want[..8], 12), want, "{}", case.name);
     });
 }
 

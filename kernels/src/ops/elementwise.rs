@@ -63,19 +63,20 @@ pub fn copy_columns(
     Ok(())
 }
 
-/// `y += x`.
+/// `y += x`; x may have another type, and is rounded once, with the sum.
 pub fn add_acc(s: &mut Stream, x: Tensor, y: Tensor) -> Result<()> {
     let dims: Vec<usize> = x.shape.dims().collect();
     expect_shape("add", "y", y, &dims)?;
-    s.launch(&[x], &[y], move |m| {
-        with_float!(y.dtype, T => {
-            let (x, mut y) = (m.read::<T>(x), m.write::<T>(y));
+    s.account(cost(x.len(), 2, y.dtype.size_bytes()));
+    s.launch(&[x, y], &[y], move |m| {
+        with_float!(x.dtype, T => with_float!(y.dtype, U => {
+            let (x, mut y) = (m.read::<T>(x), m.write::<U>(y));
             for_row_chunks(&mut y, 1, #[inline(always)] |at, chunk| {
                 for (y, x) in chunk.iter_mut().zip(&x[at..]) {
-                    *y = T::from_acc(y.to_acc() + x.to_acc());
+                    *y = U::from_acc(y.to_acc() + <U as Float>::Acc::of_f64(x.as_f64()));
                 }
             });
-        });
+        }));
     });
     Ok(())
 }

@@ -1,0 +1,167 @@
+//! The gradient of a whole model in f64, MTP and all, against central finite differences of its loss: what no unit test of an
+//! op can see is whether the passes are joined right.
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+use std::sync::Arc;
+
+use bevy_app::App;
+use engine::prelude::*;
+use kernels::dtype::DType;
+use systems::{
+    api::{Progress, StepReport},
+    data::packing::{Batch, Packing, Rows},
+    data::{corpus::Corpus, shard::Shard},
+    evaluate::EvaluationResult,
+    head::{LossScale, LossSums},
+    hf::config::HfConfig,
+    lower::Lowering,
+    microbatch::Inputs,
+    model::{Model, Parameters, initial_values},
+    optimizer,
+    params::ParamKind,
+    pipeline::{
+        action::{Action, Work},
+        stage::Stage,
+    },
+    scene::{Recompute, RecomputeOp},
+    session::{ModelSetup, app_with_model, run_plan},
+};
+
+struct Silent;
+impl Progress for Silent {
+    fn note(&self, _: &str) {}
+    fn step(&self, _: &StepReport) {}
+    fn evaluated(&self, _: &EvaluationResult) {}
+    fn text(&self, _: &str) {}
+}
+
+const MTP_WEIGHT: f64 = 0.3;
+
+/// Two rows of packed documents.
+fn batch(num_mtp: usize) -> Batch {
+    let documents: [&[u32]; 3] = [&[5, 9, 2, 7, 5, 11, 3], &[8, 1], &[4, 6, 10, 2, 3]];
+    let shard = Shard::from_documents(documents.iter().map(|d| (d.to_vec(), d.len() as u64)));
+    let packing = Packing {
+        seq_len: 8,
+        end_of_text: 0,
+        num_mtp,
+        cross_document_attention: false,
+        refuse_long_documents: false,
+        end_targets: true,
+    };
+    Rows::new(Corpus::new([Arc::new(shard)]), packing).unwrap().batch(0..2)
+}
+
+struct Probe {
+    app: App,
+    key: PlanKey,
+    scale: LossScale,
+}
+
+impl Probe {
+    fn new(config: &str, works: &[Work], recompute: Recompute) -> Self {
+        let config = serde_json::from_str::<HfConfig>(config).unwrap().resolve().unwrap();
+        let setup = ModelSetup {
+            config: &config,
+            compute: DType::F64,
+            max_positions: 16,
+            trainable: true,
+            recompute,
+            progress: Arc::new(Silent),
+        };
+        let mut app = app_with_model(setup, |spec, index| {
+            let mut values = initial_values(spec, index, &config, 3);
+            if spec.kind == ParamKind::Norm {
+                values.iter_mut().enumerate().for_each(|(i, v)| *v += 0.05 * (i % 5) as f32);
+            }
+            Ok(values)
+        })
+        .unwrap();
+        let batch = batch(config.num_nextn_predict_layers);
+        let world = app.world_mut();
+        let memory = world.resource::<Tensors>().memory().clone();
+        let inputs = Inputs::allocate(&memory, 2, 8, config.num_nextn_predict_layers);
+        inputs.upload(&memory, &batch);
+        let scale = LossScale { main: 1.0 / batch.num_targets() as f64, mtp: MTP_WEIGHT / 10.0 };
+        world.insert_resource(scale);
+        let mut stage = Stage::new(world.resource::<Model>().clone(), vec![inputs]);
+        let mut l = Lowering::for_session(world, inputs, true).unwrap();
+        optimizer::lower_zero(&mut l).unwrap();
+        for &work in works {
+            stage.lower(&mut l, Action::new(0, work, 0)).unwrap();
+        }
+        let graph = l.finish().unwrap();
+        let key = PlanKey("probe".into());
+        world.resource_mut::<Plans>().insert(key.clone(), graph);
+        Probe { app, key, scale }
+    }
+
+    fn loss(&mut self) -> f64 {
+        run_plan(&mut self.app, &self.key).unwrap();
+        let world = self.app.world();
+        let (memory, sums) = (world.resource::<Tensors>().memory(), world.resource::<LossSums>());
+        let sum = |t| memory.read::<f64>(t)[0];
+        self.scale.main * sum(sums.main) + self.scale.mtp * sums.mtp.iter().map(|&t| sum(t)).sum::<f64>()
+    }
+
+    fn gradients(&mut self) -> Vec<Option<Vec<f64>>> {
+        self.loss();
+        let world = self.app.world();
+        let memory = world.resource::<Tensors>().memory();
+        world.resource::<Parameters>().weights.iter().map(|w| w.grad.map(|g| memory.download::<f64>(g))).collect()
+    }
+}
+
+const V3: &str = r#"{"model_type": "deepseek_v3", "vocab_size": 13, "hidden_size": 8, "intermediate_size": 12,
+    "moe_intermediate_size": 4, "num_hidden_layers": 3, "num_attention_heads": 2, "n_shared_experts": 1,
+    "n_routed_experts": 8, "routed_scaling_factor": 2.5, "kv_lora_rank": 6, "q_lora_rank": 5, "qk_rope_head_dim": 4,
+    "v_head_dim": 3, "qk_nope_head_dim": 5, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3,
+    "first_k_dense_replace": 1, "norm_topk_prob": true, "max_position_embeddings": 16, "initializer_range": 0.5,
+    "rms_norm_eps": 1e-6, "tie_word_embeddings": false, "num_nextn_predict_layers": 2}"#;
+
+const QWEN2: &str = r#"{"model_type": "qwen2", "vocab_size": 13, "hidden_size": 8, "intermediate_size": 12,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 16,
+    "initializer_range": 0.5, "rms_norm_eps": 1e-6, "tie_word_embeddings": true}"#;
+
+#[test]
+fn the_gradient_of_a_whole_model_matches_finite_differences() {
+    for config in [V3, QWEN2] {
+        let mut probe = Probe::new(config, &[Work::F, Work::B], Recompute::Off);
+        let gradients = probe.gradients();
+        let memory = probe.app.world().resource::<Tensors>().memory().clone();
+        let parameters = probe.app.world().resource::<Parameters>();
+        let all: Vec<_> = parameters.iter().map(|(spec, w)| (spec.name.clone(), w.value)).collect();
+        for ((name, value), gradient) in all.into_iter().zip(gradients) {
+            let Some(gradient) = gradient else { continue };
+            // A few elements of each parameter, spread over it.
+            for i in (0..gradient.len()).step_by((gradient.len() / 5).max(1)) {
+                let mut at = |delta: f64| {
+                    memory.write::<f64>(value)[i] += delta;
+                    let loss = probe.loss();
+                    memory.write::<f64>(value)[i] -= delta;
+                    loss
+                };
+                const STEP: f64 = 1e-6;
+                let numeric = (at(STEP) - at(-STEP)) / (2.0 * STEP);
+                let got = gradient[i];
+                assert!(
+                    (got - numeric).abs() < 1e-7 * numeric.abs().max(1.0),
+                    "{name}[{i}]: finite differences give {numeric}, the model {got}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn i_and_w_apart_and_recomputation_give_the_gradients_of_b() {
+    let whole = Probe::new(V3, &[Work::F, Work::B], Recompute::Off).gradients();
+    let ops = vec![RecomputeOp::Norm, RecomputeOp::MlaUp, RecomputeOp::Swiglu];
+    for (works, recompute) in [
+        (&[Work::F, Work::I, Work::W][..], Recompute::Off),
+        (&[Work::F, Work::B], Recompute::Layer),
+        (&[Work::F, Work::I, Work::W], Recompute::Selective(ops)),
+    ] {
+        assert_eq!(Probe::new(V3, works, recompute.clone()).gradients(), whole, "{works:?} {recompute:?}");
+    }
+}

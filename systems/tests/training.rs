@@ -1,0 +1,189 @@
+//! Training as equalities: the same scene gives the same bits, a stopped run goes on as if it had not stopped, computing
+//! activations again changes nothing, and a batch may come in parts.
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+use std::{
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use systems::{
+    api::{Progress, RunReport, RunRequest, StepReport},
+    evaluate::EvaluationResult,
+    run::run,
+    scene::Scene,
+};
+
+/// Remembers losses, and asks to stop after a step.
+struct Watch {
+    losses: Mutex<Vec<(u64, f64, f64)>>,
+    notes: Mutex<Vec<String>>,
+    stop_after: u64,
+    stop: Arc<AtomicUsize>,
+}
+
+impl Progress for Watch {
+    fn note(&self, text: &str) {
+        self.notes.lock().unwrap().push(text.to_owned());
+    }
+    fn step(&self, step: &StepReport) {
+        self.losses.lock().unwrap().push((step.step, step.loss_nats_per_token, step.max_vio));
+        if step.step == self.stop_after {
+            self.stop.store(2, Ordering::Relaxed);
+        }
+    }
+    fn evaluated(&self, _: &EvaluationResult) {}
+    fn text(&self, _: &str) {}
+}
+
+struct Outcome {
+    report: RunReport,
+    losses: Vec<(u64, f64, f64)>,
+    notes: Vec<String>,
+}
+
+fn train(dir: &Path, sets: &[&str], resume: bool, stop_after: u64) -> Outcome {
+    let scene = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../scenes/tiny.ron");
+    let mut overrides = vec![
+        format!("telemetry.dir={:?}", dir.to_str().unwrap()),
+        "train.steps=16".into(),
+        "telemetry.tensorboard=false".into(),
+        "eval=None".into(),
+        "sample=None".into(),
+        "checkpoint.every_steps=5".into(),
+        "schedule=WarmupStableDecay(peak_lr: 3e-3, warmup_steps: 3, decay_steps: 5, final_lr_ratio: 0.1)".into(),
+    ];
+    overrides.extend(sets.iter().map(|s| (*s).to_owned()));
+    let loaded = Scene::load(&scene, &overrides).unwrap();
+    let stop = Arc::new(AtomicUsize::new(0));
+    let watch = Arc::new(Watch { losses: Mutex::default(), notes: Mutex::default(), stop_after, stop: stop.clone() });
+    let report = run(RunRequest { loaded, resume, stop, progress: watch.clone() }).unwrap();
+    let (losses, notes) = (watch.losses.lock().unwrap().clone(), watch.notes.lock().unwrap().clone());
+    Outcome { report, losses, notes }
+}
+
+fn weights(outcome: &Outcome) -> Vec<u8> {
+    std::fs::read(outcome.report.run_dir.join("latest/model.safetensors")).unwrap()
+}
+
+fn optimizer(outcome: &Outcome) -> Vec<u8> {
+    std::fs::read(outcome.report.run_dir.join("latest/train/optimizer.safetensors")).unwrap()
+}
+
+#[test]
+fn the_same_scene_gives_the_same_bits() {
+    let (a, b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (a, b) = (train(a.path(), &[], false, 0), train(b.path(), &[], false, 0));
+    assert_eq!(a.report.exit_code, 0);
+    assert_eq!(a.losses.len(), 16);
+    assert_eq!(a.losses, b.losses);
+    assert_eq!(weights(&a), weights(&b));
+    let other_dir = tempfile::tempdir().unwrap();
+    let other = train(other_dir.path(), &["seed=2"], false, 0);
+    assert_ne!(a.losses, other.losses, "the seed matters");
+}
+
+#[test]
+fn a_stopped_run_goes_on_to_the_last_bit() {
+    for optimizer_section in ["optimizer=AdamW()", "optimizer=Muon()"] {
+        let (whole, parts) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let whole = train(whole.path(), &[optimizer_section], false, 0);
+        let first = train(parts.path(), &[optimizer_section], false, 7);
+        assert_eq!((first.report.exit_code, first.report.num_steps), (130, 7));
+        let second = train(parts.path(), &[optimizer_section], true, 0);
+        assert_eq!(second.report.exit_code, 0);
+        assert_eq!([first.losses, second.losses.clone()].concat(), whole.losses);
+        assert_eq!(weights(&second), weights(&whole), "expert biases included");
+        assert_eq!(optimizer(&second), optimizer(&whole));
+        let log = engine::log::read(&second.report.run_dir.join("log.jsonl")).unwrap();
+        let steps: Vec<u64> = log.iter().filter(|l| l.scalar("lr").is_some()).map(|l| l.step).collect();
+        assert_eq!(steps, (1..=16).collect::<Vec<_>>(), "the log has each step once");
+    }
+}
+
+#[test]
+fn computing_activations_again_changes_no_bit() {
+    let dir = tempfile::tempdir().unwrap();
+    let kept = train(dir.path(), &["train.steps=6"], false, 0);
+    for recompute in
+        ["Layer", "Selective([Norm])", "Selective([MlaUp])", "Selective([Swiglu])", "Selective([Norm, MlaUp, Swiglu])"]
+    {
+        let dir = tempfile::tempdir().unwrap();
+        let again = train(dir.path(), &["train.steps=6", &format!("recompute={recompute}")], false, 0);
+        assert_eq!(again.losses, kept.losses, "{recompute}: losses and loads, counted once a token");
+        assert_eq!(weights(&again), weights(&kept), "{recompute}");
+        assert!(
+            again.report.peak_tensor_bytes < kept.report.peak_tensor_bytes,
+            "{recompute} saves memory: {} of {} bytes",
+            again.report.peak_tensor_bytes,
+            kept.report.peak_tensor_bytes
+        );
+    }
+}
+
+#[test]
+fn a_batch_may_come_in_parts() {
+    let (a, b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let sets = |n: usize, m: usize| {
+        [
+            format!("batch.microbatch_sequences={n}"),
+            format!("batch.num_microbatches={m}"),
+            "precision.compute=F64".to_owned(),
+            "train.steps=4".to_owned(),
+            "routing.sequence_aux_loss=0.01".to_owned(),
+        ]
+    };
+    let run =
+        |dir: &Path, sets: [String; 5]| train(dir, &sets.iter().map(String::as_str).collect::<Vec<_>>(), false, 0);
+    let (whole, parts) = (run(a.path(), sets(8, 1)), run(b.path(), sets(2, 4)));
+    for ((_, a, _), (_, b, _)) in whole.losses.iter().zip(&parts.losses) {
+        assert!((a - b).abs() < 1e-9, "{a} in one, {b} in four parts");
+    }
+}
+
+#[test]
+fn every_precision_and_routing_mode_trains() {
+    for set in [
+        "precision.compute=Bf16",
+        "precision.compute=F64",
+        "routing.mode=Forced",
+        "routing.mode=Random",
+        "routing.z_loss=0.001",
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let outcome = train(dir.path(), &[set, "train.steps=12"], false, 0);
+        let (first, last) = (outcome.losses[0].1, outcome.losses[11].1);
+        assert!(last < first - 0.5, "{set}: the loss falls from {first} to {last}");
+        if set == "routing.mode=Forced" {
+            assert!(outcome.report.max_vio < 1e-9, "forced routing is balanced: {}", outcome.report.max_vio);
+        }
+    }
+}
+
+#[test]
+fn a_damaged_checkpoint_is_skipped_aloud() {
+    let dir = tempfile::tempdir().unwrap();
+    let first = train(dir.path(), &["train.steps=10"], false, 0);
+    let newest = first.report.run_dir.join("checkpoints/step-0000010/model.safetensors");
+    let mut bytes = std::fs::read(&newest).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(&newest, bytes).unwrap();
+    let second = train(dir.path(), &["train.steps=12"], true, 0);
+    assert_eq!(second.losses[0].0, 6, "from the checkpoint before");
+    assert!(second.notes.iter().any(|n| n.contains("skipped") && n.contains("step-0000010")), "{:?}", second.notes);
+}
+
+#[test]
+fn what_is_not_finite_is_named_and_stops_the_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let outcome = train(dir.path(), &["schedule=Constant(lr: 1e30)"], false, 0);
+    assert_eq!(outcome.report.exit_code, 4);
+    let reason = &outcome.report.exit_reason;
+    assert!(reason.contains("layer") || reason.contains("embed"), "the task is named: {reason}");
+    assert!(reason.contains('`'), "the tensor is named: {reason}");
+    assert!(!outcome.report.run_dir.join("latest").exists(), "a diverged run leaves no checkpoint of its own");
+}
