@@ -38,7 +38,7 @@ fn add(In(id): In<Entity>, mut launch: Launch<AddArgs>) -> Result {
     Ok(())
 }
 
-/// y[0] = sum of x
+/// y\[0\] = sum of x
 fn sum(In(id): In<Entity>, mut launch: Launch<AddArgs>, step: Res<StepIndex>) -> Result {
     let (_, &AddArgs { x, y }, stream) = launch.get(id)?;
     let step = step.0 as f32;

@@ -107,7 +107,7 @@ pub fn bench(request: BenchRequest) -> Result<BenchReport, SessionError> {
     let total: Cost = costs.values().copied().sum();
     let without_mtp = ModelConfig { num_nextn_predict_layers: 0, ..config.clone() };
     Ok(BenchReport {
-        config: serde_json::from_str(&document.text()).map_err(SessionError::runtime)?,
+        config: serde_json::from_str(document.text()).map_err(SessionError::runtime)?,
         num_params: num_params(config),
         num_activated_params: num_activated_params(&without_mtp),
         tokens_per_step,

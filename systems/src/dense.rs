@@ -24,7 +24,7 @@ pub const MLP_W: TaskKind = TaskKind("mlp_weight_grad");
 /// Weights of a dense feed-forward layer.
 #[derive(Component, Clone, Copy, Debug)]
 pub struct Dense {
-    /// post_attention_layernorm [d].
+    /// post_attention_layernorm \[d\].
     pub norm: Weight,
     /// Gate and up projection side by side [2f, d].
     pub gate_up: Weight,

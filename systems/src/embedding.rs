@@ -19,7 +19,7 @@ pub(crate) struct EmbedTask {
     x: Tensor,
 }
 
-/// Emits F: `tokens` [t] -> [t, d].
+/// Emits F: `tokens` \[t\] -> [t, d].
 pub fn lower_forward(l: &mut Lowering, weight: Weight, tokens: Tensor) -> Result<Tensor> {
     let x = l.alloc("embedding", &[tokens.len(), weight.value.dim(1)]);
     l.task(EMBED_F, Pass::Forward, EmbedTask { weight, tokens, x })?;

@@ -43,11 +43,11 @@ pub struct ExpertLoad(pub u32);
 /// Weights of a mixture-of-experts layer.
 #[derive(Component, Clone, Copy, Debug)]
 pub struct Moe {
-    /// post_attention_layernorm [d].
+    /// post_attention_layernorm \[d\].
     pub norm: Weight,
     /// Router [e, d].
     pub gate: Weight,
-    /// Correction bias [e], if the router has one.
+    /// Correction bias \[e\], if the router has one.
     pub bias: Option<Weight>,
     /// Gate and up projections of the routed experts [e, 2f, d].
     pub experts_gate_up: Weight,

@@ -31,7 +31,7 @@ pub struct LossScale {
     pub mtp: f64,
 }
 
-/// Sums of the losses of a step, f64 [1] each, in nats; zeroed by the step's first task.
+/// Sums of the losses of a step, f64 \[1\] each, in nats; zeroed by the step's first task.
 #[derive(Resource, Clone, Debug)]
 pub struct LossSums {
     /// Next-token loss.

@@ -12,15 +12,15 @@ pub const MAX_MTP: usize = 4;
 /// Device tensors of one microbatch of t tokens.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Inputs {
-    /// Token ids u32 [t].
+    /// Token ids u32 \[t\].
     pub tokens: Tensor,
-    /// Next tokens u32 [t]; [`crate::data::packing::IGNORE`] where there is none.
+    /// Next tokens u32 \[t\]; [`crate::data::packing::IGNORE`] where there is none.
     pub targets: Tensor,
-    /// Position in the document u32 [t].
+    /// Position in the document u32 \[t\].
     pub positions: Tensor,
-    /// First token of each document u32 [t + 1], filled up with t.
+    /// First token of each document u32 \[t + 1\], filled up with t.
     pub doc_offsets: Tensor,
-    /// Per MTP module: the token it is given, and the one it predicts, u32 [t].
+    /// Per MTP module: the token it is given, and the one it predicts, u32 \[t\].
     pub mtp: [Option<(Tensor, Tensor)>; MAX_MTP],
     /// Tokens of one sequence; t is a multiple.
     pub seq_len: usize,

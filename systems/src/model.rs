@@ -113,7 +113,7 @@ pub struct Model {
     pub mtp: Vec<MtpModule>,
     /// Embedding [v, d].
     pub embedding: Weight,
-    /// Final norm [d].
+    /// Final norm \[d\].
     pub norm: Weight,
     /// Head [v, d]; the embedding when tied.
     pub head: Weight,

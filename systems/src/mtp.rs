@@ -27,15 +27,15 @@ pub const JOIN_W: TaskKind = TaskKind("mtp_join_weight_grad");
 /// Weights of one module, and its layer.
 #[derive(Clone, Copy, Debug)]
 pub struct MtpModule {
-    /// Norm of the embedding [d].
+    /// Norm of the embedding \[d\].
     pub enorm: Weight,
-    /// Norm of the hidden state [d].
+    /// Norm of the hidden state \[d\].
     pub hnorm: Weight,
     /// Both, side by side, back to the model width [d, 2d].
     pub eh_proj: Weight,
     /// The decoder layer.
     pub layer: Entity,
-    /// Norm in front of the shared head [d].
+    /// Norm in front of the shared head \[d\].
     pub norm: Weight,
 }
 

@@ -70,7 +70,7 @@ impl Default for RoutingState {
     }
 }
 
-/// Tokens per expert of the step, u32 [e] for each layer with experts: `(layer, counts)`.
+/// Tokens per expert of the step, u32 \[e\] for each layer with experts: `(layer, counts)`.
 #[derive(Resource, Clone, Debug, Default)]
 pub struct ExpertCounts(pub Vec<(usize, Tensor)>);
 

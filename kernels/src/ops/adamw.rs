@@ -49,7 +49,7 @@ pub struct Slots {
     pub weight: Option<Tensor>,
 }
 
-/// Updates a parameter in place; `sum_squares` f64 [1] is the whole gradient's squared norm. Nothing changes if that is not
+/// Updates a parameter in place; `sum_squares` f64 \[1\] is the whole gradient's squared norm. Nothing changes if that is not
 /// finite.
 pub fn update(s: &mut Stream, hyper: AdamW, slots: Slots, sum_squares: Tensor) -> Result<()> {
     let dims: Vec<usize> = slots.master.shape.dims().collect();

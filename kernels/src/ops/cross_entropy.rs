@@ -29,7 +29,7 @@ const CHUNK: usize = 256;
 /// What to compute; `None` is skipped.
 #[derive(Clone, Copy, Debug)]
 pub struct Passes {
-    /// F: negative log-likelihood in nats per token, f32 or f64 like `h`'s accumulator [t]; 0 where ignored.
+    /// F: negative log-likelihood in nats per token, f32 or f64 like `h`'s accumulator \[t\]; 0 where ignored.
     pub nll: Option<Tensor>,
     /// I: gradient of `h` [t, d], assigned.
     pub dh: Option<Tensor>,
@@ -37,7 +37,7 @@ pub struct Passes {
     pub dw: Option<Tensor>,
 }
 
-/// Runs the passes asked for on `h` [t, d], `w` [v, d] and `targets` u32 [t]; gradients are of `scale` times the sum of nll.
+/// Runs the passes asked for on `h` [t, d], `w` [v, d] and `targets` u32 \[t\]; gradients are of `scale` times the sum of nll.
 pub fn run(s: &mut Stream, h: Tensor, w: Tensor, targets: Tensor, scale: f64, passes: Passes) -> Result<()> {
     let (t, d, v) = (targets.len(), w.dim(1), w.dim(0));
     expect_shape("cross_entropy", "h", h, &[t, d])?;

@@ -1,4 +1,4 @@
-//! Token embedding: F: y_td = w_vd[token_t]; W: dw_vd[token_t] += dy_td. Tokens have no gradient, so there is no I.
+//! Token embedding: F: y_td = w_vd\[token_t\]; W: dw_vd\[token_t\] += dy_td. Tokens have no gradient, so there is no I.
 
 use rayon::prelude::*;
 
@@ -13,7 +13,7 @@ use crate::{
     with_float,
 };
 
-/// F: rows of `w` [v, d] chosen by `tokens` u32 [t] -> `y` [t, d]. A token of v or more fails the task.
+/// F: rows of `w` [v, d] chosen by `tokens` u32 \[t\] -> `y` [t, d]. A token of v or more fails the task.
 pub fn forward(s: &mut Stream, tokens: Tensor, w: Tensor, y: Tensor) -> Result<()> {
     let (t, d) = (tokens.len(), w.dim(1));
     expect_shape("embedding", "y", y, &[t, d])?;

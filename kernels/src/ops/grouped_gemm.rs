@@ -81,7 +81,7 @@ fn check(
     Ok(Sizes { n, e, o, i })
 }
 
-/// F: `y_no = x_ni w_e^T` per expert, from x [n, i], offsets U32 [e + 1] and w [e, o, i].
+/// F: `y_no = x_ni w_e^T` per expert, from x [n, i], offsets U32 \[e + 1\] and w [e, o, i].
 pub fn forward(s: &mut Stream, x: Tensor, offsets: Tensor, w: Tensor, y: Tensor) -> Result<()> {
     let z = check("grouped linear", offsets, ("w", w), ("x", x), ("y", y))?;
     s.launch(&[x, offsets, w], &[y], move |m| {
@@ -95,7 +95,7 @@ pub fn forward(s: &mut Stream, x: Tensor, offsets: Tensor, w: Tensor, y: Tensor)
     Ok(())
 }
 
-/// I: `dx_ni = dy_no w_e` per expert, from dy [n, o], offsets U32 [e + 1] and w [e, o, i].
+/// I: `dx_ni = dy_no w_e` per expert, from dy [n, o], offsets U32 \[e + 1\] and w [e, o, i].
 pub fn input_grad(s: &mut Stream, dy: Tensor, offsets: Tensor, w: Tensor, dx: Tensor) -> Result<()> {
     let z = check("grouped linear input gradient", offsets, ("w", w), ("dx", dx), ("dy", dy))?;
     s.launch(&[dy, offsets, w], &[dx], move |m| {
@@ -109,7 +109,7 @@ pub fn input_grad(s: &mut Stream, dy: Tensor, offsets: Tensor, w: Tensor, dx: Te
     Ok(())
 }
 
-/// W: `dw_eoi += dy_e^T x_e` per expert, from dy [n, o], x [n, i] and offsets U32 [e + 1].
+/// W: `dw_eoi += dy_e^T x_e` per expert, from dy [n, o], x [n, i] and offsets U32 \[e + 1\].
 pub fn weight_grad(s: &mut Stream, dy: Tensor, x: Tensor, offsets: Tensor, dw: Tensor) -> Result<()> {
     let z = check("grouped linear weight gradient", offsets, ("dw", dw), ("x", x), ("dy", dy))?;
     s.launch(&[dy, x, offsets, dw], &[dw], move |m| {

@@ -1,6 +1,6 @@
 //! Multi-head latent attention: what lies between its linear layers and the attention core.
 //!
-//! Per token, `kv_a` [c + r] holds a latent of width c and one key part of width r that is rotated and shared by all heads; the
+//! Per token, `kv_a` \[c + r\] holds a latent of width c and one key part of width r that is rotated and shared by all heads; the
 //! up-projection `kv_b` [h, n + v] of the normalized latent holds each head's remaining key part (n) and its value (v). Then
 //! k = (k_n of kv_b, rotated k_r of kv_a), v = v of kv_b. The two arrive fused here: one pass reads both and writes k and v.
 //! The norm of the latent columns is another op's; this one neither reads nor writes them.

@@ -6,14 +6,14 @@ use rayon::prelude::*;
 
 use crate::{cost::Cost, dtype::Float, error::Result, ops::expect_shape, stream::Stream, tensor::Tensor, with_float};
 
-/// `acc` f64 [1] += sum of squares of `x`.
+/// `acc` f64 \[1\] += sum of squares of `x`.
 pub fn sum_squares_acc(s: &mut Stream, x: Tensor, acc: Tensor) -> Result<()> {
     expect_shape("sum_squares", "acc", acc, &[1])?;
     s.account(cost(x.len(), x.dtype.size_bytes()));
     s.launch(&[x, acc], &[acc], move |m| {
         let total = with_float!(x.dtype, T => {
             let x = m.read::<T>(x);
-            let blocks: Vec<f64> = x.par_chunks(8192).map(|b| sum_squares::<T>(b)).collect();
+            let blocks: Vec<f64> = x.par_chunks(8192).map(sum_squares::<T>).collect();
             blocks.iter().sum::<f64>()
         });
         m.write::<f64>(acc)[0] += total;
@@ -21,7 +21,7 @@ pub fn sum_squares_acc(s: &mut Stream, x: Tensor, acc: Tensor) -> Result<()> {
     Ok(())
 }
 
-/// `acc` f64 [1] += sum of `x` (f32 or f64), in element order.
+/// `acc` f64 \[1\] += sum of `x` (f32 or f64), in element order.
 pub fn sum_acc(s: &mut Stream, x: Tensor, acc: Tensor) -> Result<()> {
     expect_shape("sum", "acc", acc, &[1])?;
     s.account(cost(x.len(), x.dtype.size_bytes()));

@@ -24,7 +24,7 @@ use crate::{
 /// Where each slot's row is. All U32.
 #[derive(Clone, Copy, Debug)]
 pub struct Order {
-    /// Expert e has rows `offsets[e]..offsets[e + 1]`; [e + 1].
+    /// Expert e has rows `offsets[e]..offsets[e + 1]`; \[e + 1\].
     pub offsets: Tensor,
     /// Row of slot j of token t, at t k + j; [t k].
     pub row_of_slot: Tensor,

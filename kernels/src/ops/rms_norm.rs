@@ -19,7 +19,7 @@ use crate::{
     with_float,
 };
 
-/// F: the first d columns of `x` [t, c] -> `y` [t, d], with weight `w` [d]; `rstd` [t] is kept for the backward passes.
+/// F: the first d columns of `x` [t, c] -> `y` [t, d], with weight `w` \[d\]; `rstd` \[t\] is kept for the backward passes.
 pub fn forward(s: &mut Stream, x: Tensor, w: Tensor, y: Tensor, rstd: Tensor, eps: f64) -> Result<()> {
     let (t, c, d) = (x.rows(), x.cols(), w.len());
     expect_shape("rms_norm", "y", y, &[t, d])?;
@@ -69,7 +69,6 @@ fn sum<A: Real>(n: usize, f: impl Fn(usize) -> A) -> A {
 }
 
 /// I: the gradient of the first d columns of `x` goes to the same columns of `dx` [t, c]: assigned, or added with `accumulate`.
-#[expect(clippy::too_many_arguments, reason = "the tensors of the contract")]
 pub fn input_grad(
     s: &mut Stream,
     x: Tensor,
@@ -104,7 +103,7 @@ pub fn input_grad(
     Ok(())
 }
 
-/// W: `dw` [d] += sum over t of dy_td x_td r_t.
+/// W: `dw` \[d\] += sum over t of dy_td x_td r_t.
 pub fn weight_grad(s: &mut Stream, x: Tensor, rstd: Tensor, dy: Tensor, dw: Tensor) -> Result<()> {
     let (t, c, d) = (x.rows(), x.cols(), dw.len());
     expect_shape("rms_norm weight gradient", "dy", dy, &[t, d])?;

@@ -24,7 +24,7 @@ pub fn gradient<A: Real>(g: A, u: A, da: A) -> (A, A) {
     (da * u * (sigmoid + silu * (A::one() - sigmoid)), da * silu)
 }
 
-/// One row: `a` [f] from `h` [2f].
+/// One row: `a` \[f\] from `h` \[2f\].
 #[inline(always)]
 pub fn forward_row<T: Float>(h: &[T], a: &mut [T]) {
     let f = a.len();
@@ -34,7 +34,7 @@ pub fn forward_row<T: Float>(h: &[T], a: &mut [T]) {
     }
 }
 
-/// One row: `dh` [2f] from `h` [2f] and `da` [f].
+/// One row: `dh` \[2f\] from `h` \[2f\] and `da` \[f\].
 #[inline(always)]
 pub fn input_grad_row<T: Float>(h: &[T], da: &[T], dh: &mut [T]) {
     let f = da.len();

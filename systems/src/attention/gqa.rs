@@ -36,7 +36,7 @@ pub type Projection = (Weight, Option<Weight>);
 /// Weights of grouped-query attention.
 #[derive(Component, Clone, Copy, Debug)]
 pub struct Gqa {
-    /// input_layernorm [d].
+    /// input_layernorm \[d\].
     pub norm: Weight,
     /// q_proj [h w, d].
     pub query: Projection,

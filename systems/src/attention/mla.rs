@@ -37,13 +37,13 @@ const LATENT_EPS: f64 = 1e-6;
 /// Weights of latent attention.
 #[derive(Component, Clone, Copy, Debug)]
 pub struct Mla {
-    /// input_layernorm [d].
+    /// input_layernorm \[d\].
     pub norm: Weight,
     /// Query projection.
     pub query: MlaQuery,
     /// kv_a_proj_with_mqa [c + r, d].
     pub kv_down: Weight,
-    /// kv_a_layernorm [c].
+    /// kv_a_layernorm \[c\].
     pub kv_norm: Weight,
     /// kv_b_proj [h (n + v), c].
     pub kv_up: Weight,
@@ -60,7 +60,7 @@ pub enum MlaQuery {
     LowRank {
         /// q_a_proj [q, d].
         down: Weight,
-        /// q_a_layernorm [q].
+        /// q_a_layernorm \[q\].
         norm: Weight,
         /// q_b_proj [h (n + r), q].
         up: Weight,

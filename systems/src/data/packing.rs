@@ -88,7 +88,7 @@ impl Batch {
     /// Rows of `seq_len` given tokens, each a document of its own: every token predicts the next one of its row.
     pub fn of_rows(tokens: Vec<u32>, seq_len: usize) -> Batch {
         let (t, s) = (tokens.len(), seq_len);
-        let target = |i: usize| if (i + 1) % s == 0 { IGNORE } else { tokens[i + 1] };
+        let target = |i: usize| if (i + 1).is_multiple_of(s) { IGNORE } else { tokens[i + 1] };
         Batch {
             num_sequences: t / s,
             seq_len,

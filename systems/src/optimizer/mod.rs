@@ -55,7 +55,7 @@ pub struct OptimizerState {
     pub optimizer: Optimizer,
     /// Per parameter: master weight, if the weight itself is not it, and state. `None` where nothing is trained.
     pub slots: Vec<Option<(Option<Tensor>, Slot)>>,
-    /// Squared norm of the whole gradient, f64 [1].
+    /// Squared norm of the whole gradient, f64 \[1\].
     pub sum_squares: Tensor,
 }
 

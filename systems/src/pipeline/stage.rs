@@ -54,12 +54,14 @@ enum AttentionBackward {
     Gqa(GqaGradients),
 }
 
+#[expect(clippy::large_enum_variant, reason = "a few are made per plan, and handles are copied freely")]
 #[derive(Clone, Copy)]
 enum MlpForward {
     Dense(Dense, DenseActivations),
     Moe(Moe, ExpertActivations),
 }
 
+#[expect(clippy::large_enum_variant, reason = "a few are made per plan, and handles are copied freely")]
 #[derive(Clone, Copy)]
 enum MlpBackward {
     Dense(DenseGradients),
@@ -99,6 +101,7 @@ struct Forward {
     scope: Vec<Tensor>,
 }
 
+#[expect(clippy::large_enum_variant, reason = "a few are made per plan, and handles are copied freely")]
 enum Deferred {
     Layer(LayerBackward),
     Join(usize, JoinActivations, JoinGradients),

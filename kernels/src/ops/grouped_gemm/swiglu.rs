@@ -20,7 +20,7 @@ use crate::{
 };
 
 /// F: assigns `h = x w_gate_up^T`, [n, 2f], and `a = silu(h[:, ..f]) * h[:, f..]`, [n, f], per expert, from x [n, i],
-/// offsets U32 [e + 1] and w_gate_up [e, 2f, i] (gate rows first).
+/// offsets U32 \[e + 1\] and w_gate_up [e, 2f, i] (gate rows first).
 pub fn forward(s: &mut Stream, x: Tensor, offsets: Tensor, w_gate_up: Tensor, h: Tensor, a: Tensor) -> Result<()> {
     const OP: &str = "grouped SwiGLU";
     let z = check(OP, offsets, ("w_gate_up", w_gate_up), ("x", x), ("h", h))?;
@@ -42,7 +42,7 @@ pub fn forward(s: &mut Stream, x: Tensor, offsets: Tensor, w_gate_up: Tensor, h:
     Ok(())
 }
 
-/// I of activation and down-projection: assigns dh [n, 2f] from dy [n, d], offsets U32 [e + 1], w_down [e, d, f] and
+/// I of activation and down-projection: assigns dh [n, 2f] from dy [n, d], offsets U32 \[e + 1\], w_down [e, d, f] and
 /// `forward`'s h [n, 2f]; and a [n, f] again, if given.
 pub fn input_grad(
     s: &mut Stream,
