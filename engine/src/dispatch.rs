@@ -139,6 +139,11 @@ fn launch(world: &mut World, graph: &Graph, handlers: &mut Handlers, events: &mu
     let handler_of_kind = handlers.resolve(graph)?;
     order_streams(world);
     events.reserve(graph.order.len());
+    // With one stream nobody else waits for its events, so its ops may be handed over in batches.
+    let alone = graph.streams.first().copied().filter(|_| graph.streams.len() == 1);
+    if let Some(mut queue) = alone.and_then(|stream| world.get_mut::<Queue>(stream)) {
+        queue.stream.start_batch();
+    }
     let mut task = 0;
     // One guard around the whole loop: a handler's panic names the task that was being launched.
     let launched = catch_unwind(AssertUnwindSafe(|| -> Result {
@@ -149,6 +154,9 @@ fn launch(world: &mut World, graph: &Graph, handlers: &mut Handlers, events: &mu
         }
         Ok(())
     }));
+    if let Some(mut queue) = alone.and_then(|stream| world.get_mut::<Queue>(stream)) {
+        queue.stream.finish_batch();
+    }
     launched.unwrap_or_else(|payload| {
         Err(Error::Panicked { task: graph.spans[task].label.clone(), message: panic_message(&*payload) }.into())
     })

@@ -115,6 +115,7 @@ impl Hazards {
 type Job = Box<dyn FnOnce(&Memory) + Send>;
 
 enum Message {
+    Batch(Vec<Message>),
     Run { task: Arc<str>, job: Job },
     Record(Event),
     Wait(Event),
@@ -130,6 +131,8 @@ pub struct Stream {
     index: usize,
     clock: VectorClock,
     recording: Option<Recording>,
+    /// Only ever used through `&mut self`; the lock makes the stream `Sync`, so that it can be a component.
+    batch: Mutex<Option<Vec<Message>>>,
 }
 
 /// What the ops of a task touch and cost, found by launching them without running them.
@@ -151,6 +154,9 @@ enum Backend {
     },
     Meta,
 }
+
+/// Messages handed over at a time.
+const BATCH_LEN: usize = 48;
 
 /// Ops in flight per stream before the host waits: far more than a step has, so a step never blocks on it.
 const QUEUE_LEN: usize = 1 << 16;
@@ -176,6 +182,7 @@ impl Stream {
             index,
             clock: vec![0; index + 1],
             recording: None,
+            batch: Mutex::new(None),
         })
     }
 
@@ -265,6 +272,7 @@ impl Stream {
 
     /// Blocks until the stream is empty; the first failure since the last call is returned here.
     pub fn synchronize(&mut self) -> Result<()> {
+        self.finish_batch();
         self.record().synchronize();
         self.failure()
     }
@@ -277,7 +285,29 @@ impl Stream {
         }
     }
 
-    fn send(&self, message: Message) {
+    /// From here to [`Stream::finish_batch`] ops are handed to the stream some dozens at a time: waking its thread for each
+    /// costs more than a small op takes. No other stream may wait for an event of a batch before the batch is finished.
+    pub fn start_batch(&mut self) {
+        self.batch.get_mut().get_or_insert_default();
+    }
+
+    /// Hands over what is left of a batch.
+    pub fn finish_batch(&mut self) {
+        if let Some(batch) = self.batch.get_mut().take().filter(|batch| !batch.is_empty()) {
+            self.hand_over(Message::Batch(batch));
+        }
+    }
+
+    fn send(&mut self, message: Message) {
+        let Some(batch) = self.batch.get_mut() else { return self.hand_over(message) };
+        batch.push(message);
+        if batch.len() >= BATCH_LEN {
+            let full = std::mem::take(batch);
+            self.hand_over(Message::Batch(full));
+        }
+    }
+
+    fn hand_over(&self, message: Message) {
         if let Backend::Cpu { sender: Some(sender), .. } = &self.backend {
             // The worker outlives every sender: it only ends when the sender is dropped.
             let _ = sender.send(message);
@@ -305,28 +335,33 @@ struct Worker {
 impl Worker {
     fn run(&self, receiver: &mpsc::Receiver<Message>) {
         while let Ok(message) = receiver.recv() {
-            match message {
-                Message::Record(event) => event.signal(),
-                Message::Wait(event) => {
-                    event.synchronize();
+            self.handle(message);
+        }
+    }
+
+    fn handle(&self, message: Message) {
+        match message {
+            Message::Batch(messages) => messages.into_iter().for_each(|message| self.handle(message)),
+            Message::Record(event) => event.signal(),
+            Message::Wait(event) => {
+                event.synchronize();
+            }
+            Message::Run { task, job } => {
+                // After a failure the stream drains without running: events still fire, so nobody hangs.
+                if self.failure.lock().is_some() {
+                    return;
                 }
-                Message::Run { task, job } => {
-                    // After a failure the stream drains without running: events still fire, so nobody hangs.
-                    if self.failure.lock().is_some() {
-                        continue;
-                    }
-                    if let Err(panic) = catch_unwind(AssertUnwindSafe(|| job(&self.memory))) {
-                        let message = panic
-                            .downcast_ref::<String>()
-                            .cloned()
-                            .or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned()))
-                            .unwrap_or_else(|| "a panic without a message".to_owned());
-                        let error = match panic.downcast::<Error>() {
-                            Ok(error) => *error,
-                            Err(_) => Error::Task { stream: self.name.clone(), task: task.to_string(), message },
-                        };
-                        *self.failure.lock() = Some(error);
-                    }
+                if let Err(panic) = catch_unwind(AssertUnwindSafe(|| job(&self.memory))) {
+                    let message = panic
+                        .downcast_ref::<String>()
+                        .cloned()
+                        .or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned()))
+                        .unwrap_or_else(|| "a panic without a message".to_owned());
+                    let error = match panic.downcast::<Error>() {
+                        Ok(error) => *error,
+                        Err(_) => Error::Task { stream: self.name.clone(), task: task.to_string(), message },
+                    };
+                    *self.failure.lock() = Some(error);
                 }
             }
         }

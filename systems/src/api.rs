@@ -247,8 +247,12 @@ pub struct BenchReport {
     pub train_gflops_per_sec: f64,
     /// Best measured rate of a large product on all threads.
     pub peak_gemm_gflops_per_sec: f64,
-    /// Generated tokens over the median time of one, batch 1.
+    /// Generated tokens over the median time of one, batch 1, in the faster of f32 and bf16.
     pub generate_tokens_per_sec: f64,
+    /// The same in f32.
+    pub generate_f32_tokens_per_sec: f64,
+    /// The same with weights and activations in bf16.
+    pub generate_bf16_tokens_per_sec: f64,
     /// Generated tokens.
     pub generate_num_tokens: usize,
     /// Most resident memory of the process.

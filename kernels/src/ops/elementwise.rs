@@ -22,9 +22,17 @@ pub fn zero(s: &mut Stream, y: Tensor) {
 pub fn copy(s: &mut Stream, x: Tensor, y: Tensor) -> Result<()> {
     let dims: Vec<usize> = x.shape.dims().collect();
     expect_shape("copy", "y", y.reshape(&dims), &dims)?;
+    s.account(cost(x.len(), 1, y.dtype.size_bytes()));
     s.launch(&[x], &[y], move |m| {
         if x.dtype == DType::U32 {
             m.write::<u32>(y).copy_from_slice(&m.read::<u32>(x));
+            return;
+        }
+        if x.dtype == y.dtype {
+            with_float!(x.dtype, T => {
+                let (x, mut y) = (m.read::<T>(x), m.write::<T>(y));
+                for_row_chunks(&mut y, 1, |at, chunk| chunk.copy_from_slice(&x[at..at + chunk.len()]));
+            });
             return;
         }
         with_float!(x.dtype, T => with_float!(y.dtype, U => {

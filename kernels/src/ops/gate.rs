@@ -132,6 +132,7 @@ pub fn forward(s: &mut Stream, gate: Gate, logits: Tensor, bias: Option<Tensor>,
     })?;
     let reads: Vec<Tensor> = std::iter::once(logits).chain(bias).collect();
     let writes = [out.scores, out.indices, out.weights, out.counts];
+    s.account(cost(t, e, k, logits.dtype.size_bytes()));
     s.launch(&reads, &writes, move |m| {
         let (mut indices, mut counts) = (m.write::<u32>(out.indices), m.write::<u32>(out.counts));
         with_float!(logits.dtype, T => {
@@ -174,6 +175,7 @@ pub fn input_grad(
         expect_tensor(OP, "dscores", dscores, scores.dtype, &[t, e])?;
     }
     let reads: Vec<Tensor> = [scores, indices, dweights].into_iter().chain(dscores).collect();
+    s.account(cost(t, e, k, scores.dtype.size_bytes()));
     s.launch(&reads, &[dlogits], move |m| {
         with_float!(scores.dtype, T => {
             type A = <T as Float>::Acc;

@@ -9,7 +9,15 @@
 
 use gemm::Parallelism;
 
-use crate::{cost::Cost, dtype::Float, error::Result, ops::expect_shape, stream::Stream, tensor::Tensor, with_float};
+use crate::{
+    cost::Cost,
+    dtype::Float,
+    error::Result,
+    ops::{expect_shape, gemv::gemv},
+    stream::Stream,
+    tensor::Tensor,
+    with_float,
+};
 
 /// A matrix in a slice: element (r, c) is at `r * row_stride + c * col_stride`.
 #[derive(Clone, Copy)]
@@ -68,9 +76,22 @@ pub fn gemm<T: Float>(a: Mat<T>, b: Mat<T>, beta: f64, c: &mut [T], c_stride: us
     assert!(c_stride >= n && (m - 1) * c_stride + n <= c.len(), "the result fits its slice, row by row");
     a.check();
     b.check();
+    if m == 1 && a.col_stride == 1 && b.row_stride == 1 && b.col_stride == k {
+        return one_row(a.data, b.data, k, beta, &mut c[..n]);
+    }
     match T::DTYPE {
         crate::dtype::DType::Bf16 => widened(a, b, beta, c, c_stride, threads),
         _ => native(a, b, beta, c, c_stride, threads),
+    }
+}
+
+/// One row against the rows of a weight, as in generation: bound by reading the weight, so nothing is packed or widened.
+fn one_row<T: Float>(x: &[T], w: &[T], k: usize, beta: f64, y: &mut [T]) {
+    let mut sums = vec![T::Acc::default(); y.len()];
+    gemv::<T, T>(&w[..y.len() * k], &x[..k], k, &mut sums);
+    for (y, sum) in y.iter_mut().zip(sums) {
+        let old = if beta == 0.0 { T::Acc::default() } else { T::Acc::of_f64(beta) * y.to_acc() };
+        *y = T::from_acc(old + sum);
     }
 }
 

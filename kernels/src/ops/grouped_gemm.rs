@@ -84,6 +84,7 @@ fn check(
 /// F: `y_no = x_ni w_e^T` per expert, from x [n, i], offsets U32 \[e + 1\] and w [e, o, i].
 pub fn forward(s: &mut Stream, x: Tensor, offsets: Tensor, w: Tensor, y: Tensor) -> Result<()> {
     let z = check("grouped linear", offsets, ("w", w), ("x", x), ("y", y))?;
+    s.account(cost(z.n, z.e, z.o, z.i, x.dtype.size_bytes()));
     s.launch(&[x, offsets, w], &[y], move |m| {
         with_float!(x.dtype, T => {
             let (x, w, mut y) = (m.read::<T>(x), m.read::<T>(w), m.write::<T>(y));
@@ -98,6 +99,7 @@ pub fn forward(s: &mut Stream, x: Tensor, offsets: Tensor, w: Tensor, y: Tensor)
 /// I: `dx_ni = dy_no w_e` per expert, from dy [n, o], offsets U32 \[e + 1\] and w [e, o, i].
 pub fn input_grad(s: &mut Stream, dy: Tensor, offsets: Tensor, w: Tensor, dx: Tensor) -> Result<()> {
     let z = check("grouped linear input gradient", offsets, ("w", w), ("dx", dx), ("dy", dy))?;
+    s.account(cost(z.n, z.e, z.o, z.i, dy.dtype.size_bytes()));
     s.launch(&[dy, offsets, w], &[dx], move |m| {
         with_float!(dx.dtype, T => {
             let (dy, w, mut dx) = (m.read::<T>(dy), m.read::<T>(w), m.write::<T>(dx));
@@ -112,6 +114,7 @@ pub fn input_grad(s: &mut Stream, dy: Tensor, offsets: Tensor, w: Tensor, dx: Te
 /// W: `dw_eoi += dy_e^T x_e` per expert, from dy [n, o], x [n, i] and offsets U32 \[e + 1\].
 pub fn weight_grad(s: &mut Stream, dy: Tensor, x: Tensor, offsets: Tensor, dw: Tensor) -> Result<()> {
     let z = check("grouped linear weight gradient", offsets, ("dw", dw), ("x", x), ("dy", dy))?;
+    s.account(cost(z.n, z.e, z.o, z.i, dy.dtype.size_bytes()));
     s.launch(&[dy, x, offsets, dw], &[dw], move |m| {
         with_float!(x.dtype, T => {
             let (dy, x, mut dw) = (m.read::<T>(dy), m.read::<T>(x), m.write::<T>(dw));

@@ -75,6 +75,7 @@ pub fn permute(s: &mut Stream, x: Tensor, order: Order, rows: Tensor) -> Result<
     let (n, d) = (order.token_of_row.len(), x.cols());
     order.check("permute", n)?;
     expect_tensor("permute", "rows", rows, x.dtype, &[n, d])?;
+    s.account(permute_cost(n, d, x.dtype.size_bytes()));
     s.launch(&[x, order.token_of_row], &[rows], move |m| {
         with_float!(x.dtype, T => {
             let (x, tokens, mut rows) = (m.read::<T>(x), m.read::<u32>(order.token_of_row), m.write::<T>(rows));
@@ -116,6 +117,7 @@ fn gather_sum(
     }
     let reads: Vec<Tensor> =
         [rows, order.row_of_slot].into_iter().chain(weights).chain(accumulate.then_some(y)).collect();
+    s.account(combine_cost(t, k, d, y.dtype.size_bytes()));
     s.launch(&reads, &[y], move |m| {
         with_float!(y.dtype, T => {
             type A = <T as Float>::Acc;
@@ -172,6 +174,7 @@ pub fn combine_grad(
     expect_tensor(OP, "weights", weights, acc_dtype(dy.dtype), &[t, k])?;
     expect_tensor(OP, "dweights", dweights, acc_dtype(dy.dtype), &[t, k])?;
     let reads = [dy, rows, weights, order.row_of_slot, order.token_of_row];
+    s.account(combine_cost(2 * t, k, d, dy.dtype.size_bytes()));
     s.launch(&reads, &[drows, dweights], move |m| {
         with_float!(dy.dtype, T => {
             type A = <T as Float>::Acc;

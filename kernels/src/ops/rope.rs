@@ -224,6 +224,7 @@ fn rotate(s: &mut Stream, x: Tensor, offset: usize, positions: Tensor, table: Ro
         return Ok(());
     }
     let width = x.len() / t;
+    s.account(cost(t, x.len() / (t * head), dim, x.dtype.size_bytes()));
     s.launch(&[x, positions, table.cos, table.sin], &[x], move |m| {
         with_float!(x.dtype, T => {
             type A = <T as Float>::Acc;

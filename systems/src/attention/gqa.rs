@@ -180,6 +180,7 @@ pub(crate) fn gqa_forward(In(id): In<Entity>, mut launch: Launch<GqaTask>, rotar
     let (_, &task, s) = launch.get(id)?;
     let (a, gqa) = (&task.acts, &task.gqa);
     task.project(s, &rotary)?;
+    s.account(task.sizes.core_cost(&task.inputs, a.q.dtype));
     attention::forward(s, task.attention(), a.o, a.lse)?;
     elementwise::copy(s, a.x, a.out)?;
     gemm::forward_acc(s, flat(a.o), gqa.out.value, a.out)?;
@@ -212,6 +213,7 @@ pub(crate) fn gqa_input_grad(In(id): In<Entity>, mut launch: Launch<GqaTask>, ro
     }
     gemm::input_grad(s, g.d_out, gqa.out.value, flat(g.d_o), false)?;
     let grads = attention::Grads { dq: g.dq, dk: g.dk, dv: g.dv };
+    s.account(task.sizes.core_input_grad_cost(&task.inputs, a.q.dtype));
     attention::input_grad(s, task.attention(), a.o, a.lse, g.d_o, grads)?;
     for dx in [g.dq, g.dk] {
         rope::input_grad(s, dx, task.sizes.nope, task.inputs.positions, &rotary.0)?;

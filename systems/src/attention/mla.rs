@@ -279,6 +279,7 @@ pub(crate) fn mla_forward(In(id): In<Entity>, mut launch: Launch<MlaTask>, rotar
     let (a, mla) = (&task.acts, &task.mla);
     task.down(s)?;
     task.up(s, &rotary)?;
+    s.account(task.sizes.core_cost(&task.inputs, a.q.dtype));
     attention::forward(s, task.attention(), a.o, a.lse)?;
     elementwise::copy(s, a.x, a.out)?;
     gemm::forward_acc(s, flat(a.o), mla.out.value, a.out)?;
@@ -321,6 +322,7 @@ pub(crate) fn mla_input_grad(In(id): In<Entity>, mut launch: Launch<MlaTask>, ro
     let Some(g) = task.grads else { return Ok(()) };
     gemm::input_grad(s, g.d_out, mla.out.value, flat(g.d_o), false)?;
     let grads = attention::Grads { dq: g.dq, dk: g.dk, dv: g.dv };
+    s.account(sizes.core_input_grad_cost(&task.inputs, a.q.dtype));
     attention::input_grad(s, task.attention(), a.o, a.lse, g.d_o, grads)?;
     rope::input_grad(s, g.dq, sizes.nope, task.inputs.positions, &rotary.0)?;
     let latents = mla::Projections { kv_a: g.d_kv_latent, kv_b: g.dkv };

@@ -5,15 +5,22 @@ pub mod mla;
 
 use bevy_ecs::prelude::*;
 use kernels::{
+    cost::Cost,
     dtype::DType,
     memory::Memory,
-    ops::rope::{Pairs, Rope, RopeTable, Yarn},
+    ops::{
+        attention,
+        rope::{Pairs, Rope, RopeTable, Yarn},
+    },
 };
 
 pub use gqa::Gqa;
 pub use mla::{Mla, MlaQuery};
 
-use crate::model_config::{Attention, ModelConfig};
+use crate::{
+    microbatch::Inputs,
+    model_config::{Attention, ModelConfig},
+};
 
 /// Sizes of a layer's attention.
 #[derive(Clone, Copy, Debug)]
@@ -51,6 +58,27 @@ impl AttentionSizes {
             },
         }
     }
+}
+
+impl AttentionSizes {
+    /// Cost of the core (scores, softmax, values), if each sequence were one document: what packing makes less.
+    pub fn core_cost(&self, inputs: &Inputs, dtype: DType) -> Cost {
+        attention::cost(inputs.num_tokens(), pairs(inputs), self.dims(), dtype.size_bytes())
+    }
+
+    /// The same for the input gradient.
+    pub fn core_input_grad_cost(&self, inputs: &Inputs, dtype: DType) -> Cost {
+        attention::input_grad_cost(inputs.num_tokens(), pairs(inputs), self.dims(), dtype.size_bytes())
+    }
+
+    fn dims(&self) -> [usize; 4] {
+        [self.heads, self.kv_heads, self.qk, self.v]
+    }
+}
+
+/// Pairs of query and key.
+fn pairs(inputs: &Inputs) -> u64 {
+    (inputs.num_tokens() / inputs.seq_len) as u64 * attention::causal_pairs(inputs.seq_len as u64)
 }
 
 /// Cosines and sines of a model's positions.

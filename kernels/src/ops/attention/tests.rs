@@ -1,3 +1,4 @@
+//! Attention against its definition, its gradient and its caches.
 #![expect(clippy::unwrap_used, reason = "tests")]
 use super::{cached::KvCache, *};
 use crate::{dtype::DType, memory::Memory, ops::testing::*};

@@ -27,6 +27,7 @@ pub fn forward(s: &mut Stream, x: Tensor, offsets: Tensor, w_gate_up: Tensor, h:
     expect_that(OP, "w_gate_up", w_gate_up, z.o.is_multiple_of(2), || "[e, 2f, i]".into())?;
     let f = z.o / 2;
     expect_tensor(OP, "a", a, x.dtype, &[z.n, f])?;
+    s.account(forward_cost(z.n, z.e, f, z.i, x.dtype.size_bytes()));
     s.launch(&[x, offsets, w_gate_up], &[h, a], move |m| {
         with_float!(x.dtype, T => {
             let (x, w, mut h, mut a) = (m.read::<T>(x), m.read::<T>(w_gate_up), m.write::<T>(h), m.write::<T>(a));
@@ -65,6 +66,7 @@ pub fn input_grad(
     }
     let z = Sizes { n, e, o: d, i: f };
     let writes: Vec<Tensor> = std::iter::once(dh).chain(a).collect();
+    s.account(input_grad_cost(n, e, d, f, dy.dtype.size_bytes()));
     s.launch(&[dy, offsets, w_down, h], &writes, move |m| {
         with_float!(dy.dtype, T => {
             let (dy, w, h, mut dh) = (m.read::<T>(dy), m.read::<T>(w_down), m.read::<T>(h), m.write::<T>(dh));

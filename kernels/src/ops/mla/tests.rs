@@ -1,3 +1,4 @@
+//! Latent attention: assembled against absorbed, and the gradient of assembling.
 #![expect(clippy::unwrap_used, reason = "tests")]
 use half::bf16;
 

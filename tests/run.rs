@@ -1,0 +1,175 @@
+//! A scene from training to text, through the binary: `run`, an interrupt, `--resume`, `generate`, `eval`, and runs that go
+//! wrong.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Output, Stdio},
+    time::Duration,
+};
+
+use serde_json::Value;
+
+fn hadal(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_hadal"));
+    command.args(args).current_dir(env!("CARGO_MANIFEST_DIR")).env("RUST_BACKTRACE", "0");
+    command
+}
+
+fn output(args: &[&str]) -> (i32, String, String) {
+    let Output { status, stdout, stderr } = hadal(args).output().expect("the program starts");
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("UTF-8");
+    (status.code().expect("an exit code"), text(stdout), text(stderr))
+}
+
+fn json(path: &Path) -> Value {
+    serde_json::from_str(&fs::read_to_string(path).expect("the report is there")).expect("JSON")
+}
+
+fn run_args(dir: &Path, sets: &[&str]) -> Vec<String> {
+    let mut args: Vec<String> = vec!["run".into(), "scenes/tiny.ron".into()];
+    args.extend([format!("--set=telemetry.dir={:?}", dir.join("runs").to_str().expect("UTF-8"))]);
+    args.extend(sets.iter().map(|set| format!("--set={set}")));
+    args
+}
+
+fn strs(args: &[String]) -> Vec<&str> {
+    args.iter().map(String::as_str).collect()
+}
+
+/// Loss of every training step of a run's log.
+fn losses(run: &Path) -> Vec<(u64, String)> {
+    let log = fs::read_to_string(run.join("log.jsonl")).expect("a log");
+    let lines = log.lines().map(|line| serde_json::from_str::<Value>(line).expect("JSON"));
+    lines.filter_map(|l| Some((l["step"].as_u64()?, l.get("loss_nats_per_token")?.to_string()))).collect()
+}
+
+#[test]
+fn a_run_is_interrupted_resumed_read_and_measured() {
+    let (whole, parts) = (tempfile::tempdir().expect("a folder"), tempfile::tempdir().expect("a folder"));
+    let report_path = whole.path().join("report.json");
+    let mut args = run_args(whole.path(), &[]);
+    args.extend(["--json".into(), report_path.to_str().expect("UTF-8").into()]);
+    let (code, _, stderr) = output(&strs(&args));
+    assert_eq!(code, 0, "{stderr}");
+    let report = json(&report_path);
+    for key in [
+        "num_params",
+        "num_activated_params",
+        "train_secs",
+        "tokens_per_sec",
+        "val_loss_nats_per_token",
+        "val_bits_per_byte",
+        "max_vio",
+        "num_dead_experts",
+        "checkpoint_dir",
+        "exit_reason",
+    ] {
+        assert!(!report[key].is_null(), "the report has `{key}`: {report}");
+    }
+    assert_eq!(report["exit_reason"], "finished");
+    assert!(report["overhead_share"].as_f64().expect("a number") < 0.2, "{report}");
+
+    // The same, with an interrupt on the way.
+    let run = parts.path().join("runs/tiny");
+    let mut child = hadal(&strs(&run_args(parts.path(), &["telemetry.log_every_steps=1"])))
+        .stderr(Stdio::null())
+        .stdout(Stdio::null())
+        .spawn()
+        .expect("the program starts");
+    let log = run.join("log.jsonl");
+    while fs::read_to_string(&log).map_or(0, |text| text.lines().count()) < 4 {
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let pid = rustix::process::Pid::from_child(&child);
+    rustix::process::kill_process(pid, rustix::process::Signal::INT).expect("the signal is sent");
+    assert_eq!(child.wait().expect("it ends").code(), Some(130));
+    let first = losses(&run).len();
+    assert!((4..30).contains(&first), "interrupted after {first} of 30 steps");
+    let mut args = run_args(parts.path(), &[]);
+    args.push("--resume".into());
+    let (code, _, stderr) = output(&strs(&args));
+    assert_eq!(code, 0, "{stderr}");
+    assert_eq!(losses(&run), losses(&whole.path().join("runs/tiny")), "every loss, to the last digit");
+    let weights = |run: &Path| fs::read(run.join("latest/model.safetensors")).expect("weights");
+    assert_eq!(weights(&run), weights(&whole.path().join("runs/tiny")), "every weight, to the last bit");
+
+    // What it left can be read.
+    let checkpoint = run.join("latest");
+    let checkpoint = checkpoint.to_str().expect("UTF-8");
+    let words = ["generate", checkpoint, "--prompt", "Call me", "--max-new-tokens", "12", "--temperature", "0"];
+    let (code, text, stderr) = output(&words);
+    assert_eq!(code, 0, "{stderr}");
+    assert!(!text.trim().is_empty());
+    assert_eq!(output(&words).1, text, "greedy text is the same twice");
+
+    // The book's last tenth, measured from outside, is what the run measured.
+    let book = fs::read_to_string("scenes/data/moby-dick.txt").expect("the book");
+    let mut cut = book.len() * 9 / 10;
+    while !book.is_char_boundary(cut) {
+        cut += 1;
+    }
+    let held_out = whole.path().join("held-out.txt");
+    fs::write(&held_out, &book[cut..]).expect("written");
+    let report_path = whole.path().join("eval.json");
+    let paths = [held_out.to_str(), report_path.to_str()].map(|p| p.expect("UTF-8"));
+    let (code, _, stderr) = output(&["eval", checkpoint, "--data", paths[0], "--seq-len", "64", "--json", paths[1]]);
+    assert_eq!(code, 0, "{stderr}");
+    let eval = json(&report_path);
+    let (bits, perplexity) = (eval["bits_per_byte"].as_f64(), eval["perplexity"].as_f64());
+    let run_bits = report["val_bits_per_byte"].as_f64().expect("a number");
+    assert!((bits.expect("bits per byte") - run_bits).abs() < 0.2, "{eval}, the run's {run_bits} over a part");
+    assert!((perplexity.expect("perplexity").ln() - eval["loss_nats_per_token"].as_f64().expect("loss")).abs() < 1e-9);
+}
+
+#[test]
+fn runs_that_go_wrong_say_where_and_exit_as_documented() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let bad_text = dir.path().join("bad.txt");
+    fs::write(&bad_text, b"fine so far \xff").expect("written");
+    let empty = dir.path().join("empty.txt");
+    fs::write(&empty, b"").expect("written");
+    let set = |key: &str, path: &PathBuf| format!("{key}={:?}", path.to_str().expect("UTF-8"));
+    let cases: [(&[String], i32, &[&str]); 5] = [
+        (&["schedule=Constant(lr: 1e30)".into()], 4, &["NaN", "`"]),
+        (&["train.max_train_secs=0.05".into()], 6, &["budget"]),
+        (&[set("data.train", &bad_text)], 2, &["bad.txt", "12"]),
+        (&[set("data.train", &empty)], 2, &["empty.txt"]),
+        (&["model.vocab_size=300".into()], 2, &["vocab", "512", "300"]),
+    ];
+    for (i, (sets, code, says)) in cases.into_iter().enumerate() {
+        let sets: Vec<&str> = sets.iter().map(String::as_str).collect();
+        let args = run_args(&dir.path().join(i.to_string()), &sets);
+        let (got, stdout, stderr) = output(&strs(&args));
+        assert_eq!(got, code, "{sets:?}\n{stdout}\n{stderr}");
+        for part in says {
+            assert!(stderr.contains(part) || stdout.contains(part), "{sets:?} says `{part}`:\n{stdout}\n{stderr}");
+        }
+    }
+}
+
+#[test]
+fn a_full_disk_leaves_the_checkpoint_before_it() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let (code, _, stderr) = output(&strs(&run_args(dir.path(), &["train.steps=8"])));
+    assert_eq!(code, 0, "{stderr}");
+    let run = dir.path().join("runs/tiny");
+    let before = fs::read(run.join("latest/model.safetensors")).expect("weights");
+    // A limit on the size of a file stands in for a full disk: the weights (about 1.2 MB) do not fit.
+    let mut args = run_args(dir.path(), &["train.steps=12"]);
+    args.push("--resume".into());
+    let quoted: Vec<String> = args.iter().map(|a| format!("'{a}'")).collect();
+    let script = format!("trap '' XFSZ; ulimit -S -f 600; exec {} {}", env!("CARGO_BIN_EXE_hadal"), quoted.join(" "));
+    let result = Command::new("bash")
+        .args(["-c", &script])
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .output()
+        .expect("bash starts");
+    let stderr = String::from_utf8_lossy(&result.stderr).into_owned();
+    assert_eq!(result.status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains("step-0000012"), "the error names the checkpoint: {stderr}");
+    assert_eq!(fs::read(run.join("latest/model.safetensors")).expect("weights"), before, "the one before is whole");
+    let left: Vec<_> =
+        fs::read_dir(run.join("checkpoints")).expect("a folder").flatten().map(|e| e.file_name()).collect();
+    assert_eq!(left.len(), 1, "nothing half written is left: {left:?}");
+}
