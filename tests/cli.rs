@@ -239,8 +239,8 @@ fn json_goes_to_a_file_beside_the_text_and_failures_are_documents_too() {
         serde_json::from_str(&fs::read_to_string(path).expect("the result")).expect("a JSON document")
     };
     assert_eq!(document(&file)["name"], "tiny");
-    hadal(&format!("eval no/such --data x --json {}", file.display())).exits(1);
-    assert_eq!(document(&file)["exit_code"], 1);
+    hadal(&format!("eval no/such --data x --json {}", file.display())).exits(2);
+    assert_eq!(document(&file)["exit_code"], 2);
     // That the file cannot be written is known before anything is done.
     hadal("check scenes/tiny.ron --json no/such/folder.json").exits(1).says(&["cannot write no/such/folder.json"]);
 }

@@ -130,7 +130,8 @@ fn runs_that_go_wrong_say_where_and_exit_as_documented() {
     let empty = dir.path().join("empty.txt");
     fs::write(&empty, b"").expect("written");
     let set = |key: &str, path: &PathBuf| format!("{key}={:?}", path.to_str().expect("UTF-8"));
-    let cases: [(&[String], i32, &[&str]); 5] = [
+    let cases: [(&[String], i32, &[&str]); 6] = [
+        (&["data.refuse_long_documents=true".into()], 2, &["document 0", "sequence length 64"]),
         (&["schedule=Constant(lr: 1e30)".into()], 4, &["NaN", "`"]),
         (&["train.max_train_secs=0.05".into()], 6, &["budget"]),
         (&[set("data.train", &bad_text)], 2, &["bad.txt", "12"]),
@@ -151,12 +152,12 @@ fn runs_that_go_wrong_say_where_and_exit_as_documented() {
 #[test]
 fn a_full_disk_leaves_the_checkpoint_before_it() {
     let dir = tempfile::tempdir().expect("a folder");
-    let (code, _, stderr) = output(&strs(&run_args(dir.path(), &["train.steps=8"])));
+    let (code, _, stderr) = output(&strs(&run_args(dir.path(), &["train.steps=18"])));
     assert_eq!(code, 0, "{stderr}");
     let run = dir.path().join("runs/tiny");
     let before = fs::read(run.join("latest/model.safetensors")).expect("weights");
     // A limit on the size of a file stands in for a full disk: the weights (about 1.2 MB) do not fit.
-    let mut args = run_args(dir.path(), &["train.steps=12"]);
+    let mut args = run_args(dir.path(), &["train.steps=22"]);
     args.push("--resume".into());
     let quoted: Vec<String> = args.iter().map(|a| format!("'{a}'")).collect();
     let script = format!("trap '' XFSZ; ulimit -S -f 600; exec {} {}", env!("CARGO_BIN_EXE_hadal"), quoted.join(" "));
@@ -167,9 +168,45 @@ fn a_full_disk_leaves_the_checkpoint_before_it() {
         .expect("bash starts");
     let stderr = String::from_utf8_lossy(&result.stderr).into_owned();
     assert_eq!(result.status.code(), Some(1), "{stderr}");
-    assert!(stderr.contains("step-0000012"), "the error names the checkpoint: {stderr}");
+    assert!(stderr.contains("step-0000022"), "the error names the checkpoint: {stderr}");
     assert_eq!(fs::read(run.join("latest/model.safetensors")).expect("weights"), before, "the one before is whole");
     let left: Vec<_> =
         fs::read_dir(run.join("checkpoints")).expect("a folder").flatten().map(|e| e.file_name()).collect();
-    assert_eq!(left.len(), 1, "nothing half written is left: {left:?}");
+    assert_eq!(left.len(), 2, "nothing half written is left: {left:?}");
+}
+
+#[test]
+fn eval_writes_the_logits_and_gradients_of_given_tokens() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/oracle/fixtures/deepseek_v3_qlora");
+    let path = |name: &str| dir.path().join(name).to_str().expect("UTF-8").to_owned();
+    let (logits, grads) = (path("logits.safetensors"), path("grads.safetensors"));
+    let tokens = fixture.join("tokens.safetensors");
+    let words = ["eval", fixture.to_str().expect("UTF-8"), "--tokens", tokens.to_str().expect("UTF-8")];
+    let (code, stdout, stderr) =
+        output(&[&words[..], &["--logits", &logits, "--grads", &grads, "--json", "-"]].concat());
+    assert_eq!(code, 0, "{stderr}");
+    let expected = fs::read(fixture.join("expected.safetensors")).expect("the fixture");
+    let expected = safetensors::SafeTensors::deserialize(&expected).expect("safetensors");
+    let values = |file: &safetensors::SafeTensors, name: &str| -> Vec<f32> {
+        let bytes = file.tensor(name).unwrap_or_else(|e| panic!("{name}: {e}")).data().to_vec();
+        bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
+    };
+    let loss = serde_json::from_str::<Value>(&stdout).expect("JSON")["loss_nats_per_token"].as_f64().expect("a loss");
+    assert!((loss - f64::from(values(&expected, "loss")[0])).abs() < 1e-5, "{loss}");
+    let file = fs::read(&logits).expect("logits");
+    let got = values(&safetensors::SafeTensors::deserialize(&file).expect("safetensors"), "logits");
+    for (got, want) in got.iter().zip(values(&expected, "logits")) {
+        assert!((got - want).abs() < 1e-4, "{got}, theirs {want}");
+    }
+    let file = fs::read(&grads).expect("gradients");
+    let got = safetensors::SafeTensors::deserialize(&file).expect("safetensors");
+    let names: Vec<&str> = expected.names().into_iter().filter_map(|n| n.strip_prefix("grad.")).collect();
+    assert_eq!(names.len(), got.len(), "one gradient for each parameter");
+    for name in names {
+        let (x, y) = (values(&got, name), values(&expected, &format!("grad.{name}")));
+        let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
+        let norms = dot(&x, &x) + dot(&y, &y);
+        assert!(norms == 0.0 || 1.0 - 2.0 * dot(&x, &y) / norms < 1e-8, "gradient of {name}");
+    }
 }

@@ -42,6 +42,9 @@ pub fn run(args: &RunArgs, output: &Output) -> Result<ExitCode, Failure> {
     progress.finish();
     let report = report?;
     output.result(&report, &summary(&name, has_experts, &report))?;
+    if (1..=5).contains(&report.exit_code) {
+        eprintln!("error: {}", report.exit_reason);
+    }
     if report.exit_code == 0 && report.checkpoint_dir.is_some() {
         // As it was called: it need not be on the path.
         let program = std::env::args().next().unwrap_or_else(|| "hadal".into());

@@ -209,7 +209,7 @@ pub fn set_up(loaded: &Loaded, options: Options) -> Result<Setup, SessionError> 
         end_of_text: prepared.tokenizer.end_of_text(),
         num_mtp: config.num_nextn_predict_layers,
         cross_document_attention: data_section.cross_document_attention,
-        refuse_long_documents: false,
+        refuse_long_documents: data_section.refuse_long_documents,
         end_targets: true,
     };
     let rows = Rows::new(prepared.train.clone(), packing).map_err(SessionError::input)?;

@@ -32,6 +32,9 @@ pub struct Data {
     /// Whether tokens see the documents packed before theirs.
     #[serde(default)]
     pub cross_document_attention: bool,
+    /// Whether a document that is longer than a sequence is an error, instead of going on in the next one.
+    #[serde(default)]
+    pub refuse_long_documents: bool,
 }
 
 fn default_seq_len() -> usize {

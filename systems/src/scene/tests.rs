@@ -46,6 +46,7 @@ fn example() -> Data {
         tokenizer: Tokenizer::Bpe { vocab_size: 300 },
         seq_len: 256,
         cross_document_attention: false,
+        refuse_long_documents: false,
     }
 }
 
