@@ -91,7 +91,7 @@ pub struct RunReport {
     pub max_vio: f64,
     /// Experts that no token of the last 10 steps chose, over all layers.
     pub num_dead_experts: u64,
-    /// Highest share of step time in which no stream was busy... averaged over the steps.
+    /// Mean share of step time in which no stream was busy.
     pub overhead_share: f64,
     /// Most bytes of tensors live at once.
     pub peak_tensor_bytes: u64,
