@@ -36,7 +36,7 @@ impl DeviceSpec {
         let rate = |amount: u64, per_sec: f64| if amount == 0 { 0.0 } else { amount as f64 / per_sec };
         let compute_secs = rate(cost.flops, self.peak_flops_per_sec);
         let memory_secs = rate(cost.read_bytes + cost.written_bytes, self.memory_bytes_per_sec);
-        let wire_secs = rate(cost.wire_bytes, self.wire_bytes_per_sec);
+        let wire_secs = rate(cost.intra_node_bytes + cost.inter_node_bytes, self.wire_bytes_per_sec);
         self.launch_overhead_secs + compute_secs.max(memory_secs).max(wire_secs)
     }
 
@@ -58,7 +58,9 @@ mod tests {
             wire_bytes_per_sec: 1e10,
             launch_overhead_secs: 2e-6,
         };
-        let cost = |flops, read_bytes, written_bytes, wire_bytes| Cost { flops, read_bytes, written_bytes, wire_bytes };
+        let cost = |flops, read_bytes, written_bytes, wire_bytes| {
+            Cost::stream(flops, read_bytes, written_bytes) + Cost::wire(wire_bytes / 3, wire_bytes - wire_bytes / 3)
+        };
         for (name, cost, nanos) in [
             ("nothing", cost(0, 0, 0, 0), 2_000),
             ("compute bound", cost(5_000_000, 1, 1, 1), 7_000),

@@ -63,6 +63,21 @@ impl Storage {
             Storage::U32(_) => DType::U32,
         }
     }
+
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        match self {
+            Storage::F64(v) => v.len(),
+            Storage::F32(v) => v.len(),
+            Storage::Bf16(v) => v.len(),
+            Storage::U32(v) => v.len(),
+        }
+    }
+
+    /// Whether it has no element.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
 }
 
 /// A type that a buffer can hold.

@@ -37,6 +37,22 @@ pub enum Error {
         /// The panic's message.
         message: String,
     },
+    /// Ranks do not fit together in an op between them, or one cannot do its part.
+    #[error("{op}: {message}")]
+    Comm {
+        /// Operation.
+        op: &'static str,
+        /// What was expected and found, with the ranks.
+        message: String,
+    },
+    /// Another rank is gone, or this one gave up; nobody waits for it any more.
+    #[error("rank {rank} is lost: {message}")]
+    PeerLost {
+        /// Who.
+        rank: u32,
+        /// Why.
+        message: String,
+    },
     /// The stream's thread is gone.
     #[error("stream `{stream}` has stopped")]
     StreamStopped {

@@ -2,6 +2,7 @@
 #![expect(unsafe_code, reason = "GEMM takes pointers; every block says why it is sound")]
 
 pub mod clock;
+pub mod comm;
 pub mod cost;
 pub mod device;
 pub mod dtype;

@@ -17,7 +17,12 @@ use crate::{
     tensor::{BufferId, Shape, Tensor},
 };
 
-type Buffer = Arc<RwLock<Storage>>;
+#[derive(Clone)]
+struct Buffer {
+    storage: Arc<RwLock<Storage>>,
+    /// Elements it was made for; the storage of `Meta` has none.
+    len: usize,
+}
 
 /// All buffers of one device. Cheap to clone; clones share the buffers.
 #[derive(Clone)]
@@ -41,17 +46,23 @@ fn key(tensor: &Tensor) -> (DTypeKey, usize) {
     (tensor.dtype as u8, tensor.len())
 }
 
+/// The tensor's elements among its buffer's.
+fn range(tensor: &Tensor) -> ops::Range<usize> {
+    let start = tensor.offset as usize;
+    start..start + tensor.len()
+}
+
 /// Shared view of a tensor's elements.
-pub struct Ref<T: Element>(ArcRwLockReadGuard<RawRwLock, Storage>, usize, std::marker::PhantomData<T>);
+pub struct Ref<T: Element>(ArcRwLockReadGuard<RawRwLock, Storage>, ops::Range<usize>, std::marker::PhantomData<T>);
 
 /// Exclusive view of a tensor's elements.
-pub struct RefMut<T: Element>(ArcRwLockWriteGuard<RawRwLock, Storage>, usize, std::marker::PhantomData<T>);
+pub struct RefMut<T: Element>(ArcRwLockWriteGuard<RawRwLock, Storage>, ops::Range<usize>, std::marker::PhantomData<T>);
 
 impl<T: Element> ops::Deref for Ref<T> {
     type Target = [T];
     fn deref(&self) -> &[T] {
         match T::slice(&self.0) {
-            Some(s) => &s[..self.1],
+            Some(s) => &s[self.1.clone()],
             None => panic!("expected a {:?} buffer, found {:?}", T::DTYPE, self.0.dtype()),
         }
     }
@@ -61,7 +72,7 @@ impl<T: Element> ops::Deref for RefMut<T> {
     type Target = [T];
     fn deref(&self) -> &[T] {
         match T::slice(&self.0) {
-            Some(s) => &s[..self.1],
+            Some(s) => &s[self.1.clone()],
             None => panic!("expected a {:?} buffer, found {:?}", T::DTYPE, self.0.dtype()),
         }
     }
@@ -71,7 +82,7 @@ impl<T: Element> ops::DerefMut for RefMut<T> {
     fn deref_mut(&mut self) -> &mut [T] {
         let found = self.0.dtype();
         match T::slice_mut(&mut self.0) {
-            Some(s) => &mut s[..self.1],
+            Some(s) => &mut s[self.1.clone()],
             None => panic!("expected a {:?} buffer, found {found:?}", T::DTYPE),
         }
     }
@@ -91,14 +102,15 @@ impl Memory {
     /// A tensor of `dims`. Its contents are unspecified: what was there before, or zeros.
     pub fn alloc(&self, dtype: DType, dims: &[usize]) -> Tensor {
         let shape = Shape::new(dims);
-        let mut tensor = Tensor { buffer: BufferId(0), dtype, shape };
+        let mut tensor = Tensor { buffer: BufferId(0), offset: 0, dtype, shape };
         let mut inner = self.inner.write();
         if let Some(id) = inner.free.get_mut(&key(&tensor)).and_then(Vec::pop) {
             tensor.buffer = id;
         } else {
             tensor.buffer = BufferId(inner.buffers.len() as u32);
             let len = if self.device == Device::Meta { 0 } else { tensor.len() };
-            inner.buffers.push(Arc::new(RwLock::new(Storage::zeros(dtype, len))));
+            let storage = Arc::new(RwLock::new(Storage::zeros(dtype, len)));
+            inner.buffers.push(Buffer { storage, len: tensor.len() });
             inner.reserved_bytes += tensor.size_bytes();
         }
         inner.live_bytes += tensor.size_bytes();
@@ -107,8 +119,16 @@ impl Memory {
     }
 
     /// Gives the buffer back. The handle must not be used by anything launched later.
+    ///
+    /// # Panics
+    /// If the tensor is a part of a buffer: a buffer is given back whole, once.
     pub fn release(&self, tensor: Tensor) {
         let mut inner = self.inner.write();
+        let whole = inner.buffers[tensor.buffer.0 as usize].len;
+        assert!(
+            tensor.offset == 0 && tensor.len() == whole,
+            "{tensor:?} is a part of a buffer of {whole} elements: release the whole"
+        );
         inner.live_bytes -= tensor.size_bytes();
         inner.free.entry(key(&tensor)).or_default().push(tensor.buffer);
     }
@@ -137,10 +157,10 @@ impl Memory {
     /// # Panics
     /// If a task is writing them (an edge is missing), or the type is another.
     pub fn read<T: Element>(&self, tensor: Tensor) -> Ref<T> {
-        let guard = self.buffer(tensor).try_read_arc();
+        let guard = self.buffer(tensor).storage.try_read_arc();
         let guard =
             guard.unwrap_or_else(|| panic!("{tensor:?} is read while another task writes it: an edge is missing"));
-        Ref(guard, tensor.len(), std::marker::PhantomData)
+        Ref(guard, range(&tensor), std::marker::PhantomData)
     }
 
     /// The elements, exclusively.
@@ -148,10 +168,10 @@ impl Memory {
     /// # Panics
     /// If another task is using them (an edge is missing), or the type is another.
     pub fn write<T: Element>(&self, tensor: Tensor) -> RefMut<T> {
-        let guard = self.buffer(tensor).try_write_arc();
+        let guard = self.buffer(tensor).storage.try_write_arc();
         let guard =
             guard.unwrap_or_else(|| panic!("{tensor:?} is written while another task uses it: an edge is missing"));
-        RefMut(guard, tensor.len(), std::marker::PhantomData)
+        RefMut(guard, range(&tensor), std::marker::PhantomData)
     }
 
     /// Copies `data` in; for set-up, with no task in flight on it.
@@ -202,5 +222,12 @@ mod tests {
         let t = memory.from_slice(&[2], &[1f32, 2.0]);
         let _reader = memory.read::<f32>(t);
         memory.write::<f32>(t);
+    }
+
+    #[test]
+    #[should_panic(expected = "is a part of a buffer of 4 elements: release the whole")]
+    fn a_part_is_not_released() {
+        let memory = Memory::new(Device::Meta);
+        memory.release(memory.alloc(DType::F32, &[4]).slice(0, 2));
     }
 }

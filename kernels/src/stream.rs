@@ -6,6 +6,7 @@
 
 use std::{
     collections::HashMap,
+    num::NonZeroUsize,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, mpsc},
     thread::JoinHandle,
@@ -29,30 +30,46 @@ pub struct Event {
     seen: Arc<VectorClock>,
 }
 
+/// What ops that need other ranks waited for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Waited {
+    /// Time that passed until the other ranks were there, before anything was copied.
+    pub nanos: u64,
+    /// Of ops that share out work: how much of it came to this rank, and the most that came to any.
+    pub load: Option<(u64, u64)>,
+}
+
+impl std::ops::AddAssign for Waited {
+    fn add_assign(&mut self, o: Waited) {
+        self.nanos += o.nanos;
+        self.load = match (self.load, o.load) {
+            (Some((mine, most)), Some((m, n))) => Some((mine + m, most + n)),
+            (a, b) => a.or(b),
+        };
+    }
+}
+
 struct EventState {
-    done_nanos: Mutex<Option<u64>>,
+    done: Mutex<Option<(u64, Waited)>>,
     reached: Condvar,
 }
 
 impl Event {
     fn new(seen: VectorClock) -> Self {
-        Event {
-            state: Arc::new(EventState { done_nanos: Mutex::new(None), reached: Condvar::new() }),
-            seen: Arc::new(seen),
-        }
+        Event { state: Arc::new(EventState { done: Mutex::new(None), reached: Condvar::new() }), seen: Arc::new(seen) }
     }
 
-    fn signal(&self) {
-        *self.state.done_nanos.lock() = Some(clock::now_nanos());
+    fn signal(&self, waited: Waited) {
+        *self.state.done.lock() = Some((clock::now_nanos(), waited));
         self.state.reached.notify_all();
     }
 
     /// Blocks until the event is reached; returns when that was, in nanoseconds of [`clock::now_nanos`].
     pub fn synchronize(&self) -> u64 {
-        let mut done = self.state.done_nanos.lock();
+        let mut done = self.state.done.lock();
         loop {
             match *done {
-                Some(nanos) => return nanos,
+                Some((nanos, _)) => return nanos,
                 None => self.state.reached.wait(&mut done),
             }
         }
@@ -60,7 +77,12 @@ impl Event {
 
     /// When the event was reached, if it was.
     pub fn done_nanos(&self) -> Option<u64> {
-        *self.state.done_nanos.lock()
+        self.state.done.lock().map(|(nanos, _)| nanos)
+    }
+
+    /// What the ops since the event before it on its stream waited for other ranks, in sum; nothing if it was not reached yet.
+    pub fn waited(&self) -> Waited {
+        self.state.done.lock().map(|(_, waited)| waited).unwrap_or_default()
     }
 }
 
@@ -112,7 +134,7 @@ impl Hazards {
     }
 }
 
-type Job = Box<dyn FnOnce(&Memory) + Send>;
+type Job = Box<dyn FnOnce(&Memory) -> Waited + Send>;
 
 enum Message {
     Batch(Vec<Message>),
@@ -144,6 +166,34 @@ pub struct Recording {
     pub writes: Vec<Tensor>,
     /// Sum over the ops.
     pub cost: Cost,
+    /// Meetings with other ranks, in order.
+    pub rendezvous: Vec<Rendezvous>,
+}
+
+/// An op that needs another rank to do its part. Tags are the caller's; ranks are those of the whole run.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Rendezvous {
+    /// A message leaves.
+    Send {
+        /// Rank that it goes to.
+        to: u32,
+        /// Its tag.
+        tag: u64,
+    },
+    /// A message is waited for.
+    Receive {
+        /// Rank that it comes from.
+        from: u32,
+        /// Its tag.
+        tag: u64,
+    },
+    /// All of a group wait for each other.
+    Collective {
+        /// The group, ascending.
+        group: Arc<[u32]>,
+        /// The call's tag.
+        tag: u64,
+    },
 }
 
 enum Backend {
@@ -162,8 +212,24 @@ const BATCH_LEN: usize = 48;
 const QUEUE_LEN: usize = 1 << 16;
 
 impl Stream {
-    /// A stream over `memory`; streams that share `hazards` are checked against each other in debug builds.
+    /// A stream over `memory`; streams that share `hazards` are checked against each other in debug builds. Parallel loops of
+    /// its ops run on the process' pool of threads.
     pub fn new(name: &str, memory: &Memory, hazards: &Arc<Hazards>) -> Result<Self> {
+        Self::build(name, memory, hazards, None)
+    }
+
+    /// The same, but parallel loops of its ops run on `num_threads` threads of the stream's own, its worker among them: several
+    /// ranks on one machine then have cores of their own. Results do not depend on the number.
+    pub fn with_threads(
+        name: &str,
+        memory: &Memory,
+        hazards: &Arc<Hazards>,
+        num_threads: NonZeroUsize,
+    ) -> Result<Self> {
+        Self::build(name, memory, hazards, Some(num_threads))
+    }
+
+    fn build(name: &str, memory: &Memory, hazards: &Arc<Hazards>, num_threads: Option<NonZeroUsize>) -> Result<Self> {
         let index = {
             let mut inner = hazards.inner.lock();
             inner.num_streams += 1;
@@ -171,7 +237,7 @@ impl Stream {
         };
         let backend = match memory.device() {
             crate::device::Device::Meta => Backend::Meta,
-            crate::device::Device::Cpu => Self::spawn(name, memory)?,
+            crate::device::Device::Cpu => Self::spawn(name, memory, num_threads)?,
         };
         Ok(Stream {
             name: name.to_owned(),
@@ -186,16 +252,35 @@ impl Stream {
         })
     }
 
-    fn spawn(name: &str, memory: &Memory) -> Result<Backend> {
+    fn spawn(name: &str, memory: &Memory, num_threads: Option<NonZeroUsize>) -> Result<Backend> {
         let (sender, receiver) = mpsc::sync_channel::<Message>(QUEUE_LEN);
         let failure = Arc::new(Mutex::new(None));
-        let worker = Worker { name: name.to_owned(), memory: memory.clone(), failure: failure.clone() };
-        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || worker.run(&receiver));
-        let thread = thread.map_err(|e| Error::Task {
+        let no_thread = |e: &dyn std::fmt::Display| Error::Task {
             stream: name.to_owned(),
             task: "start".into(),
             message: format!("the operating system gave no thread: {e}"),
-        })?;
+        };
+        let mut worker = Worker {
+            name: name.to_owned(),
+            memory: memory.clone(),
+            failure: failure.clone(),
+            waited: Waited::default(),
+        };
+        let (started, pool) = mpsc::sync_channel(1);
+        let run = move || match own_pool(&worker.name, num_threads) {
+            Ok(pool) => {
+                let _ = started.send(Ok(()));
+                worker.run(&receiver);
+                drop(pool);
+            }
+            Err(e) => {
+                let _ = started.send(Err(e.to_string()));
+            }
+        };
+        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(run).map_err(|e| no_thread(&e))?;
+        if let Ok(Err(e)) = pool.recv() {
+            return Err(no_thread(&e));
+        }
         Ok(Backend::Cpu { sender: Some(sender), thread: Some(thread), failure })
     }
 
@@ -216,6 +301,19 @@ impl Stream {
 
     /// Enqueues an op that reads and writes the given tensors. On `Meta` nothing runs.
     pub fn launch(&mut self, reads: &[Tensor], writes: &[Tensor], job: impl FnOnce(&Memory) + Send + 'static) {
+        self.launch_waiting(reads, writes, move |memory| {
+            job(memory);
+            Waited::default()
+        });
+    }
+
+    /// [`Stream::launch`] for an op that may wait for other ranks; what it returns is summed up for the next event.
+    pub fn launch_waiting(
+        &mut self,
+        reads: &[Tensor],
+        writes: &[Tensor],
+        job: impl FnOnce(&Memory) -> Waited + Send + 'static,
+    ) {
         if let Some(recording) = &mut self.recording {
             recording.reads.extend(reads);
             recording.writes.extend(writes);
@@ -247,12 +345,24 @@ impl Stream {
         }
     }
 
+    /// Adds a meeting with other ranks to a recording; ops between ranks call it beside `launch`.
+    pub fn meet(&mut self, rendezvous: impl FnOnce() -> Rendezvous) {
+        if let Some(recording) = &mut self.recording {
+            recording.rendezvous.push(rendezvous());
+        }
+    }
+
+    /// Whether what is launched now will run.
+    pub fn runs(&self) -> bool {
+        self.recording.is_none() && matches!(self.backend, Backend::Cpu { .. })
+    }
+
     /// An event that is reached when all that was enqueued so far is done.
     pub fn record(&mut self) -> Event {
         let event = Event::new(self.clock.clone());
         match self.backend {
             Backend::Cpu { .. } => self.send(Message::Record(event.clone())),
-            Backend::Meta => event.signal(),
+            Backend::Meta => event.signal(Waited::default()),
         }
         event
     }
@@ -330,19 +440,35 @@ struct Worker {
     name: String,
     memory: Memory,
     failure: Arc<Mutex<Option<Error>>>,
+    /// Since the last event.
+    waited: Waited,
+}
+
+/// A pool with the calling thread in it, if one is asked for. Parallel loops on this thread then use it.
+fn own_pool(
+    name: &str,
+    num_threads: Option<NonZeroUsize>,
+) -> Result<Option<rayon::ThreadPool>, rayon::ThreadPoolBuildError> {
+    let Some(num_threads) = num_threads else { return Ok(None) };
+    let name = name.to_owned();
+    let pool = rayon::ThreadPoolBuilder::new()
+        .num_threads(num_threads.get())
+        .use_current_thread()
+        .thread_name(move |i| format!("{name}.{i}"));
+    pool.build().map(Some)
 }
 
 impl Worker {
-    fn run(&self, receiver: &mpsc::Receiver<Message>) {
+    fn run(&mut self, receiver: &mpsc::Receiver<Message>) {
         while let Ok(message) = receiver.recv() {
             self.handle(message);
         }
     }
 
-    fn handle(&self, message: Message) {
+    fn handle(&mut self, message: Message) {
         match message {
             Message::Batch(messages) => messages.into_iter().for_each(|message| self.handle(message)),
-            Message::Record(event) => event.signal(),
+            Message::Record(event) => event.signal(std::mem::take(&mut self.waited)),
             Message::Wait(event) => {
                 event.synchronize();
             }
@@ -351,20 +477,25 @@ impl Worker {
                 if self.failure.lock().is_some() {
                     return;
                 }
-                if let Err(panic) = catch_unwind(AssertUnwindSafe(|| job(&self.memory))) {
-                    let message = panic
-                        .downcast_ref::<String>()
-                        .cloned()
-                        .or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned()))
-                        .unwrap_or_else(|| "a panic without a message".to_owned());
-                    let error = match panic.downcast::<Error>() {
-                        Ok(error) => *error,
-                        Err(_) => Error::Task { stream: self.name.clone(), task: task.to_string(), message },
-                    };
-                    *self.failure.lock() = Some(error);
+                match catch_unwind(AssertUnwindSafe(|| job(&self.memory))) {
+                    Ok(waited) => self.waited += waited,
+                    Err(panic) => self.fail(&task, panic),
                 }
             }
         }
+    }
+
+    fn fail(&self, task: &str, panic: Box<dyn std::any::Any + Send>) {
+        let message = panic
+            .downcast_ref::<String>()
+            .cloned()
+            .or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned()))
+            .unwrap_or_else(|| "a panic without a message".to_owned());
+        let error = match panic.downcast::<Error>() {
+            Ok(error) => *error,
+            Err(_) => Error::Task { stream: self.name.clone(), task: task.to_owned(), message },
+        };
+        *self.failure.lock() = Some(error);
     }
 }
 
@@ -416,5 +547,75 @@ mod tests {
         let error = a.synchronize().unwrap_err().to_string();
         assert_eq!(error, "task `head` failed on stream `a`: boom");
         assert_eq!(memory.download::<f32>(x)[0], 0.0);
+    }
+
+    #[test]
+    fn an_event_tells_what_was_waited_for_since_the_last() {
+        let (_, mut a, ..) = two_streams();
+        for (nanos, load) in [(5, None), (7, Some((1, 4))), (0, Some((2, 2)))] {
+            a.launch_waiting(&[], &[], move |_| Waited { nanos, load });
+        }
+        let (first, second) = (a.record(), a.record());
+        second.synchronize();
+        assert_eq!(first.waited(), Waited { nanos: 12, load: Some((3, 6)) });
+        assert_eq!(second.waited(), Waited::default());
+    }
+
+    #[test]
+    fn an_error_raised_in_a_job_is_the_streams_failure() {
+        let (_, mut a, ..) = two_streams();
+        a.launch_waiting(&[], &[], |_| {
+            std::panic::resume_unwind(Box::new(Error::PeerLost { rank: 3, message: "gone".into() }))
+        });
+        assert!(matches!(a.synchronize(), Err(Error::PeerLost { rank: 3, .. })));
+    }
+
+    #[test]
+    fn a_streams_own_threads_take_its_parallel_loops_and_matrix_products() {
+        use rayon::prelude::*;
+        let (memory, hazards) = (Memory::new(Device::Cpu), Arc::default());
+        let mut s = Stream::with_threads("own", &memory, &hazards, NonZeroUsize::new(3).unwrap()).unwrap();
+        let (seen, names) = mpsc::sync_channel(1);
+        s.launch(&[], &[], move |_| {
+            let barrier = std::sync::Barrier::new(3);
+            // Each of the three must be in its own item at once, or the barrier holds them for ever.
+            let mut names: Vec<_> = (0..3)
+                .into_par_iter()
+                .with_max_len(1)
+                .map(|_| {
+                    barrier.wait();
+                    std::thread::current().name().map(str::to_owned)
+                })
+                .collect();
+            names.sort();
+            seen.send((rayon::current_num_threads(), names)).unwrap();
+        });
+        s.synchronize().unwrap();
+        let (num_threads, names) = names.recv().unwrap();
+        assert_eq!((num_threads, names), (3, ["own", "own.1", "own.2"].map(|n| Some(n.to_owned())).to_vec()));
+        // `gemm` with `Parallelism::Rayon(0)` asks the same function for its number of threads.
+        let (x, y) = (memory.from_slice(&[96, 96], &[1f32; 96 * 96]), memory.alloc(DType::F32, &[96, 96]));
+        crate::ops::gemm::forward(&mut s, x, x, None, y).unwrap();
+        s.synchronize().unwrap();
+        assert!(memory.download::<f32>(y).iter().all(|&v| v == 96.0));
+        drop(s);
+        let left = || {
+            std::fs::read_dir("/proc/self/task")
+                .into_iter()
+                .flatten()
+                .filter(|task| {
+                    let name = task.as_ref().map(|task| std::fs::read_to_string(task.path().join("comm")));
+                    matches!(name, Ok(Ok(name)) if name.starts_with("own"))
+                })
+                .count()
+        };
+        // Threads end after the stream is dropped, not before the drop returns.
+        let ended = (0..200).any(|_| {
+            left() == 0 || {
+                std::thread::sleep(std::time::Duration::from_millis(5));
+                false
+            }
+        });
+        assert!(ended, "{} threads outlive their stream", left());
     }
 }

@@ -1,4 +1,5 @@
-//! A tensor is a small handle: which buffer, what shape, what type. The bytes live in [`crate::memory::Memory`].
+//! A tensor is a small handle: which buffer, from which element on, what shape, what type. The bytes live in
+//! [`crate::memory::Memory`].
 
 use crate::dtype::DType;
 
@@ -60,6 +61,8 @@ impl PartialEq<[usize]> for Shape {
 pub struct Tensor {
     /// Where the bytes are.
     pub buffer: BufferId,
+    /// Element of the buffer that it begins at: 0 but for a part of another tensor.
+    pub offset: u64,
     /// Element type.
     pub dtype: DType,
     /// Extents.
@@ -107,5 +110,44 @@ impl Tensor {
         assert_eq!(shape.len(), self.len(), "reshape {:?} -> {dims:?}", self.shape);
         self.shape = shape;
         self
+    }
+
+    /// Elements `start..start + len` of the flat tensor, as a tensor of its own, \[len\]: the same bytes, not a copy. Streams order
+    /// accesses by buffer, so two parts of one are one to them.
+    ///
+    /// # Panics
+    /// If it reaches past the tensor.
+    #[must_use]
+    pub fn slice(mut self, start: usize, len: usize) -> Self {
+        assert!(start + len <= self.len(), "elements {start}..{} of a tensor of {:?}", start + len, self.shape);
+        self.offset += start as u64;
+        self.shape = Shape::new(&[len]);
+        self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{device::Device, memory::Memory};
+
+    #[test]
+    fn a_part_of_a_part_is_read_and_written_in_place() {
+        let memory = Memory::new(Device::Cpu);
+        let x = memory.from_slice(&[2, 4], &[0u32, 1, 2, 3, 4, 5, 6, 7]);
+        let part = x.slice(2, 5).slice(1, 3);
+        assert_eq!((part.offset, part.len(), part.dim(0)), (3, 3, 3));
+        assert_eq!(memory.download::<u32>(part), [3, 4, 5]);
+        memory.write::<u32>(part).fill(9);
+        assert_eq!(memory.download::<u32>(x), [0, 1, 2, 9, 9, 9, 6, 7]);
+        assert_eq!(memory.download::<u32>(part.reshape(&[3, 1])), [9, 9, 9]);
+        assert_eq!(memory.download::<u32>(x.slice(8, 0)), [0u32; 0]);
+    }
+
+    #[test]
+    #[should_panic(expected = "elements 6..9 of a tensor of [2, 4]")]
+    fn a_part_lies_within() {
+        let memory = Memory::new(Device::Cpu);
+        let _ = memory.alloc(DType::F32, &[2, 4]).slice(6, 3);
     }
 }

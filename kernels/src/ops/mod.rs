@@ -11,7 +11,7 @@ pub mod balance;
 pub mod cross_entropy;
 pub mod elementwise;
 pub mod embedding;
-mod expect;
+pub(crate) mod expect;
 pub mod gate;
 pub mod gemm;
 pub mod gemv;

@@ -237,6 +237,6 @@ pub fn cost(m: usize, at: usize, [h, n, r, v, c]: [usize; 5], elem_bytes: usize,
         flops: core.flops + 2 * (m * weight) as u64,
         read_bytes: (((at + m) * (c + r) + m * h * (n + r)) * elem_bytes + weight * weight_bytes) as u64,
         written_bytes: (m * h * v * elem_bytes) as u64,
-        wire_bytes: 0,
+        ..Cost::default()
     }
 }

@@ -1,0 +1,312 @@
+//! Communication between ranks, as ops on streams.
+//!
+//! A [`Comm`] is one rank's end. What it promises does not depend on the engine behind it; today there is one, [`local`](Comm::local):
+//! N ranks are N threads of a process, each with a memory and streams of its own, that share nothing but a hub. [`Comm::planned`]
+//! has no engine: streams on [`Device::Meta`](crate::device::Device::Meta) and recordings need none.
+//!
+//! - Messages ([`Comm::send`], [`Comm::receive`]) are matched by sender, receiver and tag, in order. A send does not wait.
+//! - Collectives ([`Comm::all_reduce_sum`], ...) are called by all ranks of a group in one order. Their tag does not match them,
+//!   it is compared: ranks that call different things are told so. Collectives that two streams run beside each other have no
+//!   common order; give each stream a [`Comm::lane`] of its own, as one gives it a communicator of its own elsewhere.
+//! - [`exchange`] moves rows to the ranks of their experts and back.
+//!
+//! Sums are in the order of ranks, so their bits are the same on every rank. An op between ranks blocks its stream's thread,
+//! never the host. A rank that cannot go on calls [`Comm::abort`], and nobody waits for it; ops that find ranks at odds do so
+//! themselves. Whoever drives a rank must do it when a stream fails for another reason, or when its thread unwinds.
+
+pub mod collectives;
+pub mod exchange;
+mod local;
+pub mod meter;
+pub mod spread;
+pub mod wire;
+
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
+    sync::Arc,
+};
+
+use local::{Call, Hub};
+use meter::{LinkBytes, Meter, Traffic};
+use parking_lot::Mutex;
+
+pub use exchange::{Exchange, Received};
+pub use spread::Spread;
+pub use wire::Wire;
+
+use crate::{
+    cost::Cost,
+    dtype::Storage,
+    error::{Error, Result},
+    memory::Memory,
+    stream::{Rendezvous, Stream, Waited},
+    tensor::Tensor,
+};
+
+/// Runs `$body` with `$t` bound to the Rust type of any `$dtype`.
+macro_rules! with_element {
+    ($dtype:expr, $t:ident => $body:expr) => {
+        match $dtype {
+            $crate::dtype::DType::U32 => {
+                type $t = u32;
+                $body
+            }
+            dtype => $crate::with_float!(dtype, $t => $body),
+        }
+    };
+}
+use with_element;
+
+/// One rank's end of the communication of a run. Cheap to clone; clones are the same rank and share its meter.
+#[derive(Clone)]
+pub struct Comm {
+    rank: u32,
+    num_ranks: u32,
+    ranks_per_node: u32,
+    lane: u32,
+    hub: Option<Arc<Hub>>,
+    meter: Arc<Mutex<Meter>>,
+}
+
+/// The lane of what the host does; no stream has it.
+const HOST_LANE: u32 = u32::MAX;
+
+impl Comm {
+    /// The only rank of a run of one.
+    pub fn solo() -> Self {
+        Self::end(0, 1, 1, Some(Arc::new(Hub::new(1))))
+    }
+
+    /// All ends of `num_ranks` ranks in this process, by rank; ranks are counted onto nodes of `ranks_per_node`, which links are
+    /// metered by.
+    ///
+    /// # Panics
+    /// If either is 0.
+    pub fn local(num_ranks: u32, ranks_per_node: u32) -> Vec<Self> {
+        let hub = Arc::new(Hub::new(num_ranks));
+        (0..num_ranks).map(|rank| Self::end(rank, num_ranks, ranks_per_node, Some(hub.clone()))).collect()
+    }
+
+    /// An end without an engine, to record ops and to launch them on `Meta`.
+    ///
+    /// # Panics
+    /// If there is no such rank, or `ranks_per_node` is 0.
+    pub fn planned(rank: u32, num_ranks: u32, ranks_per_node: u32) -> Self {
+        Self::end(rank, num_ranks, ranks_per_node, None)
+    }
+
+    fn end(rank: u32, num_ranks: u32, ranks_per_node: u32, hub: Option<Arc<Hub>>) -> Self {
+        assert!(rank < num_ranks && ranks_per_node > 0, "rank {rank} of {num_ranks}, {ranks_per_node} to a node");
+        Comm { rank, num_ranks, ranks_per_node, lane: 0, hub, meter: Arc::default() }
+    }
+
+    /// The same end, with collectives that meet only those of the same lane: for a second stream. Lanes start at 0, the first.
+    #[must_use]
+    pub fn lane(&self, lane: u32) -> Self {
+        Comm { lane: lane.min(HOST_LANE - 1), ..self.clone() }
+    }
+
+    /// This rank.
+    pub fn rank(&self) -> u32 {
+        self.rank
+    }
+
+    /// Ranks of the run.
+    pub fn num_ranks(&self) -> u32 {
+        self.num_ranks
+    }
+
+    /// Ranks on each node; the last may have fewer.
+    pub fn ranks_per_node(&self) -> u32 {
+        self.ranks_per_node
+    }
+
+    /// The node that a rank is on.
+    pub fn node_of(&self, rank: u32) -> u32 {
+        rank / self.ranks_per_node
+    }
+
+    /// All ranks, as a group.
+    pub fn everyone(&self) -> Arc<[u32]> {
+        (0..self.num_ranks).collect()
+    }
+
+    /// Bytes sent so far, or since [`Comm::take_meter`].
+    pub fn meter(&self) -> Meter {
+        *self.meter.lock()
+    }
+
+    /// The same, and starts again from 0.
+    pub fn take_meter(&self) -> Meter {
+        std::mem::take(&mut *self.meter.lock())
+    }
+
+    /// Sends x to rank `to`. A copy is taken when the stream gets here; nothing waits, unless 1024 messages to `to` have not been
+    /// received yet.
+    pub fn send(&self, s: &mut Stream, x: Tensor, to: u32, tag: u64) -> Result<()> {
+        const OP: &str = "send";
+        self.expect_peer(OP, to)?;
+        let bytes = self.link_bytes(to, x.size_bytes());
+        let rendezvous = || Rendezvous::Send { to, tag };
+        let cost = Cost::stream(0, x.size_bytes(), 0) + bytes.cost();
+        self.launch(s, OP, (&[x], &[]), rendezvous, cost, move |comm, hub, m| {
+            let nanos = hub.send((comm.rank, to), tag, copy_out(m, x))?;
+            comm.count(Traffic::P2p, bytes);
+            Ok(Waited { nanos, load: None })
+        })
+    }
+
+    /// Assigns x from the next message of rank `from` with this tag, and waits for it. One of another length or type is an error.
+    pub fn receive(&self, s: &mut Stream, x: Tensor, from: u32, tag: u64) -> Result<()> {
+        const OP: &str = "receive";
+        self.expect_peer(OP, from)?;
+        let rendezvous = || Rendezvous::Receive { from, tag };
+        let cost = Cost::stream(0, 0, x.size_bytes());
+        self.launch(s, OP, (&[], &[x]), rendezvous, cost, move |comm, hub, m| {
+            let (data, nanos) = hub.receive((from, comm.rank), tag)?;
+            if (data.dtype(), data.len()) != (x.dtype, x.len()) {
+                let (dtype, len) = (data.dtype(), data.len());
+                let message = format!(
+                    "rank {from} sent {dtype:?} of [{len}] under tag {tag}, where rank {} receives {:?} of {:?}",
+                    comm.rank, x.dtype, x.shape
+                );
+                return Err(Error::Comm { op: OP, message });
+            }
+            copy_in(m, x, &data);
+            Ok(Waited { nanos, load: None })
+        })
+    }
+
+    /// The bytes of every rank, by rank. Blocks the caller; not for use in a step.
+    pub fn all_gather_bytes(&self, bytes: Vec<u8>) -> Result<Vec<Vec<u8>>> {
+        let all = self.host_meeting("all_gather_bytes", bytes)?;
+        Ok(all.iter().map(|bytes| bytes.to_vec()).collect())
+    }
+
+    /// Blocks the caller until all ranks are here.
+    pub fn barrier(&self) -> Result<()> {
+        self.host_meeting("barrier", Vec::new()).map(drop)
+    }
+
+    fn host_meeting(&self, op: &'static str, bytes: Vec<u8>) -> Result<Vec<Arc<Vec<u8>>>> {
+        let hub = self.hub(op)?;
+        let call = Call { op, tag: 0, what: String::new() };
+        let met = hub.meet((HOST_LANE, &self.everyone()), self.rank as usize, call, bytes);
+        met.inspect_err(|error| self.give_up(error)).map(|(all, _)| all)
+    }
+
+    /// Gives up for `rank`: whoever waits or will wait in an op of this run gets [`Error::PeerLost`] at once. The first call's
+    /// rank and message stand.
+    pub fn abort(&self, rank: u32, message: &str) {
+        if let Some(hub) = &self.hub {
+            hub.abort(rank, message);
+        }
+    }
+
+    /// What was given up for, if it was.
+    pub fn lost(&self) -> Option<Error> {
+        self.hub.as_ref()?.lost()
+    }
+
+    /// Aborts for an error of this rank's own.
+    fn give_up(&self, error: &Error) {
+        if !matches!(error, Error::PeerLost { .. }) {
+            self.abort(self.rank, &error.to_string());
+        }
+    }
+
+    fn hub(&self, op: &'static str) -> Result<&Arc<Hub>> {
+        self.hub.as_ref().ok_or_else(|| Error::Comm {
+            op,
+            message: format!(
+                "rank {} is planned and has no engine; record, launch on Meta, or use Comm::local",
+                self.rank
+            ),
+        })
+    }
+
+    /// The common part of ops: records the meeting, the cost and the tensors, and runs `job` on the stream; its error aborts.
+    fn launch(
+        &self,
+        s: &mut Stream,
+        op: &'static str,
+        (reads, writes): (&[Tensor], &[Tensor]),
+        rendezvous: impl FnOnce() -> Rendezvous,
+        cost: Cost,
+        job: impl FnOnce(&Comm, &Hub, &Memory) -> Result<Waited> + Send + 'static,
+    ) -> Result<()> {
+        if s.runs() {
+            self.hub(op)?;
+        }
+        s.meet(rendezvous);
+        s.account(cost);
+        let comm = self.clone();
+        s.launch_waiting(reads, writes, move |m| {
+            match catch_unwind(AssertUnwindSafe(|| comm.hub(op).and_then(|hub| job(&comm, hub, m)))) {
+                Ok(Ok(waited)) => waited,
+                Ok(Err(error)) => {
+                    comm.give_up(&error);
+                    // Not a panic: there is no message to print, the stream hands the error on.
+                    resume_unwind(Box::new(error))
+                }
+                Err(panic) => {
+                    comm.abort(comm.rank, &format!("{op} panicked"));
+                    resume_unwind(panic)
+                }
+            }
+        });
+        Ok(())
+    }
+
+    fn count(&self, traffic: Traffic, bytes: LinkBytes) {
+        *self.meter.lock().of(traffic) += bytes;
+    }
+
+    /// So many bytes on the link to `to`; none to oneself.
+    fn link_bytes(&self, to: u32, bytes: u64) -> LinkBytes {
+        match (to == self.rank, self.node_of(to) == self.node_of(self.rank)) {
+            (true, _) => LinkBytes::default(),
+            (_, true) => LinkBytes { intra_node: bytes, inter_node: 0 },
+            (_, false) => LinkBytes { intra_node: 0, inter_node: bytes },
+        }
+    }
+
+    fn expect_peer(&self, op: &'static str, peer: u32) -> Result<()> {
+        if peer < self.num_ranks {
+            return Ok(());
+        }
+        let message = format!("rank {} names rank {peer}, ranks are 0..{}", self.rank, self.num_ranks);
+        Err(Error::Comm { op, message })
+    }
+
+    /// This rank's place in a group, which must ascend and have it.
+    fn place_in(&self, op: &'static str, group: &[u32]) -> Result<usize> {
+        let fits = group.is_sorted_by(|a, b| a < b) && group.last().is_some_and(|&last| last < self.num_ranks);
+        group.iter().position(|&rank| rank == self.rank).filter(|_| fits).ok_or_else(|| {
+            let message = format!(
+                "rank {} of {} calls it for the group {group:?}; a group has its callers, ascending",
+                self.rank, self.num_ranks
+            );
+            Error::Comm { op, message }
+        })
+    }
+}
+
+fn copy_out(m: &Memory, x: Tensor) -> Storage {
+    use crate::dtype::DType;
+    match x.dtype {
+        DType::F64 => Storage::F64(m.download(x)),
+        DType::F32 => Storage::F32(m.download(x)),
+        DType::Bf16 => Storage::Bf16(m.download(x)),
+        DType::U32 => Storage::U32(m.download(x)),
+    }
+}
+
+fn copy_in(m: &Memory, x: Tensor, data: &Storage) {
+    use crate::dtype::Element;
+    with_element!(x.dtype, T => {
+        if let Some(data) = T::slice(data) {
+            m.write::<T>(x).copy_from_slice(data);
+        }
+    });
+}
