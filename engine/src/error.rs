@@ -87,7 +87,7 @@ fn describe_cycle(cycle: &[Arc<str>]) -> String {
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// The message of a caught panic.
-pub(crate) fn panic_message(payload: &(dyn std::any::Any + Send)) -> String {
+pub fn panic_message(payload: &(dyn std::any::Any + Send)) -> String {
     payload
         .downcast_ref::<String>()
         .cloned()

@@ -300,6 +300,15 @@ impl Plans {
         self.graphs.contains_key(key)
     }
 
+    /// Makes the graph for `key` the active one; `false` if there is none yet.
+    pub fn activate(&mut self, key: &PlanKey) -> bool {
+        let found = self.contains(key);
+        if found {
+            self.active = Some(key.clone());
+        }
+        found
+    }
+
     /// The graph for `key`.
     pub fn get(&self, key: &PlanKey) -> Option<&Arc<Graph>> {
         self.graphs.get(key)

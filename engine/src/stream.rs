@@ -1,6 +1,6 @@
 //! Streams as entities: a `Queue` owns one FIFO of one rank's device.
 
-use std::sync::Arc;
+use std::{num::NonZero, sync::Arc};
 
 use bevy_ecs::prelude::*;
 use kernels::stream::Stream;
@@ -19,7 +19,7 @@ pub struct Queue {
 }
 
 impl Queue {
-    /// Spawns a stream over the memory of [`Tensors`].
+    /// Spawns a stream over the memory of [`Tensors`], whose ops share the threads of the process.
     ///
     /// # Errors
     /// If the operating system gives no thread.
@@ -27,8 +27,28 @@ impl Queue {
     /// # Panics
     /// If the world has no [`Tensors`]: add the engine's plugin first.
     pub fn spawn(world: &mut World, rank: u32, name: &str) -> Result<Entity> {
+        Self::spawn_with_threads(world, rank, name, None)
+    }
+
+    /// The same; with a number, its ops have so many threads of their own.
+    ///
+    /// # Errors
+    /// If the operating system gives no thread.
+    ///
+    /// # Panics
+    /// If the world has no [`Tensors`].
+    pub fn spawn_with_threads(
+        world: &mut World,
+        rank: u32,
+        name: &str,
+        num_threads: Option<usize>,
+    ) -> Result<Entity> {
         let tensors = world.resource::<Tensors>();
-        let stream = Stream::new(name, tensors.memory(), tensors.hazards())?;
+        let (memory, hazards) = (tensors.memory(), tensors.hazards());
+        let stream = match num_threads.and_then(NonZero::new) {
+            None => Stream::new(name, memory, hazards)?,
+            Some(num_threads) => Stream::with_threads(name, memory, hazards, num_threads)?,
+        };
         Ok(world.spawn((Name::new(name.to_owned()), Queue { stream, name: name.into(), rank })).id())
     }
 }

@@ -18,7 +18,7 @@ use crate::{
     hf::config::{ConfigDocument, HfConfig},
     model_config::ModelConfig,
     params::{num_activated_params, num_params},
-    run::{Options, set_up},
+    setup::{Options, set_up},
     scene::Compute,
     session::SessionError,
     train::Training,

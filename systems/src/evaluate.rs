@@ -11,7 +11,8 @@ use crate::{
     microbatch::Inputs,
     model::Model,
     optimizer::zero_losses,
-    pipeline::stage::Stage,
+    pipeline::stage::Stages,
+    ranks::Ranks,
     session::Session,
     work::{Work, turn_of},
 };
@@ -70,9 +71,17 @@ impl Plugin for EvaluatePlugin {
     }
 }
 
-fn admit(evaluation: Res<Evaluation>, tensors: Res<Tensors>, sums: Res<LossSums>) {
+/// Which batch this rank looks at: ranks with different data take different ones, and the last round may have none for some.
+fn batch_of(evaluation: &Evaluation, ranks: &Ranks) -> usize {
+    let mesh = &ranks.layout.mesh;
+    evaluation.next + mesh.data_rank(ranks.layout.rank) as usize
+}
+
+fn admit(evaluation: Res<Evaluation>, tensors: Res<Tensors>, sums: Res<LossSums>, ranks: Res<Ranks>) {
     zero_losses(tensors.memory(), &sums);
-    if let Some(batch) = evaluation.batches.get(evaluation.next) {
+    // A rank that has no batch repeats the last one, since its peers wait for it; it does not count.
+    let batch = batch_of(&evaluation, &ranks).min(evaluation.batches.len().saturating_sub(1));
+    if let Some(batch) = evaluation.batches.get(batch) {
         evaluation.inputs.upload(tensors.memory(), batch);
     }
 }
@@ -80,15 +89,17 @@ fn admit(evaluation: Res<Evaluation>, tensors: Res<Tensors>, sums: Res<LossSums>
 fn plan(world: &mut World) -> Result {
     let inputs = world.resource::<Evaluation>().inputs;
     let key = PlanKey(format!("evaluate {} tokens", inputs.num_tokens()));
-    if world.resource::<Plans>().contains(&key) {
-        world.resource_mut::<Plans>().active = Some(key);
+    if world.resource_mut::<Plans>().activate(&key) {
         return Ok(());
     }
     let model = world.resource::<Model>().clone();
+    let layout = world.resource::<Ranks>().layout.clone();
     let mut l = Lowering::for_session(world, inputs, false)?;
     let head_weight = model.head;
-    let h = Stage::new(model, Vec::new()).lower_inference(&mut l, inputs)?;
-    head::lower_head(&mut l, Loss::Main, head_weight, h, inputs.targets)?;
+    let h = Stages::whole(model, layout).lower_inference(&mut l, inputs)?;
+    if let (Some(h), Some(head_weight)) = (h, head_weight) {
+        head::lower_head(&mut l, Loss::Main, head_weight, h, inputs.targets)?;
+    }
     let rest = l.take_scope();
     l.release_scope(rest, None);
     let graph = l.finish()?;
@@ -100,18 +111,22 @@ fn record(
     mut evaluation: ResMut<Evaluation>,
     tensors: Res<Tensors>,
     sums: Res<LossSums>,
-    mut work: ResMut<Work>,
+    (mut work, ranks): (ResMut<Work>, Res<Ranks>),
     session: Res<Session>,
-) {
-    let nats = tensors.memory().read::<f64>(sums.main)[0];
+) -> Result {
+    let nats = tensors.memory().read::<f64>(sums.0[0].main)[0];
+    // The sum of a rank without the last stage is 0, and so is the part of one without a batch.
+    let counts = batch_of(&evaluation, &ranks) < evaluation.batches.len();
+    let all = ranks.exchange(&if counts { nats.to_bits() } else { 0 })?;
+    let num_data_ranks = ranks.layout.mesh.num_data_ranks() as usize;
     let Evaluation { batches, next, nats: total, num_tokens, .. } = &mut *evaluation;
-    if let Some(batch) = batches.get(*next) {
-        *total += nats;
+    *total += all.into_iter().map(f64::from_bits).sum::<f64>();
+    for batch in batches.iter().skip(*next).take(num_data_ranks) {
         *num_tokens += batch.num_targets() as u64;
-        *next += 1;
     }
+    *next += num_data_ranks;
     if evaluation.next < evaluation.batches.len() {
-        return;
+        return Ok(());
     }
     let result = EvaluationResult {
         loss_nats_per_token: evaluation.nats / evaluation.num_tokens.max(1) as f64,
@@ -122,4 +137,5 @@ fn record(
     (evaluation.result, evaluation.fresh) = (Some(result), Some(result));
     (evaluation.next, evaluation.nats, evaluation.num_tokens) = (0, 0.0, 0);
     *work = evaluation.then;
+    Ok(())
 }

@@ -1,6 +1,10 @@
 //! Experts: the routed ones as grouped products over ragged groups of rows, the shared ones as one dense SwiGLU, and combine.
 //!
-//! Legend: t tokens, d model width, e routed experts, k experts a token, f expert width, s width of the shared experts together.
+//! Each step of a pass is emitted by itself, so that a pipeline can put others between: the rows of one microbatch are on their
+//! way while the experts work on another's.
+//!
+//! Legend: t tokens, d model width, e routed experts on this rank, k experts a token, n rows that may arrive, f expert width, s
+//! width of the shared experts together.
 
 use bevy_ecs::prelude::*;
 use engine::prelude::*;
@@ -10,9 +14,10 @@ use kernels::{
 };
 
 use crate::{
+    dispatch::{self, Arrived},
     lower::{Lowering, Saved},
     model::Weight,
-    routing::{RouteActivations, RouteGradients, Router},
+    routing::RouteActivations,
 };
 
 /// F of the experts.
@@ -45,9 +50,9 @@ pub struct ExpertLoad(pub u32);
 pub struct Moe {
     /// post_attention_layernorm \[d\].
     pub norm: Weight,
-    /// Router [e, d].
+    /// Router [all experts, d].
     pub gate: Weight,
-    /// Correction bias \[e\], if the router has one.
+    /// Correction bias \[all experts\], if the router has one.
     pub bias: Option<Weight>,
     /// Gate and up projections of the routed experts [e, 2f, d].
     pub experts_gate_up: Weight,
@@ -70,9 +75,14 @@ struct SharedActivations {
 pub struct ExpertActivations {
     /// What routing left.
     pub route: RouteActivations,
+    /// Rows that came to this rank's experts.
+    pub arrived: Arrived,
     h: Tensor,
     a: Tensor,
+    /// Outputs of this rank's experts, as their rows.
     y: Tensor,
+    /// Outputs for this rank's tokens [t k, d]: `y` itself where all experts are here.
+    returned: Tensor,
     shared: Option<SharedActivations>,
     /// Output [t, d].
     pub out: Tensor,
@@ -81,17 +91,16 @@ pub struct ExpertActivations {
 /// What I leaves for W.
 #[derive(Clone, Copy, Debug)]
 pub struct ExpertGradients {
-    /// What routing's I left.
-    pub route: RouteGradients,
-    experts: Gradients,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Gradients {
     d_out: Tensor,
+    /// Gradient of `returned`.
+    d_returned: Tensor,
+    /// Gradient of `y`.
     dy: Tensor,
     d_weights: Tensor,
     dh: Tensor,
+    /// Gradient of the arrived rows.
+    d_arrived: Tensor,
+    /// Gradient of the rows that this rank sent [t k, d].
     d_rows: Tensor,
     shared: Option<SharedGradients>,
 }
@@ -107,50 +116,63 @@ struct SharedGradients {
 pub(crate) struct ExpertTask {
     moe: Moe,
     acts: ExpertActivations,
-    grads: Option<Gradients>,
+    grads: Option<ExpertGradients>,
     recompute: bool,
 }
 
 impl Moe {
-    /// Emits F of the whole feed-forward half: route, experts, combine.
-    pub fn lower_forward(
+    /// Emits F of the experts on what arrived.
+    pub fn lower_experts(
         &self,
         l: &mut Lowering,
-        layer: usize,
-        router: Router,
-        x: Tensor,
+        route: RouteActivations,
+        arrived: Arrived,
     ) -> Result<ExpertActivations> {
-        let route = self.lower_route(l, layer, router, x)?;
-        let (t, d, n, f) = (x.dim(0), x.dim(1), route.rows.dim(0), self.experts_down.value.dim(2));
+        let (t, d) = (route.x.dim(0), route.x.dim(1));
+        let (n, f) = (arrived.rows.dim(0), self.experts_down.value.dim(2));
         let shared = self.shared.map(|(gate_up, down)| SharedActivations {
             gate_up,
             down,
             h: l.alloc("shared gate_up", &[t, gate_up.value.dim(0)]),
             a: l.alloc("shared swiglu", &[t, down.value.dim(1)]),
         });
+        let y = l.alloc("experts out", &[n, d]);
         let acts = ExpertActivations {
             route,
+            arrived,
             h: l.alloc("experts gate_up", &[n, 2 * f]),
             a: l.alloc("experts swiglu", &[n, f]),
-            y: l.alloc("experts out", &[n, d]),
+            y,
+            returned: if arrived.is_local() { y } else { l.alloc_wire("returned rows", route.num_rows(), d) },
             shared,
             out: l.alloc("mlp out", &[t, d]),
         };
-        let task = ExpertTask { moe: *self, acts, grads: None, recompute: false };
-        l.task(EXPERTS_F, Pass::Forward, task)?;
-        l.task(COMBINE_F, Pass::Forward, task)?;
-        l.drop_recomputable(Saved::Swiglu, acts.a);
-        if let Some(shared) = shared {
-            l.drop_recomputable(Saved::Swiglu, shared.a);
-        }
+        l.task(EXPERTS_F, Pass::Forward, ExpertTask { moe: *self, acts, grads: None, recompute: false })?;
         Ok(acts)
     }
 
-    /// Emits I of the whole half.
-    pub fn lower_input_grad(
+    /// Emits the way back of the experts' outputs.
+    pub fn lower_return(&self, l: &mut Lowering, acts: ExpertActivations) -> Result<()> {
+        dispatch::lower_return(l, dispatch::RETURN_F, Pass::Forward, acts.arrived, acts.y, acts.returned)
+    }
+
+    /// Emits the weighted sum of a token's experts, onto the residual and the shared experts.
+    pub fn lower_combine(&self, l: &mut Lowering, acts: ExpertActivations) -> Result<()> {
+        l.task(COMBINE_F, Pass::Forward, ExpertTask { moe: *self, acts, grads: None, recompute: false })?;
+        l.drop_recomputable(Saved::Swiglu, acts.a);
+        if let Some(shared) = acts.shared {
+            l.drop_recomputable(Saved::Swiglu, shared.a);
+        }
+        if !acts.arrived.is_local() {
+            l.release(acts.y);
+        }
+        Ok(())
+    }
+
+    /// Emits I of the weighted sum, and sends what it leaves to the experts.
+    pub fn lower_combine_input_grad(
         &self,
         l: &mut Lowering,
-        router: Router,
         mut acts: ExpertActivations,
         d_out: Tensor,
     ) -> Result<(ExpertActivations, ExpertGradients)> {
@@ -158,48 +180,72 @@ impl Moe {
         if let Some(shared) = &mut acts.shared {
             shared.a = l.alloc_again(Saved::Swiglu, shared.a);
         }
-        let grads = Gradients {
+        let d_returned = l.alloc_like("d experts out", acts.returned);
+        let d_arrived = l.alloc_like("d expert rows", acts.arrived.rows);
+        let local = acts.arrived.is_local();
+        let grads = ExpertGradients {
             d_out,
-            dy: l.alloc_like("d experts out", acts.y),
+            d_returned,
+            dy: if local { d_returned } else { l.alloc_like_wire("d experts out, sent", acts.arrived.rows) },
             d_weights: l.alloc_like("d expert weights", acts.route.weights()),
             dh: l.alloc_like("d experts gate_up", acts.h),
-            d_rows: l.alloc_like("d expert rows", acts.route.rows),
+            d_arrived,
+            d_rows: if local { d_arrived } else { l.alloc_like_wire("d expert rows, returned", acts.returned) },
             shared: acts.shared.map(|s| SharedGradients {
                 da: l.alloc_like("d shared swiglu", s.a),
                 dh: l.alloc_like("d shared gate_up", s.h),
                 d_normed: l.alloc_like("d shared in", acts.route.normed),
             }),
         };
-        let task = ExpertTask { moe: *self, acts, grads: Some(grads), recompute: l.recomputes(Saved::Swiglu) };
-        l.task(COMBINE_I, Pass::InputGrad, task)?;
-        l.task(EXPERTS_I, Pass::InputGrad, task)?;
-        let from_experts = (d_out, grads.d_rows, grads.d_weights, grads.shared.map(|s| s.d_normed));
-        let route = self.lower_route_input_grad(l, router, acts.route, from_experts)?;
-        Ok((acts, ExpertGradients { route, experts: grads }))
+        l.task(COMBINE_I, Pass::InputGrad, self.task(l, acts, grads))?;
+        dispatch::lower_send(l, acts.route.order, acts.arrived, grads.d_returned, grads.dy)?;
+        Ok((acts, grads))
     }
 
-    /// Emits W of the whole half.
-    pub fn lower_weight_grad(
+    /// Emits I of the experts.
+    pub fn lower_experts_input_grad(
         &self,
         l: &mut Lowering,
-        router: Router,
         acts: ExpertActivations,
         grads: ExpertGradients,
     ) -> Result<()> {
-        let task = ExpertTask { moe: *self, acts, grads: Some(grads.experts), recompute: false };
-        l.task(EXPERTS_W, Pass::WeightGrad, task)?;
-        self.lower_route_weight_grad(l, router, acts.route, grads.route)
+        l.task(EXPERTS_I, Pass::InputGrad, self.task(l, acts, grads))
+    }
+
+    /// Emits the way back of the rows' gradients.
+    pub fn lower_return_grad(&self, l: &mut Lowering, acts: ExpertActivations, grads: ExpertGradients) -> Result<()> {
+        dispatch::lower_return(l, dispatch::RETURN_I, Pass::InputGrad, acts.arrived, grads.d_arrived, grads.d_rows)
+    }
+
+    /// Emits W of the experts.
+    pub fn lower_experts_weight_grad(
+        &self,
+        l: &mut Lowering,
+        acts: ExpertActivations,
+        grads: ExpertGradients,
+    ) -> Result<()> {
+        l.task(EXPERTS_W, Pass::WeightGrad, self.task(l, acts, grads))
+    }
+
+    fn task(&self, l: &Lowering, acts: ExpertActivations, grads: ExpertGradients) -> ExpertTask {
+        ExpertTask { moe: *self, acts, grads: Some(grads), recompute: l.recomputes(Saved::Swiglu) }
+    }
+}
+
+impl ExpertGradients {
+    /// What routing's I takes: gradients of the output, of the sent rows, of the weights, and through the shared experts.
+    pub fn for_route(&self) -> (Tensor, Tensor, Tensor, Option<Tensor>) {
+        (self.d_out, self.d_rows, self.d_weights, self.shared.map(|s| s.d_normed))
     }
 }
 
 pub(crate) fn experts_forward(In(id): In<Entity>, mut launch: Launch<ExpertTask>) -> Result {
     let (_, &ExpertTask { moe, acts, .. }, s) = launch.get(id)?;
-    let route = &acts.route;
-    let offsets = route.order.offsets;
-    grouped_gemm::swiglu::forward(s, route.rows, offsets, moe.experts_gate_up.value, acts.h, acts.a)?;
+    let Arrived { rows, offsets, .. } = acts.arrived;
+    grouped_gemm::swiglu::forward(s, rows, offsets, moe.experts_gate_up.value, acts.h, acts.a)?;
     grouped_gemm::forward(s, acts.a, offsets, moe.experts_down.value, acts.y)?;
     if let Some(shared) = acts.shared {
-        gemm::forward(s, route.normed, shared.gate_up.value, None, shared.h)?;
+        gemm::forward(s, acts.route.normed, shared.gate_up.value, None, shared.h)?;
         swiglu::forward(s, shared.h, shared.a)?;
     }
     Ok(())
@@ -211,7 +257,7 @@ pub(crate) fn combine_forward(In(id): In<Entity>, mut launch: Launch<ExpertTask>
     if let Some(shared) = acts.shared {
         gemm::forward_acc(s, shared.a, shared.down.value, acts.out)?;
     }
-    permute::combine(s, acts.y, acts.route.weights(), acts.route.order, acts.out, true)?;
+    permute::combine(s, acts.returned, acts.route.weights(), acts.route.order, acts.out, true)?;
     Ok(())
 }
 
@@ -219,7 +265,7 @@ pub(crate) fn combine_input_grad(In(id): In<Entity>, mut launch: Launch<ExpertTa
     let (_, &ExpertTask { acts, grads, .. }, s) = launch.get(id)?;
     let Some(g) = grads else { return Ok(()) };
     let route = &acts.route;
-    permute::combine_grad(s, g.d_out, acts.y, route.weights(), route.order, g.dy, g.d_weights)?;
+    permute::combine_grad(s, g.d_out, acts.returned, route.weights(), route.order, g.d_returned, g.d_weights)?;
     if let (Some(shared), Some(g_shared)) = (acts.shared, g.shared) {
         gemm::input_grad(s, g.d_out, shared.down.value, g_shared.da, false)?;
     }
@@ -229,10 +275,10 @@ pub(crate) fn combine_input_grad(In(id): In<Entity>, mut launch: Launch<ExpertTa
 pub(crate) fn experts_input_grad(In(id): In<Entity>, mut launch: Launch<ExpertTask>) -> Result {
     let (_, &ExpertTask { moe, acts, grads, recompute }, s) = launch.get(id)?;
     let Some(g) = grads else { return Ok(()) };
-    let offsets = acts.route.order.offsets;
+    let offsets = acts.arrived.offsets;
     let again = recompute.then_some(acts.a);
     grouped_gemm::swiglu::input_grad(s, g.dy, offsets, moe.experts_down.value, acts.h, g.dh, again)?;
-    grouped_gemm::input_grad(s, g.dh, offsets, moe.experts_gate_up.value, g.d_rows)?;
+    grouped_gemm::input_grad(s, g.dh, offsets, moe.experts_gate_up.value, g.d_arrived)?;
     if let (Some(shared), Some(g_shared)) = (acts.shared, g.shared) {
         if recompute {
             swiglu::forward(s, shared.h, shared.a)?;
@@ -248,14 +294,14 @@ pub(crate) fn experts_weight_grad(In(id): In<Entity>, mut launch: Launch<ExpertT
     let (Some(g), Some(d_gate_up), Some(d_down)) = (grads, moe.experts_gate_up.grad, moe.experts_down.grad) else {
         return Ok(());
     };
-    let route = &acts.route;
-    grouped_gemm::weight_grad(s, g.dy, acts.a, route.order.offsets, d_down)?;
-    grouped_gemm::weight_grad(s, g.dh, route.rows, route.order.offsets, d_gate_up)?;
+    let Arrived { rows, offsets, .. } = acts.arrived;
+    grouped_gemm::weight_grad(s, g.dy, acts.a, offsets, d_down)?;
+    grouped_gemm::weight_grad(s, g.dh, rows, offsets, d_gate_up)?;
     if let (Some(shared), Some(g_shared)) = (acts.shared, g.shared)
         && let (Some(d_gate_up), Some(d_down)) = (shared.gate_up.grad, shared.down.grad)
     {
         gemm::weight_grad(s, g.d_out, shared.a, d_down, None)?;
-        gemm::weight_grad(s, g_shared.dh, route.normed, d_gate_up, None)?;
+        gemm::weight_grad(s, g_shared.dh, acts.route.normed, d_gate_up, None)?;
     }
     Ok(())
 }

@@ -21,7 +21,8 @@ use crate::{
     microbatch::Inputs,
     model::Model,
     model_config::{Attention, ModelConfig},
-    pipeline::stage::Stage,
+    pipeline::stage::Stages,
+    ranks::Ranks,
     probe::Checkpoint,
     session::{Session, SessionError},
     work::{Work, turn_of},
@@ -298,17 +299,19 @@ fn plan(world: &mut World) -> Result {
     let generation = world.resource::<Generation>();
     let (n, token) = (generation.num_admitted, generation.token);
     let key = PlanKey(format!("generate from {n} tokens"));
-    if world.resource::<Plans>().contains(&key) {
-        world.resource_mut::<Plans>().active = Some(key);
+    if world.resource_mut::<Plans>().activate(&key) {
         return Ok(());
     }
+    let generation = world.resource::<Generation>();
     let inputs = generation.chunks[&n];
     let model = world.resource::<Model>().clone();
     let caches = world.resource::<Caches>().clone();
+    let layout = world.resource::<Ranks>().layout.clone();
     let head_weight = model.head;
     let mut l = Lowering::for_session(world, inputs, false)?;
     l.caches = Some(caches);
-    let h = Stage::new(model, Vec::new()).lower_inference(&mut l, inputs)?;
+    let h = Stages::whole(model, layout).lower_inference(&mut l, inputs)?;
+    let (Some(h), Some(head_weight)) = (h, head_weight) else { return Err("only a whole model generates".into()) };
     let row = l.alloc("last hidden state", &[1, h.dim(1)]);
     l.task(LAST_ROW, Pass::Forward, LastRowTask { x: h, row })?;
     let logits = head::lower_logits(&mut l, head_weight, row)?;

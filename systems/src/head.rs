@@ -7,6 +7,7 @@ use bevy_ecs::prelude::*;
 use engine::prelude::*;
 use kernels::{
     dtype::DType,
+    memory::Memory,
     ops::{cross_entropy, elementwise, gemm, norm, rms_norm},
     tensor::Tensor,
 };
@@ -31,13 +32,32 @@ pub struct LossScale {
     pub mtp: f64,
 }
 
-/// Sums of the losses of a step, f64 \[1\] each, in nats; zeroed by the step's first task.
+/// Losses of each microbatch of a step, f64 \[1\] each, in nats; zeroed by the step's first task. They are kept apart, so that their
+/// sum does not depend on which rank has which microbatch.
 #[derive(Resource, Clone, Debug)]
-pub struct LossSums {
+pub struct LossSums(pub Vec<MicrobatchLosses>);
+
+/// Losses of one microbatch.
+#[derive(Clone, Debug)]
+pub struct MicrobatchLosses {
     /// Next-token loss.
     pub main: Tensor,
     /// Loss of each MTP module.
     pub mtp: Vec<Tensor>,
+}
+
+impl LossSums {
+    /// Zeroed sums of `num_microbatches` microbatches.
+    pub fn allocate(memory: &Memory, num_microbatches: usize, num_mtp: usize) -> Self {
+        let sum = || memory.from_slice(&[1], &[0f64]);
+        let losses = |_| MicrobatchLosses { main: sum(), mtp: (0..num_mtp).map(|_| sum()).collect() };
+        LossSums((0..num_microbatches).map(losses).collect())
+    }
+
+    /// All of them.
+    pub fn tensors(&self) -> impl Iterator<Item = Tensor> {
+        self.0.iter().flat_map(|losses| std::iter::once(losses.main).chain(losses.mtp.iter().copied()))
+    }
 }
 
 /// Norm activations.
@@ -108,10 +128,10 @@ pub(crate) struct HeadTask {
 
 /// Emits head and loss on normed `h` [t, d]; returns the gradient of `h` when training.
 pub fn lower_head(l: &mut Lowering, loss: Loss, weight: Weight, h: Tensor, targets: Tensor) -> Result<Option<Tensor>> {
-    let sums = l.world.resource::<LossSums>();
+    let losses = &l.world.resource::<LossSums>().0[l.microbatch.unwrap_or(0) as usize];
     let sum = match loss {
-        Loss::Main => sums.main,
-        Loss::Mtp(k) => sums.mtp[k],
+        Loss::Main => losses.main,
+        Loss::Mtp(k) => losses.mtp[k],
     };
     let nll = l.alloc_acc("loss", &[h.dim(0)]);
     let dh = l.training.then(|| l.alloc_like("d head in", h));

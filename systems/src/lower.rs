@@ -5,7 +5,11 @@
 //! anything runs, and on `Device::Meta` without touching memory. What a task reads, writes and costs is not declared but
 //! found, by launching its handler on a recording stream.
 
-use std::{borrow::Cow, collections::BTreeMap, sync::Arc};
+use std::{
+    borrow::Cow,
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use bevy_ecs::prelude::*;
 use engine::prelude::*;
@@ -19,6 +23,7 @@ use kernels::{
 use crate::{
     attention::AttentionSizes,
     generate::{Caches, LayerCache},
+    layout::Layout,
     microbatch::Inputs,
     scene::{Recompute, RecomputeOp},
 };
@@ -38,31 +43,79 @@ pub struct Lowering<'w> {
     pub eps: f64,
     /// Type of activations.
     pub compute: DType,
+    /// What of the model is on this rank, and on which others.
+    pub layout: Arc<Layout>,
     /// What generation remembers; attention then runs over these.
     pub caches: Option<Caches>,
     /// Layer of the tasks emitted from here on.
     pub layer: Option<u32>,
     /// Microbatch of the tasks emitted from here on.
     pub microbatch: Option<u32>,
+    /// Pipeline stage of the tasks emitted from here on.
+    pub stage: u32,
     /// Activations are kept for a backward pass.
     pub training: bool,
     /// Every task is followed by one that looks for values that are not finite in what it wrote.
     pub checking: bool,
     /// Forward tasks emitted now repeat earlier ones: they must not count or add to losses twice.
     pub repeating: bool,
+    /// The tasks emitted now overlap with those of another microbatch.
+    pub overlapping: bool,
+    /// Rows that come to this rank's experts, over those that would if each had its share; for plans. `None`: room for all.
+    pub expert_load: Option<f64>,
     recompute: Recompute,
     memory: Memory,
-    stream: Entity,
+    streams: Streams,
     graph: GraphBuilder,
     names: BTreeMap<BufferId, Cow<'static, str>>,
     scope: Vec<Tensor>,
+    overlapped: Vec<bool>,
+    wire_buffers: BTreeSet<BufferId>,
+    live: ActivationBytes,
+    peak: ActivationBytes,
+}
+
+/// The streams of a rank.
+#[derive(Clone, Copy, Debug)]
+pub struct Streams {
+    /// Where ops compute.
+    pub compute: Entity,
+    /// Where bytes move between ranks.
+    pub comm: Entity,
+}
+
+/// Bytes of what lives for a part of a step only.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ActivationBytes {
+    /// Kept and passed on on this rank.
+    pub activations: u64,
+    /// Arrived from, or to be sent to, other ranks.
+    pub communication: u64,
+}
+
+/// A step as a graph.
+#[derive(Clone, Debug)]
+pub struct Lowered {
+    /// Its tasks.
+    pub graph: Graph,
+    /// What it allocates at its peak moment.
+    pub peak: ActivationBytes,
+    /// For each task, whether it is part of an overlapped pair.
+    pub overlapped: Vec<bool>,
+}
+
+impl ActivationBytes {
+    /// Both.
+    pub fn total(&self) -> u64 {
+        self.activations + self.communication
+    }
 }
 
 impl<'w> Lowering<'w> {
-    /// Starts a graph whose tasks run on `stream`.
+    /// Starts a graph whose tasks run on `streams`.
     pub fn new(
         world: &'w mut World,
-        (memory, stream): (Memory, Entity),
+        (memory, streams, layout): (Memory, Streams, Arc<Layout>),
         (attention, eps, compute): (AttentionSizes, f64, DType),
         inputs: Inputs,
         recompute: Recompute,
@@ -74,18 +127,26 @@ impl<'w> Lowering<'w> {
             attention,
             eps,
             compute,
+            layout,
             caches: None,
             layer: None,
             microbatch: None,
+            stage: 0,
             training,
             checking: false,
             repeating: false,
+            overlapping: false,
+            expert_load: None,
             recompute,
             memory,
-            stream,
+            streams,
             graph: GraphBuilder::default(),
             names: BTreeMap::new(),
             scope: Vec::new(),
+            overlapped: Vec::new(),
+            wire_buffers: BTreeSet::new(),
+            live: ActivationBytes::default(),
+            peak: ActivationBytes::default(),
         }
     }
 
@@ -105,7 +166,39 @@ impl<'w> Lowering<'w> {
         let tensor = self.memory.alloc(dtype, dims);
         self.names.insert(tensor.buffer, name.into());
         self.scope.push(tensor);
+        self.live.activations += tensor.size_bytes();
+        self.note_peak();
         tensor
+    }
+
+    /// Rows [n, d] of the compute type that come from or go to other ranks.
+    pub fn alloc_wire(&mut self, name: &'static str, n: usize, d: usize) -> Tensor {
+        let tensor = self.alloc(name, &[n, d]);
+        self.wire_buffers.insert(tensor.buffer);
+        self.live.activations -= tensor.size_bytes();
+        self.live.communication += tensor.size_bytes();
+        tensor
+    }
+
+    /// The same with the shape of another tensor.
+    pub fn alloc_like_wire(&mut self, name: &'static str, other: Tensor) -> Tensor {
+        self.alloc_wire(name, other.dim(0), other.dim(1))
+    }
+
+    fn note_peak(&mut self) {
+        if self.live.total() > self.peak.total() {
+            self.peak = self.live;
+        }
+    }
+
+    fn give_back(&mut self, tensor: Tensor) {
+        let bytes = tensor.size_bytes();
+        if self.wire_buffers.remove(&tensor.buffer) {
+            self.live.communication -= bytes;
+        } else {
+            self.live.activations -= bytes;
+        }
+        self.memory.release(tensor);
     }
 
     /// An activation with the type and shape of another.
@@ -118,7 +211,7 @@ impl<'w> Lowering<'w> {
     pub fn release(&mut self, tensor: Tensor) {
         if let Some(at) = self.scope.iter().rposition(|t| t.buffer == tensor.buffer) {
             self.scope.remove(at);
-            self.memory.release(tensor);
+            self.give_back(tensor);
         }
     }
 
@@ -127,15 +220,51 @@ impl<'w> Lowering<'w> {
         std::mem::take(&mut self.scope)
     }
 
+    /// Makes `scope` the current one, and hands over what was; for work that is emitted in turns.
+    pub fn swap_scope(&mut self, scope: &mut Vec<Tensor>) {
+        std::mem::swap(&mut self.scope, scope);
+    }
+
+    /// Takes `tensor` out of the current scope; whoever wants it released adopts it.
+    pub fn disown(&mut self, tensor: Tensor) {
+        self.scope.retain(|t| t.buffer != tensor.buffer);
+    }
+
+    /// Adds `tensor` to the current scope.
+    pub fn adopt(&mut self, tensor: Tensor) {
+        self.scope.push(tensor);
+    }
+
     /// Gives a scope back, except `keep`, which moves to the current scope.
     pub fn release_scope(&mut self, scope: Vec<Tensor>, keep: Option<Tensor>) {
         for tensor in scope {
             if keep.is_some_and(|k| k.buffer == tensor.buffer) {
                 self.scope.push(tensor);
             } else {
-                self.memory.release(tensor);
+                self.give_back(tensor);
             }
         }
+    }
+
+    /// Whether all experts of a layer are on this rank.
+    pub fn has_all_experts(&self) -> bool {
+        self.layout.mesh.ep == 1
+    }
+
+    /// Room for the rows that come to this rank's `e` experts from ranks of `t` tokens with `k` experts each: all that may
+    /// come, or in a plan as many as its load says.
+    pub fn max_expert_rows(&self, t: usize, k: usize, e: usize) -> usize {
+        match self.expert_load {
+            Some(load) => ((t * k) as f64 * load).ceil() as usize,
+            None => self.layout.mesh.ep as usize * t * k.min(e),
+        }
+    }
+
+    /// Names a transfer: peers must agree on it.
+    pub fn tag(&self, kind: TaskKind) -> u64 {
+        let kind = kind.0.bytes().fold(0u64, |hash, byte| hash.wrapping_mul(31).wrapping_add(u64::from(byte)));
+        let (layer, microbatch) = (self.layer.unwrap_or(0xffff), self.microbatch.unwrap_or(0xffff));
+        (kind & 0xffff) << 48 | u64::from(self.stage & 0xff) << 40 | u64::from(layer & 0xffff) << 24 | u64::from(microbatch & 0xff_ffff)
     }
 
     /// Whether the backward pass computes `what` again.
@@ -165,35 +294,58 @@ impl<'w> Lowering<'w> {
         if self.recomputes(what) { self.alloc_like("recomputed", tensor) } else { tensor }
     }
 
-    /// Emits a task.
+    /// Emits a task on the compute stream.
     pub fn task(&mut self, kind: TaskKind, pass: impl Into<Option<Pass>>, args: impl Component) -> Result<()> {
-        let mut label = kind.0.to_owned();
-        for (name, at) in [("layer", self.layer), ("microbatch", self.microbatch)] {
-            if let Some(at) = at {
-                label += &format!(", {name} {at}");
-            }
+        self.emit(self.streams.compute, kind, pass.into(), args)
+    }
+
+    /// Emits a task on the communication stream.
+    pub fn transfer(&mut self, kind: TaskKind, pass: impl Into<Option<Pass>>, args: impl Component) -> Result<()> {
+        self.emit(self.streams.comm, kind, pass.into(), args)
+    }
+
+    fn emit(&mut self, stream: Entity, kind: TaskKind, pass: Option<Pass>, args: impl Component) -> Result<()> {
+        let label = self.label(kind);
+        self.overlapped.push(self.overlapping);
+        let task = Task { pass, stage: self.stage, layer: self.layer, microbatch: self.microbatch, ..Task::new(kind, stream, label) };
+        if !self.checking {
+            self.graph.push_recorded(self.world, task, args)?;
+            return Ok(());
         }
-        let task = Task {
-            pass: pass.into(),
-            layer: self.layer,
-            microbatch: self.microbatch,
-            ..Task::new(kind, self.stream, label)
-        };
         let label = task.label.clone();
         let id = self.graph.push_recorded(self.world, task, args)?;
         let written = self.world.get::<Task>(id).map(|task| task.writes.clone()).unwrap_or_default();
-        if self.checking && !written.is_empty() {
-            let name = |t: &Tensor| self.names.get(&t.buffer).cloned().unwrap_or("a tensor".into());
-            let tensors = written.iter().filter(|t| t.dtype != DType::U32).map(|t| (*t, name(t))).collect();
-            let check = Task::new(CHECK_FINITE, self.stream, format!("check of {label}"));
+        let name = |t: &Tensor| self.names.get(&t.buffer).cloned().unwrap_or("a tensor".into());
+        let tensors: Vec<_> = written.iter().filter(|t| t.dtype != DType::U32).map(|t| (*t, name(t))).collect();
+        if !tensors.is_empty() {
+            let check = Task::new(CHECK_FINITE, stream, format!("check of {label}"));
             self.graph.push_recorded(self.world, check, CheckTask { of: label, tensors })?;
         }
         Ok(())
     }
 
+    fn label(&self, kind: TaskKind) -> String {
+        use std::fmt::Write as _;
+        let mut label = String::with_capacity(48);
+        label.push_str(kind.0);
+        for (name, at) in [("layer", self.layer), ("microbatch", self.microbatch)] {
+            if let Some(at) = at {
+                // Writing to a string does not fail.
+                let _ = write!(label, ", {name} {at}");
+            }
+        }
+        label
+    }
+
     /// Names tensors that were not allocated here: weights and their gradients.
     pub fn name(&mut self, tensor: Tensor, name: String) {
         self.names.insert(tensor.buffer, name.into());
+    }
+
+    /// Ends the graph of a step, with what is known of it beside the tasks; not for one that is checked.
+    pub fn finish_step(self) -> Result<Lowered> {
+        let (peak, overlapped) = (self.peak, self.overlapped);
+        Ok(Lowered { graph: self.graph.build(self.world)?, peak, overlapped })
     }
 
     /// Ends the graph.

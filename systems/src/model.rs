@@ -14,9 +14,10 @@ use crate::{
     attention::{Gqa, Mla, MlaQuery},
     dense::Dense,
     expert::{ExpertKey, Moe},
+    layout::Layout,
     model_config::{Attention, ModelConfig},
     mtp::MtpModule,
-    params::{ParamKind, ParamSpec, param_specs},
+    params::{ParamKind, ParamSpec},
 };
 
 /// A parameter's handles.
@@ -30,7 +31,7 @@ pub struct Weight {
     pub grad: Option<Tensor>,
 }
 
-/// All parameters of the model.
+/// The parameters that this rank holds.
 #[derive(Resource)]
 pub struct Parameters {
     /// What each is, and its names on disk.
@@ -41,9 +42,8 @@ pub struct Parameters {
 }
 
 impl Parameters {
-    /// Allocates the parameters of `config`; with gradients if `trainable`.
-    pub fn allocate(config: &ModelConfig, memory: &Memory, compute: DType, trainable: bool) -> Self {
-        let specs = param_specs(config);
+    /// Allocates the parameters of `specs`; with gradients if `trainable`.
+    pub fn allocate(specs: Vec<ParamSpec>, memory: &Memory, compute: DType, trainable: bool) -> Self {
         let by_name = specs.iter().enumerate().map(|(i, spec)| (spec.name.clone(), i)).collect();
         let mut weights = Vec::with_capacity(specs.len());
         for (index, spec) in specs.iter().enumerate() {
@@ -60,10 +60,12 @@ impl Parameters {
     /// # Panics
     /// If the configuration has no such parameter: the name was made from the same configuration.
     pub fn get(&self, name: &str) -> Weight {
-        match self.by_name.get(name) {
-            Some(&index) => self.weights[index],
-            None => panic!("the model has no parameter `{name}`"),
-        }
+        self.find(name).unwrap_or_else(|| panic!("the model has no parameter `{name}`"))
+    }
+
+    /// The parameter called `name`, if this rank holds it.
+    pub fn find(&self, name: &str) -> Option<Weight> {
+        self.by_name.get(name).map(|&index| self.weights[index])
     }
 
     /// Spec and handles, in order.
@@ -107,40 +109,57 @@ pub struct Layer {
 pub struct Model {
     /// Shapes and formulas.
     pub config: ModelConfig,
-    /// Decoder layers in order.
-    pub layers: Vec<Entity>,
-    /// MTP modules in order.
+    /// Decoder layers that this rank holds, by number.
+    pub layers: BTreeMap<usize, Entity>,
+    /// MTP modules in order, on the rank of the last stage.
     pub mtp: Vec<MtpModule>,
-    /// Embedding [v, d].
-    pub embedding: Weight,
-    /// Final norm \[d\].
-    pub norm: Weight,
-    /// Head [v, d]; the embedding when tied.
-    pub head: Weight,
+    /// Embedding [v, d], where it is looked up.
+    pub embedding: Option<Weight>,
+    /// Final norm \[d\], on the rank of the last stage.
+    pub norm: Option<Weight>,
+    /// Head [v, d], on the rank of the last stage; the embedding when tied.
+    pub head: Option<Weight>,
     /// Type of activations.
     pub compute: DType,
 }
 
+impl Model {
+    /// The entity of decoder layer `index`.
+    ///
+    /// # Errors
+    /// If another rank holds it.
+    pub fn layer(&self, index: usize) -> Result<Entity> {
+        self.layers.get(&index).copied().ok_or_else(|| format!("layer {index} is on another rank").into())
+    }
+
+    /// All decoder layers that this rank holds, those of MTP modules last.
+    pub fn all_layers(&self) -> impl Iterator<Item = Entity> {
+        self.layers.values().copied().chain(self.mtp.iter().map(|module| module.layer))
+    }
+}
+
 /// Draws every weight from a normal distribution of standard deviation `initializer_range`; norms are 1, biases 0.
 ///
-/// Each parameter has a stream of its own, named by its place in the list, so that its values do not depend on the others.
-pub fn initial_values(spec: &ParamSpec, index: usize, config: &ModelConfig, seed: u64) -> Vec<f32> {
+/// Each parameter has a stream of its own, named by its place in the list of the whole model, so that its values do not depend on
+/// the others, nor on which rank holds it.
+pub fn initial_values(spec: &ParamSpec, config: &ModelConfig, seed: u64) -> Vec<f32> {
     let len = spec.num_elements();
     match spec.kind {
         ParamKind::Norm => vec![1.0; len],
         ParamKind::Bias | ParamKind::ExpertBias => vec![0.0; len],
         _ => {
             let mut rng = ChaCha8Rng::seed_from_u64(seed);
-            rng.set_stream(index as u64 + 1);
-            let mut values = Vec::with_capacity(len + 1);
-            while values.len() < len {
+            rng.set_stream(spec.index as u64 + 1);
+            let end = spec.start + len;
+            let mut values = Vec::with_capacity(end + 1);
+            while values.len() < end {
                 // Box and Muller: two uniform numbers give two normal ones.
                 let radius = (-2.0 * (1.0 - rng.random::<f64>()).ln()).sqrt() * config.initializer_range;
                 let angle = rng.random::<f64>() * std::f64::consts::TAU;
                 values.extend([(radius * angle.cos()) as f32, (radius * angle.sin()) as f32]);
             }
-            values.truncate(len);
-            values
+            values.truncate(end);
+            values.split_off(spec.start)
         }
     }
 }
@@ -162,25 +181,41 @@ pub fn download(memory: &Memory, tensor: Tensor) -> Vec<f32> {
     })
 }
 
-/// Spawns the layers and experts of `config` over allocated parameters and returns the model.
-pub fn spawn(world: &mut World, config: &ModelConfig, parameters: &Parameters, compute: DType) -> Model {
-    let layers = (0..config.num_hidden_layers).map(|i| spawn_layer(world, config, parameters, i)).collect();
-    let mtp_layers = config.num_hidden_layers..config.num_hidden_layers + config.num_nextn_predict_layers;
+/// Spawns the layers and experts that `layout` gives this rank over allocated parameters, and returns the model.
+pub fn spawn(
+    world: &mut World,
+    config: &ModelConfig,
+    layout: &Layout,
+    parameters: &Parameters,
+    compute: DType,
+) -> Model {
+    let held = layout.my_stages().iter().flat_map(|&stage| layout.stages[stage as usize].clone());
+    let layers = held.map(|i| (i, spawn_layer(world, config, layout, parameters, i))).collect();
+    let num_layers = config.num_hidden_layers;
+    let mtp_layers = if layout.has_last() { num_layers..num_layers + config.num_nextn_predict_layers } else { 0..0 };
     let mtp = mtp_layers
         .map(|i| MtpModule {
             enorm: parameters.get(&format!("model.layers.{i}.enorm.weight")),
             hnorm: parameters.get(&format!("model.layers.{i}.hnorm.weight")),
             eh_proj: parameters.get(&format!("model.layers.{i}.eh_proj.weight")),
-            layer: spawn_layer(world, config, parameters, i),
+            layer: spawn_layer(world, config, layout, parameters, i),
             norm: parameters.get(&format!("model.layers.{i}.shared_head.norm.weight")),
         })
         .collect();
-    let embedding = parameters.get("model.embed_tokens.weight");
-    let head = if config.tie_word_embeddings { embedding } else { parameters.get("lm_head.weight") };
-    Model { config: config.clone(), layers, mtp, embedding, norm: parameters.get("model.norm.weight"), head, compute }
+    let embedding = parameters.find("model.embed_tokens.weight");
+    let head = if config.tie_word_embeddings { embedding } else { parameters.find("lm_head.weight") };
+    let norm = parameters.find("model.norm.weight");
+    let head = head.filter(|_| layout.has_last());
+    Model { config: config.clone(), layers, mtp, embedding, norm, head, compute }
 }
 
-fn spawn_layer(world: &mut World, config: &ModelConfig, parameters: &Parameters, index: usize) -> Entity {
+fn spawn_layer(
+    world: &mut World,
+    config: &ModelConfig,
+    layout: &Layout,
+    parameters: &Parameters,
+    index: usize,
+) -> Entity {
     let get = |name: &str| parameters.get(&format!("model.layers.{index}.{name}"));
     let mut layer = world.spawn((Layer { index }, Name::new(format!("layer {index}"))));
     match config.attention {
@@ -229,7 +264,7 @@ fn spawn_layer(world: &mut World, config: &ModelConfig, parameters: &Parameters,
     });
     let layer = layer.id();
     world.spawn_batch(
-        (0..moe.n_routed_experts).map(move |expert| ExpertKey { layer: index as u16, expert: expert as u16 }),
+        layout.my_experts(moe.n_routed_experts).map(move |expert| ExpertKey { layer: index as u16, expert: expert as u16 }),
     );
     layer
 }

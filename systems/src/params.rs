@@ -6,6 +6,8 @@
 //!
 //! Legend: V vocabulary, d model width, f feed-forward width, E routed experts, h heads, r latent ranks.
 
+use std::ops::Range;
+
 use crate::model_config::{Attention, ModelConfig};
 
 /// What a parameter is, for initialization, weight decay, precision and placement.
@@ -63,6 +65,10 @@ pub struct ParamSpec {
     pub kind: ParamKind,
     /// Decoder layer, MTP modules counting on from `num_hidden_layers`; `None` for embedding, final norm and head.
     pub layer: Option<usize>,
+    /// Place in the list of the whole model, whatever part of it a rank holds.
+    pub index: usize,
+    /// Where this part begins in the whole parameter, in elements; experts are cut between ranks.
+    pub start: usize,
 }
 
 impl ParamSpec {
@@ -74,10 +80,22 @@ impl ParamSpec {
 
 /// All parameters of a model, in the order data flows: embedding, layers, norm, head, MTP modules.
 pub fn param_specs(config: &ModelConfig) -> Vec<ParamSpec> {
+    let experts = config.moe.as_ref().map_or(0..0, |moe| 0..moe.n_routed_experts);
+    param_specs_where(config, experts, |_, _| true)
+}
+
+/// The parameters that `holds` says, by kind and layer, with only some of the routed experts; the order and the numbers are
+/// those of the whole list.
+pub fn param_specs_where(
+    config: &ModelConfig,
+    experts: Range<usize>,
+    holds: impl Fn(ParamKind, Option<usize>) -> bool,
+) -> Vec<ParamSpec> {
     let (v, d) = (config.vocab_size, config.hidden_size);
     let num_layers = config.num_hidden_layers;
     let mtp_layers = num_layers..num_layers + config.num_nextn_predict_layers;
-    let mut list = List::default();
+    let mut list =
+        List { specs: Vec::new(), layer: None, prefix: String::new(), index: 0, last_held: false, experts, holds: &holds };
 
     list.one(ParamKind::Embedding, "model.embed_tokens.weight", &[v, d]);
     let mtp_embeddings = mtp_layers.clone().map(|layer| format!("model.layers.{layer}.embed_tokens.weight"));
@@ -128,7 +146,7 @@ pub fn num_activated_params(config: &ModelConfig) -> u64 {
     param_specs(config).iter().map(|spec| activated(spec) as u64).sum()
 }
 
-fn decoder_layer(list: &mut List, config: &ModelConfig, layer: usize) {
+fn decoder_layer(list: &mut List<'_>, config: &ModelConfig, layer: usize) {
     let d = config.hidden_size;
     list.one(ParamKind::Norm, "input_layernorm.weight", &[d]);
     attention(list, config);
@@ -140,10 +158,15 @@ fn decoder_layer(list: &mut List, config: &ModelConfig, layer: usize) {
             if moe.correction_bias {
                 list.one(ParamKind::ExpertBias, "mlp.gate.e_score_correction_bias", &[e]);
             }
-            let gate_up = (0..e).flat_map(|i| ["gate", "up"].map(|part| format!("mlp.experts.{i}.{part}_proj.weight")));
-            list.packed(ParamKind::ExpertLinear, "mlp.experts.gate_up_proj", &[e, 2 * f, d], gate_up, &[f, d]);
-            let down = (0..e).map(|i| format!("mlp.experts.{i}.down_proj.weight"));
-            list.packed(ParamKind::ExpertLinear, "mlp.experts.down_proj", &[e, d, f], down, &[d, f]);
+            let held = list.experts.clone();
+            let gate_up = |i| ["gate", "up"].map(|part| format!("mlp.experts.{i}.{part}_proj.weight"));
+            let (n, start) = (held.len(), held.start);
+            let shape = [n, 2 * f, d];
+            list.packed(ParamKind::ExpertLinear, "mlp.experts.gate_up_proj", &shape, held.clone().flat_map(gate_up), &[f, d]);
+            list.starting_at(start * 2 * f * d);
+            let down = held.map(|i| format!("mlp.experts.{i}.down_proj.weight"));
+            list.packed(ParamKind::ExpertLinear, "mlp.experts.down_proj", &[n, d, f], down, &[d, f]);
+            list.starting_at(start * d * f);
             if moe.n_shared_experts > 0 {
                 swiglu(list, "mlp.shared_experts", moe.n_shared_experts * f, d);
             }
@@ -192,14 +215,19 @@ fn swiglu(list: &mut List, stem: &str, f: usize, d: usize) {
 }
 
 /// The list under construction, and the layer it is in.
-#[derive(Default)]
-struct List {
+struct List<'a> {
     specs: Vec<ParamSpec>,
     layer: Option<usize>,
     prefix: String,
+    /// Number of the next parameter of the whole model.
+    index: usize,
+    /// Whether the parameter before is in the list.
+    last_held: bool,
+    experts: Range<usize>,
+    holds: &'a dyn Fn(ParamKind, Option<usize>) -> bool,
 }
 
-impl List {
+impl List<'_> {
     fn enter_layer(&mut self, layer: usize) {
         self.layer = Some(layer);
         self.prefix = format!("model.layers.{layer}.");
@@ -224,6 +252,12 @@ impl List {
         names: impl IntoIterator<Item = String>,
         view_shape: &[usize],
     ) {
+        let index = self.index;
+        self.index += 1;
+        self.last_held = (self.holds)(kind, self.layer);
+        if !self.last_held {
+            return;
+        }
         let size: usize = view_shape.iter().product();
         let view = |(i, name): (usize, String)| View {
             hf_name: format!("{}{name}", self.prefix),
@@ -237,12 +271,21 @@ impl List {
             aliases: Vec::new(),
             kind,
             layer: self.layer,
+            index,
+            start: 0,
         });
+    }
+
+    /// The parameter added last is a part that begins there.
+    fn starting_at(&mut self, start: usize) {
+        if let Some(spec) = self.specs.last_mut().filter(|_| self.last_held) {
+            spec.start = start;
+        }
     }
 
     /// Further names of the parameter added last.
     fn also_named(&mut self, aliases: Vec<String>) {
-        if let Some(spec) = self.specs.last_mut() {
+        if let Some(spec) = self.specs.last_mut().filter(|_| self.last_held) {
             spec.aliases = aliases;
         }
     }

@@ -26,9 +26,11 @@ use crate::{
     model::Model,
     optimizer,
     pipeline::{
-        action::{Action, Work as Pass},
-        stage::Stage,
+        action::{Action, Cell, Schedule, Work as Pass},
+        chunk,
+        stage::Stages,
     },
+    ranks::Ranks,
     save,
     scene::{Compute, Recompute},
     session::{ModelSetup, SessionError, app_with_model, dtype, run_plan},
@@ -70,8 +72,11 @@ impl Checkpoint {
             trainable,
             recompute: Recompute::Off,
             progress: progress.clone(),
+            ranks: Ranks::solo(model.config.num_hidden_layers),
+            num_threads: None,
+            clock: Clock::Wall,
         };
-        let app = app_with_model(setup, |spec, _| folder.read_param(spec).map_err(SessionError::input))?;
+        let app = app_with_model(setup, |spec| folder.read_param(spec).map_err(SessionError::input))?;
         Ok(Checkpoint { app, folder })
     }
 
@@ -170,9 +175,11 @@ impl Probe {
         let world = app.world_mut();
         let lower = |world: &mut World| -> Result<(Graph, Tensor)> {
             let model = world.resource::<Model>().clone();
+            let layout = world.resource::<Ranks>().layout.clone();
             let head_weight = model.head;
             let mut l = Lowering::for_session(world, self.inputs, false)?;
-            let h = Stage::new(model, Vec::new()).lower_inference(&mut l, self.inputs)?;
+            let h = Stages::whole(model, layout).lower_inference(&mut l, self.inputs)?;
+            let (Some(h), Some(head_weight)) = (h, head_weight) else { return Err("the model has no head".into()) };
             head::lower_head(&mut l, head::Loss::Main, head_weight, h, self.inputs.targets)?;
             let logits = head::lower_logits(&mut l, head_weight, h)?;
             Ok((l.finish()?, logits))
@@ -181,7 +188,7 @@ impl Probe {
         world.resource_mut::<Plans>().insert(key.clone(), graph);
         run_plan(app, &key)?;
         let world = app.world();
-        let nats = world.resource::<Tensors>().memory().read::<f64>(world.resource::<LossSums>().main)[0];
+        let nats = world.resource::<Tensors>().memory().read::<f64>(world.resource::<LossSums>().0[0].main)[0];
         Ok((nats / self.num_targets as f64, logits))
     }
 
@@ -196,11 +203,14 @@ impl Probe {
         let lower = |world: &mut World| -> Result<Graph> {
             let mut model = world.resource::<Model>().clone();
             model.mtp.clear();
-            let mut stage = Stage::new(model, vec![self.inputs]);
+            let layout = world.resource::<Ranks>().layout.clone();
+            let cells = [Pass::F, Pass::I, Pass::W].map(|work| Action::from(Cell::new(0, work, 0)));
+            let schedule = Schedule::from_ranks(vec![cells.to_vec()]);
+            let mut stages = Stages::new(model, layout, &schedule, chunk::ORDER, vec![self.inputs]);
             let mut l = Lowering::for_session(world, self.inputs, true)?;
             optimizer::lower_zero(&mut l)?;
-            for work in [Pass::F, Pass::I, Pass::W] {
-                stage.lower(&mut l, Action::new(0, work, 0))?;
+            for action in cells {
+                stages.lower(&mut l, action)?;
             }
             if l.world.contains_resource::<optimizer::OptimizerState>() {
                 optimizer::lower_update(&mut l)?;
@@ -215,7 +225,7 @@ impl Probe {
     /// Mean loss of the last step.
     pub fn loss(&self, app: &App) -> f64 {
         let world = app.world();
-        world.resource::<Tensors>().memory().read::<f64>(world.resource::<LossSums>().main)[0] / self.num_targets as f64
+        world.resource::<Tensors>().memory().read::<f64>(world.resource::<LossSums>().0[0].main)[0] / self.num_targets as f64
     }
 }
 

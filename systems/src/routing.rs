@@ -1,4 +1,5 @@
-//! Routing: which experts see a token, and in which order its copies lie. On one rank, dispatch is a permutation.
+//! Routing: which experts see a token, and in which order its copies lie. Where all experts are on one rank, the copies are made
+//! at once: dispatch is a permutation then. Else they are sent ([`crate::dispatch`]).
 //!
 //! Balance is kept without an auxiliary loss (arXiv 2408.15664): a bias that only chooses, and never weighs, moves by a fixed
 //! step after each optimizer step, down where an expert had more than the mean load and up where less. Loads are counted once
@@ -22,9 +23,12 @@ use kernels::{
 
 use crate::{
     expert::Moe,
+    layout::Layout,
     lower::Lowering,
     microbatch::Inputs,
+    model::Model,
     model_config::{self, ModelConfig},
+    ranks::Ranks,
     scene::RoutingMode,
 };
 
@@ -70,16 +74,18 @@ impl Default for RoutingState {
     }
 }
 
-/// Tokens per expert of the step, u32 \[e\] for each layer with experts: `(layer, counts)`.
+/// Tokens per expert of the step, u32 \[e\] for each layer with experts on this rank: `(layer, counts)`. Until the end of a step
+/// they are of this rank's tokens, then of all.
 #[derive(Resource, Clone, Debug, Default)]
 pub struct ExpertCounts(pub Vec<(usize, Tensor)>);
 
 impl ExpertCounts {
-    /// Allocates the counts of `config`'s layers.
-    pub fn allocate(config: &ModelConfig, memory: &Memory) -> Self {
+    /// Allocates the counts of `config`'s layers that are on this rank.
+    pub fn allocate(config: &ModelConfig, layout: &Layout, memory: &Memory) -> Self {
         let Some(moe) = &config.moe else { return ExpertCounts::default() };
         let layers = 0..config.num_hidden_layers + config.num_nextn_predict_layers;
-        let moe_layers = layers.filter(|&i| config.is_moe_layer(i));
+        let is_here = |i: usize| config.is_moe_layer(i) && layout.my_stages().contains(&layout.stage_of_layer(i));
+        let moe_layers = layers.filter(|&i| is_here(i));
         ExpertCounts(moe_layers.map(|i| (i, memory.alloc(DType::U32, &[moe.n_routed_experts]))).collect())
     }
 
@@ -97,6 +103,11 @@ pub struct Router {
 }
 
 impl Router {
+    /// Routed experts of a layer, on all ranks.
+    pub fn num_experts(&self) -> usize {
+        self.num_experts
+    }
+
     /// The router of a model's layers.
     pub fn new(moe: &model_config::Moe) -> Self {
         let groups = gate::Groups {
@@ -135,14 +146,24 @@ pub struct RouteActivations {
     total: Option<Tensor>,
     /// Where each token's copies lie.
     pub order: permute::Order,
-    /// Tokens in expert order [t k, d].
-    pub rows: Tensor,
+    /// Tokens in expert order [t k, d], where all experts are on this rank.
+    pub rows: Option<Tensor>,
 }
 
 impl RouteActivations {
     /// Weight of each chosen expert [t, k].
     pub fn weights(&self) -> Tensor {
         self.chosen.weights
+    }
+
+    /// t k.
+    pub fn num_rows(&self) -> usize {
+        self.order.row_of_slot.len()
+    }
+
+    /// The chosen experts, u32 [t, k].
+    pub fn chosen(&self) -> Tensor {
+        self.chosen.indices
     }
 }
 
@@ -212,7 +233,7 @@ impl Moe {
                 row_of_slot: l.alloc_as("row of slot", DType::U32, &[t * k]),
                 token_of_row: l.alloc_as("token of row", DType::U32, &[t * k]),
             },
-            rows: l.alloc("expert rows", &[t * k, d]),
+            rows: l.has_all_experts().then(|| l.alloc("expert rows", &[t * k, d])),
         };
         let task = self.route_task(l, router, acts, None);
         l.task(ROUTE_F, Pass::Forward, task)?;
@@ -262,20 +283,20 @@ impl Moe {
     }
 }
 
-fn mode(state: &RoutingState, task: &Task) -> gate::Mode {
+fn mode(state: &RoutingState, ranks: &Ranks, task: &Task) -> gate::Mode {
     match state.mode {
         RoutingMode::Learned => gate::Mode::Learned,
         RoutingMode::Forced => gate::Mode::Forced,
         RoutingMode::Random => {
-            let place = u64::from(task.layer.unwrap_or(0)) << 32 | u64::from(task.microbatch.unwrap_or(0));
+            let place = u64::from(task.layer.unwrap_or(0)) << 32 | u64::from(ranks.global_microbatch(task.microbatch.unwrap_or(0)));
             gate::Mode::Random { seed: state.seed ^ place.wrapping_mul(0x9e37_79b9_7f4a_7c15), step: state.step }
         }
     }
 }
 
-pub(crate) fn route_forward(In(id): In<Entity>, mut launch: Launch<RouteTask>, state: Res<RoutingState>) -> Result {
+pub(crate) fn route_forward(In(id): In<Entity>, mut launch: Launch<RouteTask>, state: Res<RoutingState>, ranks: Res<Ranks>) -> Result {
     let (task, &RouteTask { moe, gate, eps, repeating, acts, .. }, s) = launch.get(id)?;
-    let gate = Gate { mode: mode(&state, task), ..gate };
+    let gate = Gate { mode: mode(&state, &ranks, task), ..gate };
     rms_norm::forward(s, acts.x, moe.norm.value, acts.normed, acts.rstd, eps)?;
     if acts.wide.buffer != acts.normed.buffer {
         elementwise::copy(s, acts.normed, acts.wide)?;
@@ -284,16 +305,18 @@ pub(crate) fn route_forward(In(id): In<Entity>, mut launch: Launch<RouteTask>, s
     let bias = moe.bias.map(|b| b.value);
     gate::forward(s, gate, acts.logits, bias, acts.chosen)?;
     permute::sort(s, acts.chosen.indices, acts.order)?;
-    permute::permute(s, acts.normed, acts.order, acts.rows)?;
+    if let Some(rows) = acts.rows {
+        permute::permute(s, acts.normed, acts.order, rows)?;
+    }
     if let (false, Some(total)) = (repeating, acts.total) {
         balance::accumulate_counts(s, acts.chosen.counts, total)?;
     }
     Ok(())
 }
 
-pub(crate) fn route_input_grad(In(id): In<Entity>, mut launch: Launch<RouteTask>, state: Res<RoutingState>) -> Result {
+pub(crate) fn route_input_grad(In(id): In<Entity>, mut launch: Launch<RouteTask>, state: Res<RoutingState>, ranks: Res<Ranks>) -> Result {
     let (task, &RouteTask { moe, gate, inputs, acts, grads, .. }, s) = launch.get(id)?;
-    let gate = Gate { mode: mode(&state, task), ..gate };
+    let gate = Gate { mode: mode(&state, &ranks, task), ..gate };
     let Some(g) = grads else { return Ok(()) };
     let scale = 1.0 / state.num_microbatches as f64;
     let gate::Outputs { scores, indices, .. } = acts.chosen;
@@ -335,9 +358,10 @@ pub(crate) struct BiasTask {
 }
 
 /// Emits the bias updates that end a step.
-pub fn lower_bias_updates(l: &mut Lowering, layers: &[Entity]) -> Result<()> {
+pub fn lower_bias_updates(l: &mut Lowering) -> Result<()> {
     let Some(counts) = l.world.get_resource::<ExpertCounts>().cloned() else { return Ok(()) };
-    for &entity in layers {
+    let layers: Vec<Entity> = l.world.resource::<Model>().all_layers().collect();
+    for entity in layers {
         let index = l.world.get::<crate::model::Layer>(entity).map_or(0, |layer| layer.index);
         let bias = l.world.get::<Moe>(entity).and_then(|moe| moe.bias);
         if let (Some(bias), Some(counts)) = (bias, counts.of(index)) {

@@ -5,7 +5,7 @@ use std::{
     io::BufWriter,
     path::PathBuf,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
 };
@@ -18,30 +18,22 @@ use engine::{
     prelude::*,
     trace::TraceWriter,
 };
+use kernels::comm::Comm;
 
 use crate::{
-    api::{RunReport, RunRequest},
-    data::{
-        self, DataSpec, TokenizerSource,
-        cursor::Loader,
-        packing::{Packing, Rows},
-        split::HeldOut,
-        tokenizer::Tokenizer,
-        validation::Validation,
-    },
-    evaluate::{EvaluatePlugin, Evaluation},
-    generate::{GeneratePlugin, Generation, Sampler},
-    hf::read::HfFolder,
-    microbatch::{Inputs, MAX_MTP},
-    model::{Parameters, initial_values},
+    api::{GenerateRequest, Progress, RunReport, RunRequest},
+    data::tokenizer::Tokenizer,
+    distribute::Distribution,
+    evaluate::Evaluation,
+    generate::Generation,
+    local::{self, Silent},
     model_config::ModelConfig,
-    optimizer::OptimizerState,
     params::{num_activated_params, num_params},
-    routing::{ExpertCounts, RoutingState},
+    ranks::Ranks,
     save,
-    scene::{self, Loaded, Scene},
-    session::{ModelSetup, Session, SessionError, app_with_model, dtype},
-    train::{TrainPlugin, Training},
+    session::SessionError,
+    setup::{Prepared, prepare, set_up_rank},
+    train::Training,
     work::Work,
 };
 
@@ -49,8 +41,9 @@ use crate::{
 #[derive(Resource)]
 struct RunDir {
     dir: PathBuf,
-    log: RunLog,
-    trace: Option<TraceWriter<BufWriter<File>>>,
+    /// Of the first rank.
+    log: Option<RunLog>,
+    trace: Option<SharedTrace>,
     tokenizer: Arc<Tokenizer>,
     scene_text: String,
     saved_step: Option<u64>,
@@ -58,6 +51,9 @@ struct RunDir {
     val: Option<crate::evaluate::EvaluationResult>,
     finished: bool,
 }
+
+/// The trace of all ranks of this process.
+type SharedTrace = Arc<Mutex<TraceWriter<BufWriter<File>>>>;
 
 #[derive(Resource)]
 struct StopFlag(Arc<AtomicUsize>);
@@ -67,12 +63,94 @@ struct StopFlag(Arc<AtomicUsize>);
 /// # Errors
 /// If the scene cannot be set up. What happens to the run itself is in the report.
 pub fn run(request: RunRequest) -> Result<RunReport, SessionError> {
-    let RunRequest { loaded, resume, stop, progress } = request;
-    let Setup { mut app, scene, config } = set_up(&loaded, Options { with_mtp: true, progress: progress.clone() })?;
+    let scene = &request.loaded.scene;
+    let prepared = prepare(&request.loaded, true)?;
+    let distribution = Distribution::new(scene, &prepared.config)
+        .map_err(|problems| SessionError::input(request.loaded.errors(&problems)))?;
+    let telemetry = scene.telemetry.clone().unwrap_or_default();
+    let dir = telemetry.dir.join(&scene.name);
+    std::fs::create_dir_all(&dir).map_err(|e| SessionError::runtime(format!("create {}: {e}", dir.display())))?;
+    let trace = match &telemetry.trace_steps {
+        None => None,
+        Some(_) => {
+            let writer = TraceWriter::create(&dir.join("trace.json")).map_err(SessionError::runtime)?;
+            Some(Arc::new(Mutex::new(writer)))
+        }
+    };
+    let ranks = if distribution.mesh.num_ranks() == 1 {
+        vec![distribution.ranks(Comm::solo())]
+    } else {
+        distribution.local()
+    };
+    let num_threads = local::threads_per_rank(ranks.len());
+    let mut outcomes = local::run_ranks(ranks, |ranks| {
+        let progress = if ranks.is_first() { request.progress.clone() } else { Arc::new(Silent) };
+        run_rank(&request, RankSetup { prepared: &prepared, ranks, num_threads, progress, trace: trace.clone() })
+    });
+    // The last one to hold the trace closes its document.
+    if let Some(trace) = trace.and_then(Arc::into_inner)
+        && let Err(error) = trace.into_inner().unwrap_or_else(PoisonError::into_inner).finish()
+    {
+        request.progress.note(&format!("the trace is not whole: {error}"));
+    }
+    let lost = local::cause(&outcomes);
+    let first = if outcomes.is_empty() { None } else { outcomes.swap_remove(0) };
+    let mut report = match (first, &lost) {
+        (Some(Ok((report, _))), None) => return with_sample(report, &request),
+        (Some(Ok((report, _))), Some(_)) => report,
+        (Some(Err(error)), _) => return Err(error),
+        (None, _) => {
+            let reason: String = lost.as_ref().map_or_else(|| "the first rank ended without a report".into(), ToString::to_string);
+            return Err(SessionError { message: reason, exit_code: 5 });
+        }
+    };
+    if let Some(reason) = lost {
+        (report.exit_reason, report.exit_code) = (reason.to_string(), exit_code(&reason));
+    }
+    Ok(report)
+}
+
+/// On several ranks no rank has the whole model: the sample comes from the last checkpoint.
+fn with_sample(mut report: RunReport, request: &RunRequest) -> Result<RunReport, SessionError> {
+    let scene = &request.loaded.scene;
+    let (Some(sample), Some(checkpoint)) = (&scene.sample, &report.checkpoint_dir) else { return Ok(report) };
+    if scene.mesh.num_ranks() == 1 || report.exit_code != 0 {
+        return Ok(report);
+    }
+    let generated = crate::generate::generate(GenerateRequest {
+        checkpoint: checkpoint.clone(),
+        prompt: sample.prompt.clone(),
+        max_new_tokens: sample.max_new_tokens,
+        temperature: sample.temperature,
+        top_p: sample.top_p,
+        top_k: 0,
+        seed: scene.seed,
+        ignore_eos: false,
+        compute: scene.precision.compute,
+        progress: request.progress.clone(),
+    })?;
+    report.sample = Some(generated.text);
+    Ok(report)
+}
+
+/// What a rank starts from.
+struct RankSetup<'a> {
+    prepared: &'a Prepared,
+    ranks: Ranks,
+    num_threads: Option<usize>,
+    progress: Arc<dyn Progress>,
+    trace: Option<SharedTrace>,
+}
+
+fn run_rank(request: &RunRequest, setup: RankSetup) -> Result<(RunReport, ExitReason), SessionError> {
+    let RankSetup { prepared, ranks, num_threads, progress, trace } = setup;
+    let RunRequest { loaded, resume, stop, .. } = request;
+    let mut app = set_up_rank(loaded, prepared, ranks.clone(), num_threads, &progress)?;
+    let scene = &loaded.scene;
     let telemetry = scene.telemetry.clone().unwrap_or_default();
     let dir = telemetry.dir.join(&scene.name);
     let mut last_step = 0;
-    if resume {
+    if *resume {
         let found = checkpoint::latest_valid(&dir).map_err(SessionError::runtime)?;
         for (path, why) in &found.skipped {
             progress.note(&format!("skipped the damaged checkpoint {}: {why}", path.display()));
@@ -86,189 +164,40 @@ pub fn run(request: RunRequest) -> Result<RunReport, SessionError> {
             }
         }
     }
-    let log = RunLog::open(&dir, last_step).map_err(SessionError::runtime)?;
     let scene_text = loaded.to_ron().map_err(SessionError::runtime)?;
-    std::fs::write(dir.join("scene.ron"), &scene_text)
-        .map_err(|e| SessionError::runtime(format!("write {}: {e}", dir.join("scene.ron").display())))?;
-    let trace = match &telemetry.trace_steps {
-        None => None,
-        Some(_) => Some(TraceWriter::create(&dir.join("trace.json")).map_err(SessionError::runtime)?),
-    };
-    let tokenizer = app.world().resource::<Generation>().tokenizer.clone();
+    let mut log = None;
+    if ranks.is_first() {
+        log = Some(RunLog::open(&dir, last_step).map_err(SessionError::runtime)?);
+        std::fs::write(dir.join("scene.ron"), &scene_text)
+            .map_err(|e| SessionError::runtime(format!("write {}: {e}", dir.join("scene.ron").display())))?;
+    }
     app.insert_resource(RunDir {
-        dir: dir.clone(),
+        dir,
         log,
         trace,
-        tokenizer,
+        tokenizer: prepared.tokenizer.clone(),
         scene_text,
         saved_step: (last_step > 0).then_some(last_step),
         checkpoint: None,
         val: None,
         finished: false,
     })
-    .insert_resource(StopFlag(stop))
+    .insert_resource(StopFlag(stop.clone()))
     .insert_resource(Work::Train)
-    .add_systems(Update, watch_stop)
-    .add_systems(Step, keep.in_set(StepSystems::Keep))
+    .add_systems(Step, (agree_to_stop, keep).chain().in_set(StepSystems::Keep))
     .add_systems(Finish, last_checkpoint);
-    let reason = if app.world().resource::<Training>().step >= app.world().resource::<Training>().train.steps {
+    if ranks.layout.is_solo() {
+        app.add_systems(Update, watch_stop);
+    }
+    if app.world().resource::<Training>().step >= app.world().resource::<Training>().train.steps {
         progress.note("all steps of the scene are done already; raise train.steps to go on");
         *app.world_mut().resource_mut::<Work>() = after_training(app.world());
-        engine::app::run(&mut app)
-    } else {
-        engine::app::run(&mut app)
-    };
-    Ok(report(&mut app, &config, reason))
-}
-
-/// How a scene is set up.
-pub struct Options {
-    /// Keep the MTP modules.
-    pub with_mtp: bool,
-    /// Who is told.
-    pub progress: Arc<dyn crate::api::Progress>,
-}
-
-/// A scene as an app, before its first step.
-pub struct Setup {
-    /// The app.
-    pub app: App,
-    /// What it was made from.
-    pub scene: Arc<Scene>,
-    /// Its model.
-    pub config: ModelConfig,
-}
-
-fn missing(section: &str) -> SessionError {
-    SessionError::input(format!("the scene has no section `{section}`, which a training run needs"))
-}
-
-/// The model of a scene: its own section, or that of the folder it starts from.
-fn model_of(loaded: &Loaded) -> Result<(ModelConfig, Option<HfFolder>), SessionError> {
-    if let Some(init) = &loaded.scene.init {
-        let folder = HfFolder::open(&init.0).map_err(SessionError::input)?;
-        let model = folder.model().map_err(SessionError::input)?;
-        return Ok((model.config, Some(folder)));
     }
-    let section = loaded.scene.model.as_ref().ok_or_else(|| missing("model"))?;
-    let config =
-        section.resolve().map_err(|problems| SessionError::input(loaded.errors(&scene::prefix(problems, "model"))))?;
-    Ok((config, None))
-}
-
-/// Builds the app of a scene: data, model, optimizer and the plugins that take turns.
-///
-/// # Errors
-/// If a section is missing, or data or weights cannot be read.
-pub fn set_up(loaded: &Loaded, options: Options) -> Result<Setup, SessionError> {
-    let scene = Arc::new(loaded.scene.clone());
-    let (mut config, folder) = model_of(loaded)?;
-    if !options.with_mtp || scene.mtp.is_none() {
-        config.num_nextn_predict_layers = 0;
+    let reason = engine::app::run(&mut app);
+    if reason.is_failure() {
+        ranks.comm.abort(ranks.layout.rank, &reason.to_string());
     }
-    if config.num_nextn_predict_layers > MAX_MTP {
-        return Err(SessionError::input(format!(
-            "expected at most {MAX_MTP} MTP modules, found {}",
-            config.num_nextn_predict_layers
-        )));
-    }
-    let data_section = scene.data.as_ref().ok_or_else(|| missing("data"))?;
-    let train = scene.train.clone().ok_or_else(|| missing("train"))?;
-    let schedule = scene.schedule.clone().ok_or_else(|| missing("schedule"))?;
-    let optimizer = scene.optimizer.clone().ok_or_else(|| missing("optimizer"))?;
-    let telemetry = scene.telemetry.clone().unwrap_or_default();
-
-    let spec = |files: Vec<PathBuf>, held_out, tokenizer| DataSpec {
-        files,
-        held_out,
-        tokenizer,
-        cache: telemetry.dir.join(".cache"),
-    };
-    let tokenizer_source = match &data_section.tokenizer {
-        scene::Tokenizer::File(path) => TokenizerSource::File(path.0.clone()),
-        scene::Tokenizer::Bpe { vocab_size } => TokenizerSource::Train { vocab_size: *vocab_size },
-    };
-    let files = data_section.train.0.iter().map(|p| p.0.clone()).collect();
-    let held_out = match &data_section.validation {
-        scene::Validation::HeldOut { fraction } => Some(HeldOut(*fraction)),
-        scene::Validation::File(_) => None,
-    };
-    let prepared = data::prepare(&spec(files, held_out, tokenizer_source)).map_err(SessionError::input)?;
-    prepared.tokenizer.check_model(config.vocab_size).map_err(SessionError::input)?;
-    let held_out = match &data_section.validation {
-        scene::Validation::HeldOut { .. } => prepared.held_out.clone(),
-        scene::Validation::File(path) => {
-            let documents = data::source::read_documents(std::slice::from_ref(&path.0)).map_err(SessionError::input)?;
-            let cache = telemetry.dir.join(".cache");
-            let shard = data::cached_shard(&cache, &documents, &prepared.tokenizer).map_err(SessionError::input)?;
-            data::corpus::Corpus::new([Arc::new(shard)])
-        }
-    };
-    let packing = Packing {
-        seq_len: data_section.seq_len,
-        end_of_text: prepared.tokenizer.end_of_text(),
-        num_mtp: config.num_nextn_predict_layers,
-        cross_document_attention: data_section.cross_document_attention,
-        refuse_long_documents: data_section.refuse_long_documents,
-        end_targets: true,
-    };
-    let rows = Rows::new(prepared.train.clone(), packing).map_err(SessionError::input)?;
-    let loader = Loader::new(rows, scene.seed).map_err(SessionError::input)?;
-    let validation = Validation::new(held_out, Packing { num_mtp: 0, ..packing }).map_err(SessionError::input)?;
-
-    let max_positions = config.max_position_embeddings.max(data_section.seq_len);
-    let setup = ModelSetup {
-        config: &config,
-        compute: dtype(scene.precision.compute),
-        max_positions,
-        trainable: true,
-        recompute: scene.recompute.clone(),
-        progress: options.progress.clone(),
-    };
-    let mut app = app_with_model(setup, |spec, index| match &folder {
-        Some(folder) => folder.read_param(spec).map_err(SessionError::input),
-        None => Ok(initial_values(spec, index, &config, scene.seed)),
-    })?;
-    let world = app.world_mut();
-    let memory = world.resource::<Tensors>().memory().clone();
-    let state = OptimizerState::allocate(optimizer, world.resource::<Parameters>(), &memory);
-    world.insert_resource(state);
-    let most = scene.batch.ramp.iter().map(|r| r.num_microbatches).chain([scene.batch.num_microbatches]).max();
-    let sequences = scene.batch.microbatch_sequences;
-    let allocate = |num_mtp| Inputs::allocate(&memory, sequences, data_section.seq_len, num_mtp);
-    let microbatches = (0..most.unwrap_or(1)).map(|_| allocate(config.num_nextn_predict_layers)).collect();
-    let counts = world.resource::<ExpertCounts>();
-    let moe_layers = (counts.0.len(), counts.0.first().map_or(0, |(_, t)| t.len()));
-    let mut batches: Vec<_> = validation.batches(sequences).collect();
-    let mut num_bytes = Some(validation.num_bytes());
-    if let Some(max_tokens) = scene.eval.as_ref().and_then(|e| e.max_tokens) {
-        let keep = max_tokens.div_ceil(sequences * data_section.seq_len).max(1);
-        if keep < batches.len() {
-            batches.truncate(keep);
-            // Bytes of a part of the text: its share of the tokens.
-            let tokens: usize = batches.iter().map(|b| b.num_targets()).sum();
-            num_bytes = Some((validation.num_bytes() as f64 * tokens as f64 / validation.num_targets() as f64) as u64);
-        }
-    }
-    let inputs = allocate(0);
-    world.insert_resource(Evaluation::new(inputs, batches, num_bytes, Work::Train));
-    let routing = scene.routing.clone().unwrap_or_default();
-    world.insert_resource(RoutingState {
-        mode: routing.mode,
-        sequence_aux_loss: routing.sequence_aux_loss,
-        z_loss: routing.z_loss,
-        seed: scene.seed,
-        ..RoutingState::default()
-    });
-    let training = Training::new(scene.clone(), train, schedule, loader, microbatches, moe_layers);
-    world.insert_resource(training);
-    let sample = scene.sample.clone().unwrap_or_default();
-    let sampler = Sampler { temperature: sample.temperature, top_p: sample.top_p, top_k: 0, seed: scene.seed };
-    let capacity = max_positions;
-    let generation = Generation::new(world, prepared.tokenizer.clone(), capacity, sampler)?;
-    world.insert_resource(generation);
-    app.add_plugins((TrainPlugin, EvaluatePlugin, GeneratePlugin));
-    Ok(Setup { app, scene, config })
+    Ok((report(&mut app, &prepared.config, reason.clone()), reason))
 }
 
 fn watch_stop(flag: Res<StopFlag>, mut exit: ResMut<Exit>) {
@@ -276,6 +205,18 @@ fn watch_stop(flag: Res<StopFlag>, mut exit: ResMut<Exit>) {
     if signal != 0 {
         exit.stop(ExitReason::Signal(signal as i32));
     }
+}
+
+/// A rank that stopped by itself would be waited for: all stop after the same step.
+fn agree_to_stop(flag: Res<StopFlag>, ranks: Res<Ranks>, mut exit: ResMut<Exit>) -> Result {
+    if ranks.layout.is_solo() {
+        return Ok(());
+    }
+    let signals = ranks.exchange(&flag.0.load(Ordering::Relaxed))?;
+    if let Some(signal) = signals.into_iter().find(|signal| *signal != 0) {
+        exit.stop(ExitReason::Signal(signal as i32));
+    }
+    Ok(())
 }
 
 /// Whose turn it is when the last step is done.
@@ -296,12 +237,12 @@ fn keep(world: &mut World) -> Result {
         if was_training {
             let mut line = (*snapshot).clone();
             line.step = step;
-            run.log.write(&line)?;
+            run.write(&line)?;
             if let (Some(range), Some(trace)) =
-                (scene.telemetry.as_ref().and_then(|t| t.trace_steps.clone()), &mut run.trace)
+                (scene.telemetry.as_ref().and_then(|t| t.trace_steps.clone()), &run.trace)
                 && (range.start..range.start + range.count).contains(&step)
             {
-                trace.push(&line)?;
+                trace.lock().unwrap_or_else(PoisonError::into_inner).push(&line)?;
             }
         }
         let just_evaluated = world.resource_mut::<Evaluation>().fresh.take();
@@ -310,7 +251,7 @@ fn keep(world: &mut World) -> Result {
             let mut line = Snapshot { step, ..Snapshot::default() };
             line.scalars.push(("val_loss_nats_per_token".into(), result.loss_nats_per_token));
             line.scalars.extend(result.bits_per_byte.map(|b| ("val_bits_per_byte".to_owned(), b)));
-            run.log.write(&line)?;
+            run.write(&line)?;
         }
         let training = world.resource::<Training>();
         if was_training && work == Work::Train {
@@ -335,7 +276,8 @@ fn keep(world: &mut World) -> Result {
         let training = world.resource::<Training>();
         // What follows the end: validation, then a sample, then nothing.
         if training.step >= total && *world.resource::<Work>() == Work::Train {
-            let next = if scene.sample.is_some() && !run.finished { Work::Generate } else { Work::Rest };
+            let can_generate = world.contains_resource::<Generation>();
+            let next = if scene.sample.is_some() && can_generate && !run.finished { Work::Generate } else { Work::Rest };
             if next == Work::Generate {
                 let prompt = scene.sample.clone().unwrap_or_default();
                 let mut generation = world.resource_mut::<Generation>();
@@ -351,12 +293,25 @@ fn keep(world: &mut World) -> Result {
     })
 }
 
+impl RunDir {
+    fn write(&mut self, line: &Snapshot) -> Result {
+        Ok(self.log.as_mut().map_or(Ok(()), |log| log.write(line))?)
+    }
+}
+
+/// All ranks take part; the first one writes.
 fn save_checkpoint(world: &World, run: &mut RunDir) -> Result {
     let training = world.resource::<Training>();
+    if !world.resource::<Ranks>().is_first() {
+        save::write_model(world, None, None)?;
+        save::write_train_state(world, None)?;
+        run.saved_step = Some(training.step);
+        return Ok(());
+    }
     let keep_last = training.scene.checkpoint.as_ref().map_or(2, |c| c.keep_last);
     let path = checkpoint::save(&run.dir, training.step, keep_last, |folder| -> Result<(), BoxError> {
-        save::write_model(world, Some(&run.tokenizer), folder)?;
-        save::write_train_state(world, folder)?;
+        save::write_model(world, Some(&run.tokenizer), Some(folder))?;
+        save::write_train_state(world, Some(folder))?;
         std::fs::write(folder.join("train/scene.ron"), &run.scene_text)?;
         Ok(())
     })?;
@@ -388,15 +343,10 @@ fn exit_code(reason: &ExitReason) -> u8 {
 }
 
 fn report(app: &mut App, config: &ModelConfig, reason: ExitReason) -> RunReport {
-    let world = app.world_mut();
-    // Dropping the writer closes the trace's document.
-    let trace = world.resource_mut::<RunDir>().trace.take();
-    if let Some(Err(error)) = trace.map(TraceWriter::finish) {
-        world.resource::<Session>().progress.note(&format!("the trace is not whole: {error}"));
-    }
+    let world = app.world();
     let (training, run) = (world.resource::<Training>(), world.resource::<RunDir>());
     let without_mtp = ModelConfig { num_nextn_predict_layers: 0, ..config.clone() };
-    let generation = world.resource::<Generation>();
+    let text = world.get_resource::<Generation>().map(|generation| generation.text().to_owned());
     RunReport {
         num_params: num_params(config),
         num_activated_params: num_activated_params(&without_mtp),
@@ -411,7 +361,7 @@ fn report(app: &mut App, config: &ModelConfig, reason: ExitReason) -> RunReport 
         num_dead_experts: training.num_dead_experts(),
         overhead_share: training.overhead.get(),
         peak_tensor_bytes: world.resource::<Tensors>().memory().peak_bytes(),
-        sample: (!generation.text().is_empty()).then(|| generation.text().to_owned()),
+        sample: text.filter(|text| !text.is_empty()),
         run_dir: run.dir.clone(),
         checkpoint_dir: run.checkpoint.clone().or_else(|| run.saved_step.map(|_| run.dir.join("latest"))),
         exit_reason: reason.to_string(),

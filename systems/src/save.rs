@@ -1,7 +1,7 @@
 //! Checkpoints of a training run: a Hugging Face folder, plus `train/` with what resuming needs to the last bit (optimizer
 //! state, masters, data cursor, counters).
 
-use std::path::Path;
+use std::{ops::Range, path::Path};
 
 use bevy_ecs::prelude::*;
 use engine::{checkpoint::BoxError, prelude::*, tensor_file::TensorFile};
@@ -17,7 +17,8 @@ use crate::{
     },
     model::{self, Model, Parameters, Weight},
     optimizer::{OptimizerState, Slot},
-    params::{ParamKind, ParamSpec},
+    params::{ParamKind, ParamSpec, param_specs},
+    ranks::Ranks,
     train::Training,
 };
 
@@ -37,13 +38,89 @@ pub struct TrainState {
     pub last_seen: Vec<Vec<u64>>,
 }
 
-/// Writes the model as a Hugging Face folder.
+/// A parameter of this rank's list, and which elements of the whole parameter this rank speaks for.
+type Part<'a> = (usize, &'a ParamSpec, Range<usize>);
+
+/// The whole of a parameter's values, gathered on the first rank from those that speak for parts of it; empty elsewhere. Every
+/// rank calls this for the same parameters in the same order.
 ///
 /// # Errors
-/// If a file cannot be written or a weight is not finite.
-pub fn write_model(world: &World, tokenizer: Option<&Tokenizer>, folder: &Path) -> Result<(), BoxError> {
-    let (model, parameters) = (world.resource::<Model>(), world.resource::<Parameters>());
-    let memory = world.resource::<Tensors>().memory();
+/// If a rank is lost.
+pub fn gather<'a>(
+    world: &'a World,
+    spec: &ParamSpec,
+    part: impl Fn(&'a World, usize) -> Option<Range<usize>>,
+    values: impl Fn(&'a World, Part<'a>) -> Vec<f64>,
+) -> Result<Vec<f64>, BoxError> {
+    let (ranks, parameters) = (world.resource::<Ranks>(), world.resource::<Parameters>());
+    let mine = parameters.find(&spec.name).and_then(|weight| {
+        let local = &parameters.specs[weight.index];
+        Some((weight.index, local, part(world, weight.index)?))
+    });
+    let mine = mine.map(|(index, local, range)| {
+        let at = local.start + range.start;
+        (at, values(world, (index, local, range)))
+    });
+    if ranks.layout.is_solo() {
+        return Ok(mine.map_or_else(Vec::new, |(_, values)| values));
+    }
+    let mut bytes = Vec::new();
+    if let Some((at, values)) = mine {
+        bytes.extend((at as u64).to_le_bytes());
+        bytes.extend(values.iter().flat_map(|x| x.to_le_bytes()));
+    }
+    let all = ranks.comm.all_gather_bytes(bytes)?;
+    if !ranks.is_first() {
+        return Ok(Vec::new());
+    }
+    let word = |bytes: &[u8]| <[u8; 8]>::try_from(bytes).unwrap_or_default();
+    let mut whole = vec![f64::NAN; spec.num_elements()];
+    for part in all.iter().filter(|part| part.len() > 8) {
+        let at = u64::from_le_bytes(word(&part[..8])) as usize;
+        for (out, bytes) in whole[at..].iter_mut().zip(part[8..].chunks_exact(8)) {
+            *out = f64::from_le_bytes(word(bytes));
+        }
+    }
+    Ok(whole)
+}
+
+/// All of a parameter that this rank holds, if it speaks for it: the first of those that hold the same does.
+pub fn held_part(world: &World, index: usize) -> Option<Range<usize>> {
+    let (ranks, model) = (world.resource::<Ranks>(), world.resource::<Model>());
+    let spec = &world.resource::<Parameters>().specs[index];
+    let holders = ranks.layout.holders(&model.config, spec);
+    (holders.first() == Some(&ranks.layout.rank)).then(|| 0..spec.num_elements())
+}
+
+/// The part of a parameter that this rank's optimizer updates.
+pub fn updated_part(world: &World, index: usize) -> Option<Range<usize>> {
+    world.resource::<OptimizerState>().shards[index].as_ref().map(|shard| shard.mine.clone())
+}
+
+fn wide(memory: &Memory, tensor: Tensor) -> Vec<f64> {
+    kernels::with_float!(tensor.dtype, T => {
+        memory.read::<T>(tensor).iter().map(|x| kernels::dtype::Float::as_f64(*x)).collect()
+    })
+}
+
+fn weight_values(world: &World, (index, _, range): Part) -> Vec<f64> {
+    let weight = world.resource::<Parameters>().weights[index].value;
+    wide(world.resource::<Tensors>().memory(), weight.slice(range.start, range.len()))
+}
+
+fn narrow(values: Vec<f64>) -> Vec<f32> {
+    values.into_iter().map(|x| x as f32).collect()
+}
+
+/// Writes the model as a Hugging Face folder; all ranks take part, and the first, which has a `folder`, writes.
+///
+/// # Errors
+/// If a file cannot be written, a weight is not finite, or a rank is lost.
+pub fn write_model(world: &World, tokenizer: Option<&Tokenizer>, folder: Option<&Path>) -> Result<(), BoxError> {
+    let model = world.resource::<Model>();
+    let specs = param_specs(&model.config);
+    let whole = |spec: &ParamSpec| Ok::<_, BoxError>(narrow(gather(world, spec, held_part, weight_values)?));
+    let Some(folder) = folder else { return specs.iter().try_for_each(|spec| whole(spec).map(drop)) };
     let dtype = if model.compute == DType::Bf16 { SaveDtype::Bf16 } else { SaveDtype::F32 };
     let mut config = HfConfig::from_model(&model.config);
     let eos = tokenizer.map(Tokenizer::end_of_text);
@@ -53,12 +130,8 @@ pub fn write_model(world: &World, tokenizer: Option<&Tokenizer>, folder: &Path) 
     }
     let name = if dtype == SaveDtype::Bf16 { "bfloat16" } else { "float32" };
     let document = ConfigDocument::from_config(config)?.storing(Some(name))?;
-    let options = WriteOptions::hub(&parameters.specs, dtype);
-    let mut index = 0;
-    write_folder(folder, &document, &parameters.specs, &options, |_| {
-        index += 1;
-        Ok::<_, BoxError>(model::download(memory, parameters.weights[index - 1].value))
-    })?;
+    let options = WriteOptions::hub(&specs, dtype);
+    write_folder(folder, &document, &specs, &options, whole)?;
     if let Some(tokenizer) = tokenizer {
         tokenizer.save(&folder.join("tokenizer.json"))?;
     }
@@ -67,48 +140,86 @@ pub fn write_model(world: &World, tokenizer: Option<&Tokenizer>, folder: &Path) 
     Ok(())
 }
 
-/// A tensor of a parameter's state, and its name in `train/optimizer.safetensors`.
-fn state_tensors(parameters: &Parameters, optimizer: &OptimizerState) -> Vec<(String, Tensor)> {
-    let mut list = Vec::new();
-    for ((spec, weight), slot) in parameters.iter().zip(&optimizer.slots) {
-        if weight.value.dtype == DType::F64 {
-            list.push((format!("{}.weight64", spec.name), weight.value));
-        }
-        let Some((master, slot)) = slot else { continue };
-        list.extend(master.map(|t| (format!("{}.master", spec.name), t)));
-        match slot {
-            Slot::AdamW { m, v } => {
-                list.push((format!("{}.m", spec.name), *m));
-                list.push((format!("{}.v", spec.name), *v));
-            }
-            Slot::Muon { m, .. } => list.push((format!("{}.momentum", spec.name), *m)),
-        }
-    }
-    list
+/// Tensors of an optimizer's state, as they are called in `train/optimizer.safetensors`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// The weight itself, where the model's file would round it.
+    Weight64,
+    Master,
+    M,
+    V,
+    Momentum,
 }
 
-/// Writes `train/`.
+impl State {
+    const ALL: [(&'static str, State); 5] = [
+        ("weight64", State::Weight64),
+        ("master", State::Master),
+        ("m", State::M),
+        ("v", State::V),
+        ("momentum", State::Momentum),
+    ];
+
+    /// This rank's part of the state, if its kind of optimizer has it.
+    fn of(self, world: &World, index: usize) -> Option<Tensor> {
+        let shard = world.resource::<OptimizerState>().shards[index].as_ref()?;
+        let weight = world.resource::<Parameters>().weights[index].value;
+        match (self, &shard.slot) {
+            (State::Weight64, _) => (weight.dtype == DType::F64).then(|| shard.part_of(weight)),
+            (State::Master, _) => shard.master,
+            (State::M, Slot::AdamW { m, .. }) => Some(*m),
+            (State::V, Slot::AdamW { v, .. }) => Some(*v),
+            (State::Momentum, Slot::Muon { m, .. }) => Some(*m),
+            _ => None,
+        }
+    }
+
+    /// Whether any rank has it: decided from what all ranks know.
+    fn exists(self, world: &World, spec: &ParamSpec) -> bool {
+        let muon = world.resource::<OptimizerState>().uses_muon(spec.kind);
+        let compute = world.resource::<Model>().compute;
+        spec.kind.is_trained()
+            && match self {
+                State::Weight64 => compute == DType::F64,
+                State::Master => spec.kind.dtype(compute) == DType::Bf16,
+                State::M | State::V => !muon,
+                State::Momentum => muon,
+            }
+    }
+}
+
+/// Writes `train/`; all ranks take part, and the first, which has a `folder`, writes.
 ///
 /// # Errors
-/// If a file cannot be written.
-pub fn write_train_state(world: &World, folder: &Path) -> Result<(), BoxError> {
-    let (parameters, optimizer) = (world.resource::<Parameters>(), world.resource::<OptimizerState>());
+/// If a file cannot be written, or a rank is lost.
+pub fn write_train_state(world: &World, folder: Option<&Path>) -> Result<(), BoxError> {
+    let config = &world.resource::<Model>().config;
     let memory = world.resource::<Tensors>().memory();
+    let mut whole: Vec<(String, Vec<usize>, Vec<f64>)> = Vec::new();
+    for spec in param_specs(config) {
+        for (name, state) in State::ALL {
+            if state.exists(world, &spec) {
+                let values = |world: &World, (index, ..): Part| {
+                    state.of(world, index).map_or_else(Vec::new, |tensor| wide(memory, tensor))
+                };
+                let values = gather(world, &spec, updated_part, values)?;
+                whole.push((format!("{}.{name}", spec.name), spec.shape.clone(), values));
+            }
+        }
+    }
+    let Some(folder) = folder else { return Ok(()) };
     let training = world.resource::<Training>();
     let dir = folder.join("train");
     std::fs::create_dir_all(&dir)?;
-    let tensors = state_tensors(parameters, optimizer);
-    let narrow: Vec<_> =
-        tensors.iter().filter(|(_, t)| t.dtype == DType::F32).map(|(n, t)| (n, t, memory.read::<f32>(*t))).collect();
-    let wide: Vec<_> =
-        tensors.iter().filter(|(_, t)| t.dtype == DType::F64).map(|(n, t)| (n, t, memory.read::<f64>(*t))).collect();
+    let is_wide = world.resource::<Model>().compute == DType::F64;
+    let narrow: Vec<_> = whole.iter().map(|(.., v)| if is_wide { Vec::new() } else { narrow(v.clone()) }).collect();
     let mut file = TensorFile::new();
-    let dims = |t: &Tensor| t.shape.dims().collect::<Vec<_>>();
-    for (name, tensor, data) in &narrow {
-        file.insert(name.as_str(), &dims(tensor), data);
-    }
-    for (name, tensor, data) in &wide {
-        file.insert(name.as_str(), &dims(tensor), data);
+    for ((name, dims, wide), narrow) in whole.iter().zip(&narrow) {
+        if is_wide {
+            file.insert(name.as_str(), dims, wide);
+        } else {
+            file.insert(name.as_str(), dims, narrow);
+        }
     }
     file.write(&dir.join("optimizer.safetensors"))?;
     let state = TrainState {
@@ -122,7 +233,7 @@ pub fn write_train_state(world: &World, folder: &Path) -> Result<(), BoxError> {
     Ok(())
 }
 
-/// Restores what [`write_model`] and [`write_train_state`] wrote.
+/// Restores this rank's part of what [`write_model`] and [`write_train_state`] wrote, on whatever ranks.
 ///
 /// # Errors
 /// If the checkpoint is of another model, optimizer or data set; the file and the tensor are named.
@@ -135,11 +246,24 @@ pub fn restore(world: &mut World, folder: &Path) -> Result<(), BoxError> {
         model::upload(&memory, weight.value, &hf.read_param(spec)?);
     }
     let file = TensorFile::read(&folder.join("train/optimizer.safetensors"))?;
-    for (name, tensor) in state_tensors(parameters, world.resource::<OptimizerState>()) {
-        let dims: Vec<usize> = tensor.shape.dims().collect();
-        match tensor.dtype {
-            DType::F64 => memory.upload(tensor, &file.get::<f64>(&name, &dims)?),
-            _ => memory.upload(tensor, &file.get::<f32>(&name, &dims)?),
+    for whole in param_specs(&world.resource::<Model>().config) {
+        let Some(weight) = parameters.find(&whole.name) else { continue };
+        let start = parameters.specs[weight.index].start;
+        for (name, state) in State::ALL {
+            let (Some(tensor), Some(part)) = (state.of(world, weight.index), updated_part(world, weight.index)) else {
+                continue;
+            };
+            let name = format!("{}.{name}", whole.name);
+            let part = start + part.start..start + part.end;
+            match tensor.dtype {
+                DType::F64 => memory.upload(tensor, &file.get::<f64>(&name, &whole.shape)?[part]),
+                _ => memory.upload(tensor, &file.get::<f32>(&name, &whole.shape)?[part]),
+            }
+            // The weight in f64 is whole on every holder, not only in the part that this rank updates.
+            if state == State::Weight64 {
+                let values = &file.get::<f64>(&name, &whole.shape)?[start..start + weight.value.len()];
+                memory.upload(weight.value, values);
+            }
         }
     }
     let path = folder.join("train/state.json");

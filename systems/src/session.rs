@@ -10,17 +10,18 @@ use kernels::{dtype::DType, memory::Memory};
 use crate::{
     api::Progress,
     attention::{AttentionSizes, Rotary, gqa, mla},
-    dense, embedding, expert,
+    dense, dispatch, embedding, expert,
     generate::CachedTokens,
     head,
     head::LossSums,
-    lower::{self, Lowering},
+    lower::{self, Lowering, Streams},
     microbatch::Inputs,
     model::{self, Model, Parameters},
     model_config::ModelConfig,
     mtp, optimizer,
     params::ParamSpec,
-    pipeline::stage,
+    pipeline::{stage, transfer},
+    ranks::Ranks,
     routing::{self, ExpertCounts, RoutingState},
     scene::{Compute, Recompute},
     work::{Turn, Work, begin_turn},
@@ -31,8 +32,8 @@ use crate::{
 pub struct Session {
     /// Who is told.
     pub progress: Arc<dyn Progress>,
-    /// Entity of the compute stream.
-    pub stream: Entity,
+    /// Entities of the streams.
+    pub streams: Streams,
     /// What the backward pass computes again.
     pub recompute: Recompute,
 }
@@ -95,6 +96,14 @@ impl Plugin for ModelPlugin {
             .on_task(expert::EXPERTS_F, expert::experts_forward)
             .on_task(expert::EXPERTS_I, expert::experts_input_grad)
             .on_task(expert::EXPERTS_W, expert::experts_weight_grad)
+            .on_task(dispatch::DISPATCH_F, dispatch::move_rows)
+            .on_task(dispatch::RETURN_F, dispatch::move_rows)
+            .on_task(dispatch::SEND_I, dispatch::move_rows)
+            .on_task(dispatch::RETURN_I, dispatch::move_rows)
+            .on_task(transfer::SEND_F, transfer::transfer)
+            .on_task(transfer::RECEIVE_F, transfer::transfer)
+            .on_task(transfer::SEND_B, transfer::transfer)
+            .on_task(transfer::RECEIVE_B, transfer::transfer)
             .on_task(expert::COMBINE_F, expert::combine_forward)
             .on_task(expert::COMBINE_I, expert::combine_input_grad)
             .on_task(head::NORM_F, head::norm_forward)
@@ -108,6 +117,10 @@ impl Plugin for ModelPlugin {
             .on_task(stage::ADD_GRAD, stage::add_gradient)
             .on_task(optimizer::ZERO, optimizer::zero_gradients)
             .on_task(optimizer::GRAD_NORM, optimizer::gradient_norm)
+            .on_task(optimizer::REDUCE, optimizer::reduce_gradients)
+            .on_task(optimizer::REDUCE_COUNTS, optimizer::reduce_counts)
+            .on_task(optimizer::REDUCE_NORM, optimizer::reduce_norm)
+            .on_task(optimizer::GATHER, optimizer::gather_weights)
             .on_task(optimizer::UPDATE, optimizer::optimizer_update);
     }
 }
@@ -135,35 +148,45 @@ pub struct ModelSetup<'a> {
     pub recompute: Recompute,
     /// Who is told.
     pub progress: Arc<dyn Progress>,
+    /// This rank, its peers and its part of the model.
+    pub ranks: Ranks,
+    /// Threads of this rank's ops; `None` shares those of the process.
+    pub num_threads: Option<usize>,
+    /// The wall's time; or a computed one, and then no weights.
+    pub clock: Clock,
 }
 
-/// An app with a model whose weights are `values` of each parameter in the list of [`crate::params::param_specs`].
+/// An app with this rank's part of a model, whose weights are `values` of each parameter in the list.
 ///
 /// # Errors
 /// Those of `values`, and the operating system's if it gives no thread.
 pub fn app_with_model(
     setup: ModelSetup,
-    mut values: impl FnMut(&ParamSpec, usize) -> Result<Vec<f32>, SessionError>,
+    mut values: impl FnMut(&ParamSpec) -> Result<Vec<f32>, SessionError>,
 ) -> Result<App, SessionError> {
     let mut app = App::new();
-    app.add_plugins((EnginePlugin::default(), ModelPlugin));
+    app.add_plugins((EnginePlugin { clock: setup.clock.clone() }, ModelPlugin));
     let world = app.world_mut();
     let memory = world.resource::<Tensors>().memory().clone();
-    let stream = Queue::spawn(world, 0, "compute").map_err(SessionError::runtime)?;
-    let ModelSetup { config, compute, max_positions, trainable, recompute, progress } = setup;
-    let parameters = Parameters::allocate(config, &memory, compute, trainable);
-    for (index, (spec, weight)) in parameters.iter().enumerate() {
-        model::upload(&memory, weight.value, &values(spec, index)?);
+    let ModelSetup { config, compute, max_positions, trainable, recompute, progress, ranks, num_threads, clock } = setup;
+    let rank = ranks.layout.rank;
+    let mut stream = |name, threads| Queue::spawn_with_threads(world, rank, name, threads).map_err(SessionError::runtime);
+    let streams = Streams { compute: stream("compute", num_threads)?, comm: stream("comm", Some(1))? };
+    let specs = ranks.layout.my_specs(config);
+    let parameters = Parameters::allocate(specs, &memory, compute, trainable);
+    if clock == Clock::Wall {
+        for (spec, weight) in parameters.iter() {
+            model::upload(&memory, weight.value, &values(spec)?);
+        }
     }
-    let model = model::spawn(world, config, &parameters, compute);
-    let sum = || memory.from_slice(&[1], &[0f64]);
-    let sums = LossSums { main: sum(), mtp: (0..config.num_nextn_predict_layers).map(|_| sum()).collect() };
+    let model = model::spawn(world, config, &ranks.layout, &parameters, compute);
     world.insert_resource(Rotary::new(config, &memory, compute, max_positions));
-    world.insert_resource(ExpertCounts::allocate(config, &memory));
-    world.insert_resource(sums);
+    world.insert_resource(ExpertCounts::allocate(config, &ranks.layout, &memory));
+    world.insert_resource(LossSums::allocate(&memory, 1, config.num_nextn_predict_layers));
     world.insert_resource(parameters);
     world.insert_resource(model);
-    world.insert_resource(Session { progress, stream, recompute });
+    world.insert_resource(ranks);
+    world.insert_resource(Session { progress, streams, recompute });
     Ok(app)
 }
 
@@ -197,7 +220,8 @@ impl<'w> Lowering<'w> {
         let model = world.resource::<Model>();
         let sizes = (AttentionSizes::new(&model.config), model.config.rms_norm_eps, model.compute);
         let session = world.resource::<Session>();
-        let (stream, recompute) = (session.stream, session.recompute.clone());
+        let (streams, recompute) = (session.streams, session.recompute.clone());
+        let layout = world.resource::<Ranks>().layout.clone();
         let memory: Memory = world.resource::<Tensors>().memory().clone();
         let named: Vec<_> = world
             .resource::<Parameters>()
@@ -207,7 +231,7 @@ impl<'w> Lowering<'w> {
             })
             .flatten()
             .collect();
-        let mut lowering = Lowering::new(world, (memory, stream), sizes, inputs, recompute, training);
+        let mut lowering = Lowering::new(world, (memory, streams, layout), sizes, inputs, recompute, training);
         for (tensor, name) in named {
             lowering.name(tensor, name);
         }

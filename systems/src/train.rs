@@ -7,17 +7,20 @@ use std::sync::Arc;
 use bevy_app::prelude::*;
 use bevy_ecs::prelude::*;
 use engine::prelude::*;
+use kernels::tensor::Tensor;
+use serde::{Deserialize, Serialize};
 
 use crate::{
     api::StepReport,
     data::cursor::Loader,
     expert::{ExpertKey, ExpertLoad},
     head::{LossScale, LossSums},
-    lower::Lowering,
+    lower::{Lowered, Lowering},
     microbatch::Inputs,
     model::Model,
     optimizer::{self, OptimizerState, UpdateScalars},
-    pipeline::{one_f_one_b::one_f_one_b, stage::Stage},
+    pipeline::stage::Stages,
+    ranks::Ranks,
     routing::{self, ExpertCounts, RoutingState},
     scene::{self as sections, Scene},
     session::Session,
@@ -41,7 +44,7 @@ pub struct Training {
     pub schedule: sections::Schedule,
     /// Source of batches.
     pub loader: Loader,
-    /// Tensors of the microbatches; as many as the largest step has.
+    /// Tensors of this rank's microbatches; as many as the largest step has.
     pub microbatches: Vec<Inputs>,
     /// Steps done.
     pub step: u64,
@@ -55,6 +58,8 @@ pub struct Training {
     pub overhead: Mean,
     /// For each layer with experts, the last step in which each expert had a token.
     pub last_seen: Vec<Vec<u64>>,
+    /// Main loss of each microbatch of the last step, summed over its targets, in nats.
+    pub microbatch_losses: Vec<f64>,
     /// A benchmark ends after this step.
     pub stop_at: Option<u64>,
     begin_nanos: u64,
@@ -101,6 +106,7 @@ impl Training {
             train_secs: 0.0,
             last: None,
             overhead: Mean::default(),
+            microbatch_losses: Vec::new(),
             last_seen: vec![vec![0; moe_layers.1]; moe_layers.0],
             stop_at: None,
             begin_nanos: 0,
@@ -114,6 +120,7 @@ impl Training {
         self.last_seen.iter().flatten().filter(dead).count() as u64
     }
 
+    /// Microbatches of the step at hand, on all ranks.
     fn num_microbatches(&self) -> usize {
         self.scene.batch.num_microbatches_at(self.step)
     }
@@ -133,28 +140,35 @@ impl Plugin for TrainPlugin {
     }
 }
 
+/// Every rank goes through all of a step's text and keeps its share: so the order of samples, the number of targets and the
+/// place to resume from are the same on any layout.
 fn admit(
     mut training: ResMut<Training>,
     tensors: Res<Tensors>,
-    model: Res<Model>,
+    (model, ranks): (Res<Model>, Res<Ranks>),
     (mut scale, mut scalars, mut routing): (ResMut<LossScale>, ResMut<UpdateScalars>, ResMut<RoutingState>),
 ) {
     training.begin_nanos = kernels::clock::now_nanos();
     let (step, total) = (training.step, training.train.steps);
     let (num_microbatches, num_sequences) = (training.num_microbatches(), training.scene.batch.microbatch_sequences);
+    let num_mtp_modules = model.config.num_nextn_predict_layers;
     let (mut num_targets, mut num_mtp) = (0, 0);
+    let mesh = &ranks.layout.mesh;
+    let (num_data_ranks, data_rank) = (mesh.num_data_ranks() as usize, mesh.data_rank(ranks.layout.rank) as usize);
     for m in 0..num_microbatches {
         let batch = training.loader.next_batch(num_sequences);
-        training.microbatches[m].upload(tensors.memory(), &batch);
+        if m % num_data_ranks == data_rank {
+            training.microbatches[m / num_data_ranks].upload(tensors.memory(), &batch);
+        }
         num_targets += batch.num_targets() as u64;
         let count = |k| batch.mtp_targets(k).iter().filter(|&&x| x != crate::data::packing::IGNORE).count() as u64;
-        num_mtp += if model.mtp.is_empty() { 0 } else { count(1) };
+        num_mtp += if num_mtp_modules == 0 { 0 } else { count(1) };
     }
     training.num_targets = num_targets;
     let mtp_weight = training.scene.mtp.as_ref().map_or(0.0, |mtp| mtp.loss_weight);
     *scale = LossScale {
         main: 1.0 / num_targets.max(1) as f64,
-        mtp: mtp_weight / model.mtp.len().max(1) as f64 / num_mtp.max(1) as f64,
+        mtp: mtp_weight / num_mtp_modules.max(1) as f64 / num_mtp.max(1) as f64,
     };
     *scalars = UpdateScalars {
         lr: training.schedule.lr_at(step, total),
@@ -169,31 +183,51 @@ fn admit(
 
 fn plan(world: &mut World) -> Result {
     let training = world.resource::<Training>();
-    let num_microbatches = training.num_microbatches();
+    let num_data_ranks = world.resource::<Ranks>().layout.mesh.num_data_ranks() as usize;
+    let num_microbatches = training.num_microbatches() / num_data_ranks;
     let checking = world.resource::<Turn>().0 == Work::LocateNotFinite;
     let checked = if checking { ", checked" } else { "" };
-    let key = PlanKey(format!("train 1F1B, {num_microbatches} microbatches{checked}"));
-    if world.resource::<Plans>().contains(&key) {
-        world.resource_mut::<Plans>().active = Some(key);
+    let key = PlanKey(format!("train {num_microbatches} microbatches{checked}"));
+    if world.resource_mut::<Plans>().activate(&key) {
         return Ok(());
     }
-    let inputs = training.microbatches[..num_microbatches].to_vec();
-    let model = world.resource::<Model>().clone();
-    let layers: Vec<Entity> = model.layers.iter().copied().chain(model.mtp.iter().map(|m| m.layer)).collect();
-    let mut stage = Stage::new(model, inputs.clone());
-    let mut l = Lowering::for_session(world, inputs[0], true)?;
-    l.checking = checking;
-    optimizer::lower_zero(&mut l)?;
-    for action in one_f_one_b(1, num_microbatches as u32).concat() {
-        stage.lower(&mut l, action)?;
-    }
-    if l.world.contains_resource::<OptimizerState>() && !checking {
-        optimizer::lower_update(&mut l)?;
-        routing::lower_bias_updates(&mut l, &layers)?;
-    }
-    let graph = l.finish()?;
-    world.resource_mut::<Plans>().insert(key, graph);
+    let inputs = world.resource::<Training>().microbatches[..num_microbatches].to_vec();
+    let lowered = lower_step(world, inputs, Options { checking, expert_load: None })?;
+    world.resource_mut::<Plans>().insert(key, lowered.graph);
     Ok(())
+}
+
+/// How a step is lowered.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// Look for what is not finite behind every task; then nothing is updated.
+    pub checking: bool,
+    /// As [`Lowering::expert_load`].
+    pub expert_load: Option<f64>,
+}
+
+/// The graph of one optimizer step over `inputs`.
+///
+/// # Errors
+/// If the schedule does not take so many microbatches, or an op's contract is not kept.
+pub fn lower_step(world: &mut World, inputs: Vec<Inputs>, options: Options) -> Result<Lowered> {
+    let ranks = world.resource::<Ranks>().clone();
+    let schedule = ranks.schedule.build(ranks.layout.mesh.pp, inputs.len() as u32)?;
+    let position = ranks.layout.mesh.coordinates(ranks.layout.rank).pp as usize;
+    let model = world.resource::<Model>().clone();
+    let Some(&first) = inputs.first() else { return Err("a step has no microbatch".into()) };
+    let mut stages = Stages::new(model, ranks.layout.clone(), &schedule, ranks.chunk_order, inputs);
+    let mut l = Lowering::for_session(world, first, true)?;
+    (l.checking, l.expert_load) = (options.checking, options.expert_load);
+    optimizer::lower_zero(&mut l)?;
+    for &action in &schedule.ranks[position] {
+        stages.lower(&mut l, action)?;
+    }
+    if l.world.contains_resource::<OptimizerState>() && !options.checking {
+        optimizer::lower_update(&mut l)?;
+        routing::lower_bias_updates(&mut l)?;
+    }
+    l.finish_step()
 }
 
 /// The repeated step was all finite: what was not came from the losses' or the gradient's sum itself.
@@ -206,84 +240,137 @@ fn load_summary(counts: &[u32]) -> (f64, u64) {
     (kernels::ops::balance::max_vio(counts), counts.iter().filter(|&&c| c == 0).count() as u64)
 }
 
-fn record(
-    mut training: ResMut<Training>,
-    tensors: Res<Tensors>,
-    mut telemetry: ResMut<Telemetry>,
-    (sums, counts, optimizer, scalars): (Res<LossSums>, Res<ExpertCounts>, Res<OptimizerState>, Res<UpdateScalars>),
-    mut loads: Query<(&ExpertKey, &mut ExpertLoad)>,
-    (session, mut work): (Res<Session>, ResMut<Work>),
-) {
-    let memory = tensors.memory();
-    let loss = memory.read::<f64>(sums.main)[0] / training.num_targets.max(1) as f64;
-    let grad_norm = memory.read::<f64>(optimizer.sum_squares)[0].sqrt();
+/// What a rank tells the others of a step.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+struct RankStep {
+    /// Microbatch of the step, and its losses, main first, as the bits of f64: JSON need not keep them.
+    losses: Vec<(u32, Vec<u64>)>,
+    /// Layer, and how often each of its experts was chosen on all ranks.
+    counts: Vec<(usize, Vec<u32>)>,
+    /// Squared norm of the gradient, as bits.
+    sum_squares: u64,
+    step_secs: f64,
+    overhead_share: f64,
+}
+
+impl RankStep {
+    fn of(world: &World) -> Self {
+        let (ranks, training) = (world.resource::<Ranks>(), world.resource::<Training>());
+        let memory = world.resource::<Tensors>().memory();
+        let layout = &ranks.layout;
+        let position = layout.mesh.coordinates(layout.rank).pp;
+        let num_microbatches = training.num_microbatches() / layout.mesh.num_data_ranks() as usize;
+        let last = layout.num_stages() - 1;
+        let schedule = ranks.schedule.build(layout.mesh.pp, num_microbatches as u32);
+        let is_mine = |m: u32| schedule.as_ref().is_ok_and(|schedule| schedule.rank_of(last, m) == Some(position));
+        let bits = |sum: Tensor| memory.read::<f64>(sum)[0].to_bits();
+        let losses = (0..num_microbatches as u32).filter(|&m| is_mine(m)).map(|m| {
+            let sums = &world.resource::<LossSums>().0[m as usize];
+            let all = std::iter::once(sums.main).chain(sums.mtp.iter().copied()).map(bits).collect();
+            (ranks.global_microbatch(m), all)
+        });
+        let speaks_for = |layer: usize| {
+            layout.mesh.data_rank(layout.rank) == 0 && layout.first_position(layout.stage_of_layer(layer)) == position
+        };
+        let counts = world.resource::<ExpertCounts>().0.iter().filter(|(layer, _)| speaks_for(*layer));
+        let step_secs = (kernels::clock::now_nanos() - training.begin_nanos) as f64 * 1e-9;
+        RankStep {
+            losses: losses.collect(),
+            counts: counts.map(|(layer, counts)| (*layer, memory.read::<u32>(*counts).to_vec())).collect(),
+            sum_squares: bits(world.resource::<OptimizerState>().sum_squares),
+            step_secs,
+            overhead_share: world.resource::<Telemetry>().times().overhead_secs / step_secs.max(1e-9),
+        }
+    }
+}
+
+fn record(world: &mut World) -> Result {
+    let ranks = world.resource::<Ranks>().clone();
+    let all = ranks.exchange(&RankStep::of(world))?;
+    let mut losses: Vec<_> = all.iter().flat_map(|rank| rank.losses.iter().cloned()).collect();
+    losses.sort_unstable_by_key(|(microbatch, _)| *microbatch);
+    let sum = |k: usize| losses.iter().filter_map(|(_, all)| all.get(k)).map(|&bits| f64::from_bits(bits)).sum::<f64>();
+    let num_targets = world.resource::<Training>().num_targets;
+    let loss = sum(0) / num_targets.max(1) as f64;
+    let grad_norm = f64::from_bits(all[0].sum_squares).sqrt();
     if !(loss.is_finite() && grad_norm.is_finite()) {
-        let step = training.step + 1;
-        session.progress.note(&format!(
+        let step = world.resource::<Training>().step + 1;
+        world.resource::<Session>().progress.note(&format!(
             "step {step}: loss {loss} and gradient norm {grad_norm} are not finite; running the step again to find where"
         ));
-        *work = Work::LocateNotFinite;
-        return;
+        *world.resource_mut::<Work>() = Work::LocateNotFinite;
+        return Ok(());
     }
-    let mtp_targets = training.num_targets.max(1) as f64;
-    let mtp: Vec<f64> = sums.mtp.iter().map(|&s| memory.read::<f64>(s)[0] / mtp_targets).collect();
+    let num_mtp = world.resource::<Model>().config.num_nextn_predict_layers;
+    let mtp: Vec<f64> = (1..=num_mtp).map(|k| sum(k) / num_targets.max(1) as f64).collect();
+    let mut rows: Vec<_> = all.iter().flat_map(|rank| rank.counts.iter().cloned()).collect();
+    rows.sort_unstable_by_key(|(layer, _)| *layer);
+    let lr = world.resource::<UpdateScalars>().lr;
+    let (step_secs, overhead_share) = (all[0].step_secs, all[0].overhead_share);
+
+    let mut training = world.resource_mut::<Training>();
     let (mut max_vio, mut num_idle) = (0f64, 0);
     training.step += 1;
     let step = training.step;
-    let mut rows = Vec::new();
-    for (i, (layer, tensor)) in counts.0.iter().enumerate() {
-        let layer_counts = memory.read::<u32>(*tensor);
-        let (vio, idle) = load_summary(&layer_counts);
+    for (i, (_, counts)) in rows.iter().enumerate() {
+        let (vio, idle) = load_summary(counts);
         (max_vio, num_idle) = (max_vio.max(vio), num_idle + idle);
-        for (seen, &count) in training.last_seen[i].iter_mut().zip(layer_counts.iter()) {
+        for (seen, &count) in training.last_seen[i].iter_mut().zip(counts) {
             if count > 0 {
                 *seen = step;
             }
         }
-        telemetry.histogram(format!("load/layer {layer}"), layer_counts.iter().map(|&c| f64::from(c)).collect());
-        rows.push((*layer as u16, layer_counts.to_vec()));
     }
-    for (key, mut load) in &mut loads {
-        if let Some((_, row)) = rows.iter().find(|(layer, _)| *layer == key.layer) {
-            load.0 = row[usize::from(key.expert)];
-        }
-    }
-    let step_secs = (kernels::clock::now_nanos() - training.begin_nanos) as f64 * 1e-9;
-    let overhead_share = telemetry.times().overhead_secs / step_secs.max(1e-9);
     training.overhead.add(overhead_share);
     training.train_secs += step_secs;
-    training.num_tokens += training.num_targets;
+    training.num_tokens += num_targets;
+    training.microbatch_losses = losses.iter().map(|(_, all)| f64::from_bits(all[0])).collect();
     let report = StepReport {
         step,
         num_steps: training.train.steps,
         loss_nats_per_token: loss,
         mtp_loss_nats_per_token: mtp,
         grad_norm,
-        lr: scalars.lr,
-        num_tokens: training.num_targets,
+        lr,
+        num_tokens: num_targets,
         total_tokens: training.num_tokens,
         step_secs,
-        tokens_per_sec: training.num_targets as f64 / step_secs.max(1e-9),
+        tokens_per_sec: num_targets as f64 / step_secs.max(1e-9),
         max_vio,
         num_idle_experts: num_idle,
         overhead_share,
     };
+    training.last = Some(report.clone());
+    let mut telemetry = world.resource_mut::<Telemetry>();
+    for (layer, counts) in &rows {
+        telemetry.histogram(format!("load/layer {layer}"), counts.iter().map(|&c| f64::from(c)).collect());
+    }
+    tell(&mut telemetry, &report);
+    let mut loads = world.query::<(&ExpertKey, &mut ExpertLoad)>();
+    for (key, mut load) in loads.iter_mut(world) {
+        if let Some((_, row)) = rows.iter().find(|(layer, _)| *layer == usize::from(key.layer)) {
+            load.0 = row[usize::from(key.expert)];
+        }
+    }
+    world.resource::<Session>().progress.step(&report);
+    Ok(())
+}
+
+fn tell(telemetry: &mut Telemetry, report: &StepReport) {
     for (name, value) in [
-        ("loss_nats_per_token", loss),
-        ("grad_norm", grad_norm),
+        ("loss_nats_per_token", report.loss_nats_per_token),
+        ("grad_norm", report.grad_norm),
         ("lr", report.lr),
         ("tokens_per_sec", report.tokens_per_sec),
-        ("step_secs", step_secs),
-        ("max_vio", max_vio),
-        ("num_idle_experts", num_idle as f64),
-        ("num_tokens", training.num_tokens as f64),
-        ("overhead_share", overhead_share),
+        ("step_secs", report.step_secs),
+        ("max_vio", report.max_vio),
+        ("num_idle_experts", report.num_idle_experts as f64),
+        ("num_tokens", report.total_tokens as f64),
+        ("overhead_share", report.overhead_share),
     ] {
         telemetry.scalar(name, value);
     }
     for (k, loss) in report.mtp_loss_nats_per_token.iter().enumerate() {
         telemetry.scalar(format!("mtp_loss_nats_per_token/{k}"), *loss);
     }
-    session.progress.step(&report);
-    training.last = Some(report);
 }

@@ -20,9 +20,11 @@ use systems::{
     optimizer,
     params::ParamKind,
     pipeline::{
-        action::{Action, Work},
-        stage::Stage,
+        action::{Action, Cell, Schedule, Work},
+        chunk,
+        stage::Stages,
     },
+    ranks::Ranks,
     scene::{Recompute, RecomputeOp},
     session::{ModelSetup, app_with_model, run_plan},
 };
@@ -68,9 +70,12 @@ impl Probe {
             trainable: true,
             recompute,
             progress: Arc::new(Silent),
+            ranks: Ranks::solo(config.num_hidden_layers),
+            num_threads: None,
+            clock: Clock::Wall,
         };
-        let mut app = app_with_model(setup, |spec, index| {
-            let mut values = initial_values(spec, index, &config, 3);
+        let mut app = app_with_model(setup, |spec| {
+            let mut values = initial_values(spec, &config, 3);
             if spec.kind == ParamKind::Norm {
                 values.iter_mut().enumerate().for_each(|(i, v)| *v += 0.05 * (i % 5) as f32);
             }
@@ -84,11 +89,15 @@ impl Probe {
         inputs.upload(&memory, &batch);
         let scale = LossScale { main: 1.0 / batch.num_targets() as f64, mtp: MTP_WEIGHT / 10.0 };
         world.insert_resource(scale);
-        let mut stage = Stage::new(world.resource::<Model>().clone(), vec![inputs]);
+        let layout = world.resource::<Ranks>().layout.clone();
+        let actions: Vec<Action> = works.iter().map(|&work| Cell::new(0, work, 0).into()).collect();
+        let schedule = Schedule::from_ranks(vec![actions.clone()]);
+        let model = world.resource::<Model>().clone();
+        let mut stages = Stages::new(model, layout, &schedule, chunk::ORDER, vec![inputs]);
         let mut l = Lowering::for_session(world, inputs, true).unwrap();
         optimizer::lower_zero(&mut l).unwrap();
-        for &work in works {
-            stage.lower(&mut l, Action::new(0, work, 0)).unwrap();
+        for action in actions {
+            stages.lower(&mut l, action).unwrap();
         }
         let graph = l.finish().unwrap();
         let key = PlanKey("probe".into());
@@ -101,7 +110,8 @@ impl Probe {
         let world = self.app.world();
         let (memory, sums) = (world.resource::<Tensors>().memory(), world.resource::<LossSums>());
         let sum = |t| memory.read::<f64>(t)[0];
-        self.scale.main * sum(sums.main) + self.scale.mtp * sums.mtp.iter().map(|&t| sum(t)).sum::<f64>()
+        let losses = &sums.0[0];
+        self.scale.main * sum(losses.main) + self.scale.mtp * losses.mtp.iter().map(|&t| sum(t)).sum::<f64>()
     }
 
     fn gradients(&mut self) -> Vec<Option<Vec<f64>>> {

@@ -12,9 +12,10 @@ use systems::{
     data::{packing::Batch, token_file::read_token_file},
     evaluate::EvaluationResult,
     generate::{Caches, GeneratePlugin, Generation, Sampler, run_to_rest},
-    model::{self, Parameters},
+    model::{self, Model, Parameters},
     optimizer::{OptimizerState, UpdateScalars},
     probe::{Checkpoint, Probe},
+    ranks::Ranks,
     scene::{AdamW, Compute, Optimizer},
     session::run_plan,
     work::Work,
@@ -139,7 +140,11 @@ fn twenty_steps_of_adamw_follow_the_same_losses() {
         let adamw = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
         let world = app.world_mut();
         let memory = world.resource::<Tensors>().memory().clone();
-        let state = OptimizerState::allocate(Optimizer::AdamW(adamw), world.resource::<Parameters>(), &memory);
+        let state = {
+            let (config, ranks) = (&world.resource::<Model>().config, world.resource::<Ranks>());
+            let parameters = world.resource::<Parameters>();
+            OptimizerState::allocate(Optimizer::AdamW(adamw), parameters, config, &ranks.layout, &memory)
+        };
         world.insert_resource(state);
         world.insert_resource(UpdateScalars { lr: 1e-3, update: 1, max_grad_norm: f64::INFINITY });
         let probe = Probe::new(&app, &case.batch);

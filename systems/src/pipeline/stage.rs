@@ -1,30 +1,28 @@
-//! What a pipeline action is made of: the walk over a stage's layers for each pass, and which activations live until when.
+//! What a pipeline action is made of: walks through the stages that a rank holds, and which activations live until when.
 //!
-//! A unit (embedding, layer, head) allocates in a scope of its own; the scope is given back after the unit's last pass, so the
-//! order of actions decides how much memory a step needs.
+//! The same code lowers one rank with the whole model and one of sixteen with two stages: stages differ in where a walk's input
+//! comes from and where its output goes.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, ops::Range, sync::Arc};
 
 use bevy_ecs::prelude::*;
 use engine::prelude::*;
 use kernels::{ops::elementwise, tensor::Tensor};
 
-use super::action::{Action, Work};
+use super::{
+    action::{Action, Cell, Schedule, Work},
+    chunk::{self, Chunk, Side, interleave},
+    layer::{LayerBackward, LayerForward},
+    transfer::{self, Direction},
+    walk::{BackwardWalk, Deferred, Forward, ForwardWalk, ModuleForward, Step, backward_steps, forward_steps},
+};
 use crate::{
-    attention::{
-        Gqa, Mla,
-        gqa::{GqaActivations, GqaGradients},
-        mla::{MlaActivations, MlaGradients},
-    },
-    dense::{Dense, DenseActivations, DenseGradients},
     embedding,
-    expert::{ExpertActivations, ExpertGradients, Moe},
-    generate::LayerCache,
-    head::{self, Loss, NormActivations},
+    head::{self, Loss},
+    layout::Layout,
     lower::Lowering,
     microbatch::Inputs,
-    model::{Layer, Model},
-    mtp::{JoinActivations, JoinGradients},
+    model::{Model, Weight},
     routing::Router,
 };
 
@@ -42,340 +40,462 @@ pub(crate) fn add_gradient(In(id): In<Entity>, mut launch: Launch<AddTask>) -> R
     Ok(elementwise::add_acc(s, from, into)?)
 }
 
-#[derive(Clone, Copy)]
-enum AttentionForward {
-    Mla(Mla, MlaActivations),
-    Gqa(Gqa, GqaActivations),
-}
-
-#[derive(Clone, Copy)]
-enum AttentionBackward {
-    Mla(MlaGradients),
-    Gqa(GqaGradients),
-}
-
-#[expect(clippy::large_enum_variant, reason = "a few are made per plan, and handles are copied freely")]
-#[derive(Clone, Copy)]
-enum MlpForward {
-    Dense(Dense, DenseActivations),
-    Moe(Moe, ExpertActivations),
-}
-
-#[expect(clippy::large_enum_variant, reason = "a few are made per plan, and handles are copied freely")]
-#[derive(Clone, Copy)]
-enum MlpBackward {
-    Dense(DenseGradients),
-    Moe(ExpertGradients),
-}
-
-struct LayerForward {
-    entity: Entity,
-    index: usize,
-    x: Tensor,
-    parts: (AttentionForward, MlpForward),
-    scope: Vec<Tensor>,
-}
-
-/// A layer whose input gradient is done, with what its weight gradient needs.
-struct LayerBackward {
-    index: usize,
-    parts: (AttentionForward, MlpForward),
-    grads: (AttentionBackward, MlpBackward),
-    scopes: Vec<Vec<Tensor>>,
-}
-
-struct MtpForward {
-    join: JoinActivations,
-    tokens: Tensor,
-    layer: LayerForward,
-    norm: NormActivations,
-    dh: Option<Tensor>,
-    scope: Vec<Tensor>,
-}
-
-struct Forward {
-    layers: Vec<LayerForward>,
-    norm: NormActivations,
-    dh: Option<Tensor>,
-    mtp: Vec<MtpForward>,
-    scope: Vec<Tensor>,
-}
-
-#[expect(clippy::large_enum_variant, reason = "a few are made per plan, and handles are copied freely")]
-enum Deferred {
-    Layer(LayerBackward),
-    Join(usize, JoinActivations, JoinGradients),
-    Embedding(Tensor, Tensor),
-    Scope(Vec<Tensor>),
-}
-
-/// Lowers the actions of one rank that holds the whole model.
-pub struct Stage {
+/// Lowers the actions of one rank.
+pub struct Stages {
     model: Model,
     router: Option<Router>,
+    layout: Arc<Layout>,
+    /// Pipeline position that runs a stage of a microbatch, at `microbatch * stages + stage`.
+    position_of: Vec<Option<u32>>,
+    order: [Chunk; 10],
     inputs: Vec<Inputs>,
-    forwards: BTreeMap<u32, Forward>,
-    deferred: BTreeMap<u32, Vec<Deferred>>,
+    forwards: BTreeMap<(u32, u32), Forward>,
+    deferred: BTreeMap<(u32, u32), Vec<Deferred>>,
+    /// Tensors for another stage of this rank.
+    handed: BTreeMap<(Direction, u32, u32), Tensor>,
 }
 
-impl Stage {
-    /// A stage over `model`, with the tensors of each microbatch.
-    pub fn new(model: Model, inputs: Vec<Inputs>) -> Self {
+enum Walk {
+    Forward(ForwardWalk),
+    Backward(BackwardWalk),
+}
+
+impl Stages {
+    /// The stages of `layout`'s rank over its part of the model, with the tensors of each microbatch.
+    pub fn new(
+        model: Model,
+        layout: Arc<Layout>,
+        schedule: &Schedule,
+        order: [Chunk; 10],
+        inputs: Vec<Inputs>,
+    ) -> Self {
         let router = model.config.moe.as_ref().map(Router::new);
-        Stage { model, router, inputs, forwards: BTreeMap::new(), deferred: BTreeMap::new() }
+        let mut position_of = vec![None; (schedule.num_stages * schedule.num_microbatches) as usize];
+        for (position, actions) in (0..).zip(&schedule.ranks) {
+            for cell in actions.iter().flat_map(|action| action.cells()) {
+                position_of[(cell.microbatch * schedule.num_stages + cell.stage) as usize] = Some(position);
+            }
+        }
+        let (forwards, deferred, handed) = Default::default();
+        Stages { model, router, layout, position_of, order, inputs, forwards, deferred, handed }
+    }
+
+    /// The whole of a model that is on one rank, for a graph that runs no schedule.
+    pub fn whole(model: Model, layout: Arc<Layout>) -> Self {
+        Stages::new(model, layout, &Schedule::from_ranks(Vec::new()), chunk::ORDER, Vec::new())
     }
 
     /// Emits the tasks of one action.
     pub fn lower(&mut self, l: &mut Lowering, action: Action) -> Result<()> {
-        l.microbatch = Some(action.microbatch);
-        l.inputs = self.inputs[action.microbatch as usize];
-        match action.work {
-            Work::F => self.forward(l, action.microbatch)?,
-            Work::I => self.input_grad(l, action.microbatch, false)?,
-            Work::W => self.weight_grad(l, action.microbatch)?,
-            Work::B => self.input_grad(l, action.microbatch, true)?,
+        match action {
+            Action::Single(Cell { work: Work::W, stage, microbatch }) => {
+                self.enter_cell(l, stage, microbatch);
+                self.weight_grad(l, stage, microbatch)?;
+            }
+            Action::Single(cell) => {
+                let mut walk = self.walk(l, cell)?;
+                while self.advance(l, cell, &mut walk)? {}
+                self.finish(l, cell, walk);
+            }
+            Action::Pair { forward, backward } => {
+                l.overlapping = true;
+                let mut walks = (self.walk(l, forward)?, self.walk(l, backward)?);
+                for side in interleave(&walks.0.chunks(), &walks.1.chunks(), &self.order) {
+                    match side {
+                        Side::Forward => self.advance(l, forward, &mut walks.0)?,
+                        Side::Backward => self.advance(l, backward, &mut walks.1)?,
+                    };
+                }
+                self.finish(l, forward, walks.0);
+                self.finish(l, backward, walks.1);
+                l.overlapping = false;
+            }
         }
-        l.layer = None;
-        l.microbatch = None;
+        (l.layer, l.microbatch) = (None, None);
         Ok(())
     }
 
-    /// Emits the forward up to the final norm and returns its output; activations are given back as they are used up.
-    pub fn lower_inference(&self, l: &mut Lowering, inputs: Inputs) -> Result<Tensor> {
+    /// Emits the forward without anything for a backward, through all stages that this rank runs of one microbatch; activations
+    /// are given back as they are used up. Returns the final norm's output where the last stage is.
+    pub fn lower_inference(&self, l: &mut Lowering, inputs: Inputs) -> Result<Option<Tensor>> {
         l.inputs = inputs;
-        let mut x = embedding::lower_forward(l, self.model.embedding, inputs.tokens)?;
-        let mut before = l.take_scope();
-        for &entity in &self.model.layers {
-            let layer = self.layer_forward(l, entity, x)?;
-            x = layer.out();
-            l.release_scope(std::mem::replace(&mut before, layer.scope), None);
+        let mut handed: Option<Tensor> = None;
+        let mut out = None;
+        let mine = self.layout.mesh.coordinates(self.layout.rank).pp;
+        let runs = |stage: u32| self.layout.first_position(stage) == mine;
+        for stage in (0..self.layout.num_stages()).filter(|&stage| runs(stage)) {
+            l.stage = stage;
+            let mut x = match handed.take() {
+                Some(x) => x,
+                None if stage == 0 => embedding::lower_forward(l, self.weight(self.model.embedding)?, inputs.tokens)?,
+                None => {
+                    let peer = self.peer(self.layout.first_position(stage - 1));
+                    self.receive(l, Direction::Forward, peer, stage)?
+                }
+            };
+            let mut before = l.take_scope();
+            for index in self.layers(stage) {
+                let (layer, h) = LayerForward::whole(l, self.model.layer(index)?, self.router, x)?;
+                x = h;
+                l.release_scope(std::mem::replace(&mut before, layer.scope), None);
+            }
+            l.layer = None;
+            if stage + 1 == self.layout.num_stages() {
+                out = Some(head::lower_norm(l, self.weight(self.model.norm)?, x)?.out);
+                l.release_scope(before, None);
+            } else if runs(stage + 1) {
+                l.release_scope(before, Some(x));
+                handed = Some(x);
+            } else {
+                let peer = self.peer(self.layout.first_position(stage + 1));
+                transfer::lower_send(l, Direction::Forward, x, peer, stage + 1)?;
+                l.release_scope(before, None);
+            }
         }
-        l.layer = None;
-        let norm = head::lower_norm(l, self.model.norm, x)?;
-        l.release_scope(before, None);
-        Ok(norm.out)
+        Ok(out)
     }
 
-    fn forward(&mut self, l: &mut Lowering, microbatch: u32) -> Result<()> {
-        let (model, inputs) = (self.model.clone(), l.inputs);
-        let mut x = embedding::lower_forward(l, model.embedding, inputs.tokens)?;
-        let mut scope = l.take_scope();
-        let mut layers = Vec::with_capacity(model.layers.len());
-        for &entity in &model.layers {
-            let layer = self.kept_layer(l, entity, x)?;
-            x = layer.out();
-            layers.push(layer);
-        }
-        l.layer = None;
-        let norm = head::lower_norm(l, model.norm, x)?;
-        let dh = head::lower_head(l, Loss::Main, model.head, norm.out, inputs.targets)?;
-        scope.extend(l.take_scope());
-
-        let mut mtp = Vec::new();
-        let mut hidden = norm.out;
-        for (k, (module, tensors)) in model.mtp.iter().zip(inputs.mtp).enumerate() {
-            let Some((tokens, targets)) = tensors else { break };
-            let embedded = embedding::lower_forward(l, model.embedding, tokens)?;
-            let join = module.lower_forward(l, embedded, hidden)?;
-            let mut scope = l.take_scope();
-            let layer = self.kept_layer(l, module.layer, join.out)?;
-            hidden = layer.out();
-            let norm = head::lower_norm(l, module.norm, hidden)?;
-            let dh = head::lower_head(l, Loss::Mtp(k), model.head, norm.out, targets)?;
-            scope.extend(l.take_scope());
-            mtp.push(MtpForward { join, tokens, layer, norm, dh, scope });
-        }
-        self.forwards.insert(microbatch, Forward { layers, norm, dh, mtp, scope });
-        Ok(())
+    fn layers(&self, stage: u32) -> Range<usize> {
+        self.layout.stages[stage as usize].clone()
     }
 
-    /// A layer whose activations wait for the backward pass, unless they are computed again then.
-    fn kept_layer(&self, l: &mut Lowering, entity: Entity, x: Tensor) -> Result<LayerForward> {
-        let mut layer = self.layer_forward(l, entity, x)?;
+    /// Rank with this one's part of the batch at another pipeline position.
+    fn peer(&self, pp: u32) -> u32 {
+        self.layout.mesh.at_stage(self.layout.rank, pp)
+    }
+
+    /// The rank that runs `stage` of `microbatch`, unless it is this one.
+    fn neighbour(&self, stage: u32, microbatch: u32) -> Result<Option<u32>> {
+        let position = self.position_of[(microbatch * self.layout.num_stages() + stage) as usize];
+        let position = position.ok_or_else(|| format!("no rank runs stage {stage} of microbatch {microbatch}"))?;
+        Ok((position != self.layout.mesh.coordinates(self.layout.rank).pp).then(|| self.peer(position)))
+    }
+
+    fn weight(&self, weight: Option<Weight>) -> Result<Weight> {
+        weight.ok_or_else(|| "a stage needs a weight that its rank does not hold".into())
+    }
+
+    fn receive(&self, l: &mut Lowering, direction: Direction, peer: u32, stage: u32) -> Result<Tensor> {
+        let dims = (l.inputs.num_tokens(), self.model.config.hidden_size);
+        transfer::lower_receive(l, direction, dims, peer, stage)
+    }
+
+    fn enter_cell(&self, l: &mut Lowering, stage: u32, microbatch: u32) {
+        (l.stage, l.microbatch, l.layer) = (stage, Some(microbatch), None);
+        l.inputs = self.inputs[microbatch as usize];
+    }
+
+    fn walk(&mut self, l: &Lowering, cell: Cell) -> Result<Walk> {
+        let is_last = cell.stage + 1 == self.layout.num_stages();
+        let is_moe = |entity| LayerForward::is_moe(l.world, entity);
+        let layers = self.layers(cell.stage).map(|i| self.model.layer(i).map(is_moe)).collect::<Result<Vec<bool>>>()?;
+        let with_inputs = self.inputs[cell.microbatch as usize].mtp.iter().flatten().count();
+        let modules: Vec<bool> = self.model.mtp.iter().take(with_inputs).map(|m| is_moe(m.layer)).collect();
+        let modules = is_last.then_some(&modules[..]);
+        if cell.work == Work::F {
+            let steps = forward_steps(&layers, modules);
+            let (forward, scope) = Default::default();
+            return Ok(Walk::Forward(ForwardWalk { steps, x: None, open: None, forward, scope }));
+        }
+        let forward = self.forwards.remove(&(cell.stage, cell.microbatch));
+        let forward = forward.ok_or_else(|| format!("{cell}: microbatch {} did not go forward", cell.microbatch))?;
+        let weights = cell.work == Work::B;
+        let steps = backward_steps(&layers, modules, weights);
+        let (deferred, scope) = Default::default();
+        let walk = BackwardWalk { steps, weights, d: None, d_hidden: None, open: None, forward, deferred, scope };
+        Ok(Walk::Backward(walk))
+    }
+
+    /// Emits a walk's next step; `false` if there is none.
+    fn advance(&mut self, l: &mut Lowering, cell: Cell, walk: &mut Walk) -> Result<bool> {
+        self.enter_cell(l, cell.stage, cell.microbatch);
+        match walk {
+            Walk::Forward(walk) => {
+                let Some(step) = walk.steps.pop_front() else { return Ok(false) };
+                l.swap_scope(&mut walk.scope);
+                self.forward_step(l, cell, walk, step)?;
+                l.swap_scope(&mut walk.scope);
+            }
+            Walk::Backward(walk) => {
+                let Some(step) = walk.steps.pop_front() else { return Ok(false) };
+                l.swap_scope(&mut walk.scope);
+                self.backward_step(l, cell, walk, step)?;
+                l.swap_scope(&mut walk.scope);
+            }
+        }
+        Ok(true)
+    }
+
+    fn finish(&mut self, l: &mut Lowering, cell: Cell, walk: Walk) {
+        let key = (cell.stage, cell.microbatch);
+        match walk {
+            Walk::Forward(mut walk) => {
+                walk.forward.scope.extend(walk.scope);
+                self.forwards.insert(key, walk.forward);
+            }
+            Walk::Backward(mut walk) if walk.weights => {
+                for scope in [std::mem::take(&mut walk.forward.scope), walk.scope] {
+                    l.release_scope(scope, None);
+                }
+            }
+            Walk::Backward(mut walk) => {
+                walk.deferred.push(Deferred::Scope(walk.forward.scope));
+                walk.deferred.push(Deferred::Scope(walk.scope));
+                self.deferred.insert(key, walk.deferred);
+            }
+        }
+    }
+
+    /// Ends the layer that is open, when its outputs are back.
+    fn settle(&self, l: &mut Lowering, walk: &mut ForwardWalk) -> Result<()> {
+        let Some(mut layer) = walk.open.take() else { return Ok(()) };
+        let out = layer.settle(l)?;
+        layer.scope = l.take_scope();
         if l.recomputes_layers() {
-            let out = layer.out();
             l.release_scope(std::mem::take(&mut layer.scope), Some(out));
             layer.scope = l.take_scope();
         }
-        Ok(layer)
+        walk.x = Some(out);
+        match walk.forward.modules.last_mut() {
+            Some(module) => module.layer = Some(layer),
+            None => walk.forward.layers.push(layer),
+        }
+        Ok(())
     }
 
-    fn layer_forward(&self, l: &mut Lowering, entity: Entity, x: Tensor) -> Result<LayerForward> {
-        let part = l.world.entity(entity);
-        let index = part.get::<Layer>().map_or(0, |layer| layer.index);
-        let (mla, gqa) = (part.get::<Mla>().copied(), part.get::<Gqa>().copied());
-        let (dense, moe) = (part.get::<Dense>().copied(), part.get::<Moe>().copied());
-        l.layer = Some(index as u32);
-        let (attention, h) = match (mla, gqa) {
-            (Some(mla), _) => {
-                let acts = match l.cache(index) {
-                    Some(LayerCache::Latent(cache)) => mla.lower_cached(l, x, cache)?,
-                    _ => mla.lower_forward(l, x)?,
-                };
-                (AttentionForward::Mla(mla, acts), acts.out)
+    fn forward_step(&mut self, l: &mut Lowering, cell: Cell, walk: &mut ForwardWalk, step: Step) -> Result<()> {
+        let goes_on = matches!(step.chunk(), Some(Chunk::DispatchF | Chunk::MlpF | Chunk::CombineF));
+        if !goes_on {
+            self.settle(l, walk)?;
+            l.layer = None;
+        }
+        let x_now = walk.x;
+        let x = || x_now.ok_or_else(|| BevyError::from("a forward has no input"));
+        match step {
+            Step::Enter => {
+                walk.x = Some(if cell.stage == 0 {
+                    embedding::lower_forward(l, self.weight(self.model.embedding)?, l.inputs.tokens)?
+                } else if let Some(peer) = self.neighbour(cell.stage - 1, cell.microbatch)? {
+                    self.receive(l, Direction::Forward, peer, cell.stage)?
+                } else {
+                    self.take_handed(Direction::Forward, cell)?
+                });
+                walk.forward.scope = l.take_scope();
             }
-            (_, Some(gqa)) => {
-                let acts = match l.cache(index) {
-                    Some(LayerCache::Heads(cache)) => gqa.lower_cached(l, x, cache)?,
-                    _ => gqa.lower_forward(l, x)?,
+            Step::Layer(..) | Step::Module(..) => {
+                let entity = match step {
+                    Step::Layer(i, _) => self.model.layer(self.layers(cell.stage).start + i)?,
+                    Step::Module(k, _) => self.model.mtp[k].layer,
+                    _ => return Ok(()),
                 };
-                (AttentionForward::Gqa(gqa, acts), acts.out)
+                match (step.chunk(), &mut walk.open) {
+                    (Some(Chunk::AttentionF), _) => {
+                        walk.open = Some(LayerForward::attention(l, entity, self.router, x()?)?);
+                    }
+                    (Some(Chunk::DispatchF), Some(layer)) => layer.dispatch(l, self.router)?,
+                    (Some(Chunk::MlpF), Some(layer)) => layer.mlp(l)?,
+                    (Some(Chunk::CombineF), Some(layer)) => layer.give_back(l)?,
+                    _ => return Err(format!("{cell}: a forward cannot do {step:?} here").into()),
+                }
             }
-            _ => return Err(format!("layer {index} has no attention").into()),
-        };
-        let mlp = match (dense, moe, self.router) {
-            (Some(dense), ..) => MlpForward::Dense(dense, dense.lower_forward(l, h)?),
-            (_, Some(moe), Some(router)) => MlpForward::Moe(moe, moe.lower_forward(l, index, router, h)?),
-            _ => return Err(format!("layer {index} has no feed-forward half").into()),
-        };
-        Ok(LayerForward { entity, index, x, parts: (attention, mlp), scope: l.take_scope() })
+            Step::Head => {
+                let norm = head::lower_norm(l, self.weight(self.model.norm)?, x()?)?;
+                let weight = self.weight(self.model.head)?;
+                walk.forward.dh = head::lower_head(l, Loss::Main, weight, norm.out, l.inputs.targets)?;
+                walk.forward.norm = Some(norm);
+                walk.x = Some(norm.out);
+                walk.forward.scope.extend(l.take_scope());
+            }
+            Step::Join(k) => {
+                let Some((tokens, _)) = l.inputs.mtp[k] else { return Err("a module has no tokens".into()) };
+                let embedded = embedding::lower_forward(l, self.weight(self.model.embedding)?, tokens)?;
+                let join = self.model.mtp[k].lower_forward(l, embedded, x()?)?;
+                let (scope, layer, norm, dh) = (l.take_scope(), None, None, None);
+                walk.forward.modules.push(ModuleForward { join, tokens, layer, norm, dh, scope });
+                walk.x = Some(join.out);
+            }
+            Step::ModuleHead(k) => {
+                let Some((_, targets)) = l.inputs.mtp[k] else { return Err("a module has no targets".into()) };
+                l.layer = walk.forward.modules[k].layer.as_ref().map(|layer| layer.index as u32);
+                let norm = head::lower_norm(l, self.model.mtp[k].norm, x()?)?;
+                let dh = head::lower_head(l, Loss::Mtp(k), self.weight(self.model.head)?, norm.out, targets)?;
+                let module = &mut walk.forward.modules[k];
+                (module.norm, module.dh) = (Some(norm), dh);
+                module.scope.extend(l.take_scope());
+            }
+            Step::Leave if cell.stage + 1 == self.layout.num_stages() => {}
+            Step::Leave => match self.neighbour(cell.stage + 1, cell.microbatch)? {
+                Some(peer) => transfer::lower_send(l, Direction::Forward, x()?, peer, cell.stage + 1)?,
+                None => {
+                    self.handed.insert((Direction::Forward, cell.stage + 1, cell.microbatch), x()?);
+                }
+            },
+        }
+        Ok(())
     }
 
-    fn layer_input_grad(
+    fn take_handed(&mut self, direction: Direction, cell: Cell) -> Result<Tensor> {
+        let tensor = self.handed.remove(&(direction, cell.stage, cell.microbatch));
+        tensor.ok_or_else(|| format!("{cell}: its input was not computed yet").into())
+    }
+
+    fn backward_step(&mut self, l: &mut Lowering, cell: Cell, walk: &mut BackwardWalk, step: Step) -> Result<()> {
+        let no_gradient = || -> BevyError { "the head made no gradient: the forward was not for training".into() };
+        match step {
+            Step::Enter if cell.stage + 1 == self.layout.num_stages() => {}
+            Step::Enter => {
+                walk.d = Some(match self.neighbour(cell.stage + 1, cell.microbatch)? {
+                    Some(peer) => self.receive(l, Direction::Backward, peer, cell.stage)?,
+                    None => {
+                        let d = self.take_handed(Direction::Backward, cell)?;
+                        l.adopt(d);
+                        d
+                    }
+                });
+            }
+            Step::ModuleHead(k) => {
+                let module = &walk.forward.modules[k];
+                l.layer = module.layer.as_ref().map(|layer| layer.index as u32);
+                let (norm, dh) = (module.norm.ok_or_else(no_gradient)?, module.dh.ok_or_else(no_gradient)?);
+                let d = head::lower_norm_backward(l, self.model.mtp[k].norm, norm, dh)?;
+                if let Some(from) = walk.d_hidden {
+                    l.task(ADD_GRAD, Pass::InputGrad, AddTask { from, into: d })?;
+                }
+                walk.d = Some(d);
+            }
+            Step::Join(k) => self.join_backward(l, walk, k)?,
+            Step::Head => {
+                let dh = walk.forward.dh.ok_or_else(no_gradient)?;
+                if let Some(from) = walk.d_hidden {
+                    l.task(ADD_GRAD, Pass::InputGrad, AddTask { from, into: dh })?;
+                }
+                let norm = walk.forward.norm.ok_or_else(no_gradient)?;
+                walk.d = Some(head::lower_norm_backward(l, self.weight(self.model.norm)?, norm, dh)?);
+            }
+            Step::Layer(i, chunk) => {
+                // Another stage of this rank may take the gradient after this one's weight gradients are done.
+                let hands_over = i == 0 && cell.stage > 0 && self.neighbour(cell.stage - 1, cell.microbatch)?.is_none();
+                let forward = |walk: &mut BackwardWalk| walk.forward.layers.pop();
+                self.layer_backward(l, walk, chunk, forward, hands_over)?;
+            }
+            Step::Module(k, chunk) => {
+                let forward = |walk: &mut BackwardWalk| walk.forward.modules[k].layer.take();
+                self.layer_backward(l, walk, chunk, forward, false)?;
+            }
+            Step::Leave => {
+                let d = walk.d.ok_or_else(no_gradient)?;
+                if cell.stage == 0 {
+                    self.finish_or_defer(l, walk, Deferred::Embedding(l.inputs.tokens, d), None)?;
+                } else if let Some(peer) = self.neighbour(cell.stage - 1, cell.microbatch)? {
+                    transfer::lower_send(l, Direction::Backward, d, peer, cell.stage - 1)?;
+                } else {
+                    l.disown(d);
+                    self.handed.insert((Direction::Backward, cell.stage - 1, cell.microbatch), d);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn join_backward(&mut self, l: &mut Lowering, walk: &mut BackwardWalk, k: usize) -> Result<()> {
+        let Some(module) = walk.forward.modules.pop() else { return Err("a module did not go forward".into()) };
+        let d = walk.d.ok_or("a module has no gradient")?;
+        l.layer = Some((self.model.config.num_hidden_layers + k) as u32);
+        let join = self.model.mtp[k].lower_input_grad(l, module.join, d)?;
+        walk.d_hidden = Some(join.d_hidden);
+        let rest = l.take_scope();
+        self.finish_or_defer(l, walk, Deferred::Join(k, module.join, join), None)?;
+        self.finish_or_defer(l, walk, Deferred::Embedding(module.tokens, join.d_embedded), None)?;
+        self.finish_or_defer(l, walk, Deferred::Scope(module.scope), None)?;
+        self.finish_or_defer(l, walk, Deferred::Scope(rest), walk.d_hidden)?;
+        l.layer = None;
+        Ok(())
+    }
+
+    fn layer_backward(
         &self,
         l: &mut Lowering,
-        layer: LayerForward,
-        d_out: Tensor,
-    ) -> Result<(LayerBackward, Tensor)> {
-        let mut scopes = vec![layer.scope];
-        let (mut attention, mut mlp) = layer.parts;
-        if l.recomputes_layers() {
-            l.repeating = true;
-            let again = self.layer_forward(l, layer.entity, layer.x)?;
-            l.repeating = false;
-            (attention, mlp) = again.parts;
-            scopes.push(again.scope);
+        walk: &mut BackwardWalk,
+        chunk: Chunk,
+        forward: impl FnOnce(&mut BackwardWalk) -> Option<LayerForward>,
+        hands_over: bool,
+    ) -> Result<()> {
+        let d = walk.d.ok_or("a layer has no gradient")?;
+        if walk.open.is_none() {
+            let forward = forward(walk).ok_or("a layer goes backward before it went forward")?;
+            walk.open = Some(LayerBackward::begin(l, forward, self.router)?);
         }
-        l.layer = Some(layer.index as u32);
-        let (mlp_grads, dh) = match &mut mlp {
-            MlpForward::Dense(dense, acts) => {
-                let (new, g) = dense.lower_input_grad(l, *acts, d_out)?;
-                *acts = new;
-                (MlpBackward::Dense(g), g.dx)
+        let Some(layer) = &mut walk.open else { return Ok(()) };
+        match chunk {
+            Chunk::CombineB => layer.combine(l, d)?,
+            Chunk::MlpB => layer.mlp(l, d)?,
+            Chunk::DispatchB => layer.dispatch(l)?,
+            Chunk::MlpW => layer.mlp_weights(l)?,
+            Chunk::AttentionB => {
+                let dx = layer.attention(l, self.router)?;
+                if hands_over && !walk.weights {
+                    l.disown(dx);
+                }
+                layer.own(l.take_scope());
+                walk.d = Some(dx);
             }
-            MlpForward::Moe(moe, acts) => {
-                let Some(router) = self.router else { return Err("experts without a router".into()) };
-                let (new, g) = moe.lower_input_grad(l, router, *acts, d_out)?;
-                *acts = new;
-                (MlpBackward::Moe(g), g.route.dx)
+            Chunk::AttentionW => layer.attention_weights(l, self.router)?,
+            _ => return Err(format!("a backward has no chunk {chunk}").into()),
+        }
+        let is_last = if walk.weights { Chunk::AttentionW } else { Chunk::AttentionB };
+        if chunk == is_last
+            && let Some(layer) = walk.open.take()
+        {
+            if walk.weights {
+                layer.release(l, walk.d);
+            } else {
+                walk.deferred.push(Deferred::Layer(layer));
             }
-        };
-        let (attention_grads, dx) = match &mut attention {
-            AttentionForward::Mla(mla, acts) => {
-                let (new, g) = mla.lower_input_grad(l, *acts, dh)?;
-                *acts = new;
-                (AttentionBackward::Mla(g), g.dx)
-            }
-            AttentionForward::Gqa(gqa, acts) => {
-                let (new, g) = gqa.lower_input_grad(l, *acts, dh)?;
-                *acts = new;
-                (AttentionBackward::Gqa(g), g.dx)
-            }
-        };
-        scopes.push(l.take_scope());
-        let backward =
-            LayerBackward { index: layer.index, parts: (attention, mlp), grads: (attention_grads, mlp_grads), scopes };
-        Ok((backward, dx))
+        }
+        l.layer = None;
+        Ok(())
     }
 
-    fn layer_weight_grad(&self, l: &mut Lowering, layer: LayerBackward, keep: Option<Tensor>) -> Result<()> {
-        l.layer = Some(layer.index as u32);
-        match (layer.parts.1, layer.grads.1) {
-            (MlpForward::Dense(dense, acts), MlpBackward::Dense(grads)) => dense.lower_weight_grad(l, acts, grads)?,
-            (MlpForward::Moe(moe, acts), MlpBackward::Moe(grads)) => {
-                let Some(router) = self.router else { return Err("experts without a router".into()) };
-                moe.lower_weight_grad(l, router, acts, grads)?;
-            }
-            _ => {}
+    fn finish_or_defer(
+        &self,
+        l: &mut Lowering,
+        walk: &mut BackwardWalk,
+        item: Deferred,
+        keep: Option<Tensor>,
+    ) -> Result<()> {
+        if walk.weights {
+            return self.lower_deferred(l, item, keep);
         }
-        match (layer.parts.0, layer.grads.0) {
-            (AttentionForward::Mla(mla, acts), AttentionBackward::Mla(grads)) => {
-                mla.lower_weight_grad(l, acts, grads)?
-            }
-            (AttentionForward::Gqa(gqa, acts), AttentionBackward::Gqa(grads)) => {
-                gqa.lower_weight_grad(l, acts, grads)?
-            }
-            _ => {}
-        }
-        for scope in layer.scopes {
-            l.release_scope(scope, keep);
+        walk.deferred.push(item);
+        Ok(())
+    }
+
+    fn weight_grad(&mut self, l: &mut Lowering, stage: u32, microbatch: u32) -> Result<()> {
+        let deferred = self.deferred.remove(&(stage, microbatch));
+        let deferred = deferred.ok_or_else(|| format!("{stage}W{microbatch}: no input gradient went before"))?;
+        for item in deferred {
+            self.lower_deferred(l, item, None)?;
         }
         Ok(())
     }
 
-    /// I of a microbatch; with `weights`, each unit's W follows its I at once, so that its memory is free for the next.
-    fn input_grad(&mut self, l: &mut Lowering, microbatch: u32, weights: bool) -> Result<()> {
-        let Some(forward) = self.forwards.remove(&microbatch) else {
-            return Err(format!("microbatch {microbatch} goes backward before it went forward").into());
-        };
-        let model = self.model.clone();
-        let mut deferred = Vec::new();
-        let no_gradient = || -> BevyError { "the head made no gradient: the forward was not for training".into() };
-        let defer = |stage: &Self, l: &mut Lowering, item: Deferred, keep: Option<Tensor>, list: &mut Vec<Deferred>| {
-            if weights {
-                stage.finish(l, item, keep)
-            } else {
-                list.push(item);
+    fn lower_deferred(&self, l: &mut Lowering, item: Deferred, keep: Option<Tensor>) -> Result<()> {
+        match item {
+            Deferred::Layer(layer) => {
+                layer.mlp_weights(l)?;
+                layer.attention_weights(l, self.router)?;
+                layer.release(l, keep);
+                l.layer = None;
                 Ok(())
             }
-        };
-
-        let mut d_next: Option<Tensor> = None;
-        for (k, mtp) in forward.mtp.into_iter().enumerate().rev() {
-            let dh = mtp.dh.ok_or_else(no_gradient)?;
-            l.layer = Some(mtp.layer.index as u32);
-            let d_out = head::lower_norm_backward(l, model.mtp[k].norm, mtp.norm, dh)?;
-            if let Some(from) = d_next {
-                l.task(ADD_GRAD, Pass::InputGrad, AddTask { from, into: d_out })?;
+            Deferred::Join(k, acts, grads) => {
+                l.layer = Some((self.model.config.num_hidden_layers + k) as u32);
+                self.model.mtp[k].lower_weight_grad(l, acts, grads)
             }
-            let (layer, d_join) = self.layer_input_grad(l, mtp.layer, d_out)?;
-            defer(self, l, Deferred::Layer(layer), Some(d_join), &mut deferred)?;
-            let join = model.mtp[k].lower_input_grad(l, mtp.join, d_join)?;
-            d_next = Some(join.d_hidden);
-            let rest = l.take_scope();
-            defer(self, l, Deferred::Join(k, mtp.join, join), None, &mut deferred)?;
-            defer(self, l, Deferred::Embedding(mtp.tokens, join.d_embedded), None, &mut deferred)?;
-            defer(self, l, Deferred::Scope(mtp.scope), None, &mut deferred)?;
-            defer(self, l, Deferred::Scope(rest), d_next, &mut deferred)?;
-        }
-
-        l.layer = None;
-        let dh = forward.dh.ok_or_else(no_gradient)?;
-        if let Some(from) = d_next {
-            l.task(ADD_GRAD, Pass::InputGrad, AddTask { from, into: dh })?;
-        }
-        let mut dx = head::lower_norm_backward(l, model.norm, forward.norm, dh)?;
-        for layer in forward.layers.into_iter().rev() {
-            let (layer, d_in) = self.layer_input_grad(l, layer, dx)?;
-            defer(self, l, Deferred::Layer(layer), Some(d_in), &mut deferred)?;
-            dx = d_in;
-        }
-        l.layer = None;
-        let rest = l.take_scope();
-        defer(self, l, Deferred::Embedding(l.inputs.tokens, dx), None, &mut deferred)?;
-        defer(self, l, Deferred::Scope(forward.scope), None, &mut deferred)?;
-        defer(self, l, Deferred::Scope(rest), None, &mut deferred)?;
-        if !weights {
-            self.deferred.insert(microbatch, deferred);
-        }
-        Ok(())
-    }
-
-    fn weight_grad(&mut self, l: &mut Lowering, microbatch: u32) -> Result<()> {
-        let Some(deferred) = self.deferred.remove(&microbatch) else {
-            return Err(format!("weight gradient of microbatch {microbatch} before its input gradient").into());
-        };
-        for item in deferred {
-            self.finish(l, item, None)?;
-        }
-        Ok(())
-    }
-
-    fn finish(&self, l: &mut Lowering, item: Deferred, keep: Option<Tensor>) -> Result<()> {
-        match item {
-            Deferred::Layer(layer) => self.layer_weight_grad(l, layer, keep),
-            Deferred::Join(k, acts, grads) => self.model.mtp[k].lower_weight_grad(l, acts, grads),
-            Deferred::Embedding(tokens, dx) => embedding::lower_weight_grad(l, self.model.embedding, tokens, dx),
+            Deferred::Embedding(tokens, dx) => {
+                l.layer = None;
+                embedding::lower_weight_grad(l, self.weight(self.model.embedding)?, tokens, dx)
+            }
             Deferred::Scope(scope) => {
                 l.release_scope(scope, keep);
                 Ok(())
@@ -384,11 +504,12 @@ impl Stage {
     }
 }
 
-impl LayerForward {
-    fn out(&self) -> Tensor {
-        match self.parts.1 {
-            MlpForward::Dense(_, acts) => acts.out,
-            MlpForward::Moe(_, acts) => acts.out,
-        }
+impl Walk {
+    fn chunks(&self) -> Vec<Option<Chunk>> {
+        let steps = match self {
+            Walk::Forward(walk) => &walk.steps,
+            Walk::Backward(walk) => &walk.steps,
+        };
+        steps.iter().map(|step| step.chunk()).collect()
     }
 }

@@ -1,5 +1,5 @@
 //! A scene: the one RON file that says what a run is. A section is a plugin's settings, and a missing section means
-//! that the plugin is absent; only `batch`, `precision` and `recompute`, which are no plugins, always have a value.
+//! that the plugin is absent; only `batch`, `mesh`, `precision` and `recompute`, which are no plugins, always have a value.
 //!
 //! A file may extend another (`extends: "base.ron"`), and `--set path.to.key=RON` has the last word. The texts are
 //! merged as written, then read as types, then checked; each stage reports everything it finds, by file, line and
@@ -25,12 +25,13 @@ pub use check::prefix;
 pub use diagnostic::{Place, SceneError, SceneErrors};
 pub use schedule::{Constant, Cosine, Schedule, WarmupStableDecay};
 pub use sections::{
-    AdamW, Batch, Checkpoint, Compute, Data, Eval, Mtp, Muon, Optimizer, Pipeline, PipelineSchedule, Precision, Ramp,
+    AdamW, Batch, Checkpoint, Compute, Data, Eval, ExpertParallel, Mtp, Muon, Optimizer, Pipeline, PipelineSchedule, Precision, Ramp,
     Recompute, RecomputeOp, Routing, RoutingMode, Sample, ScenePath, ScenePaths, Telemetry, Tokenizer, TraceSteps,
-    Train, Validation,
+    Train, Validation, WireFormat,
 };
 
 use crate::hf::config::HfConfig;
+use crate::mesh::Mesh;
 use crate::problem::Problem;
 use diagnostic::Finding;
 use source::{Read, Sources};
@@ -73,9 +74,15 @@ pub struct Scene {
     /// Length and limits of training.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub train: Option<Train>,
-    /// How layers and microbatches are laid on ranks.
+    /// Ranks along each axis.
+    #[serde(default)]
+    pub mesh: Mesh,
+    /// How layers are laid on pipeline ranks.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pipeline: Option<Pipeline>,
+    /// How rows travel to the ranks of their experts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub expert_parallel: Option<ExpertParallel>,
     /// Number formats.
     #[serde(default)]
     pub precision: Precision,

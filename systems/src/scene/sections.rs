@@ -79,7 +79,7 @@ pub enum Tokenizer {
 pub struct Batch {
     /// Sequences in a microbatch.
     pub microbatch_sequences: usize,
-    /// Microbatches in a step, for each data-parallel rank.
+    /// Microbatches in a step, over all ranks.
     pub num_microbatches: usize,
     /// Changes of `num_microbatches`, each from its step on.
     pub ramp: Vec<Ramp>,
@@ -102,6 +102,11 @@ impl Default for Batch {
 }
 
 impl Batch {
+    /// Most microbatches that a step has.
+    pub fn max_microbatches(&self) -> usize {
+        self.ramp.iter().map(|ramp| ramp.num_microbatches).fold(self.num_microbatches, usize::max)
+    }
+
     /// Microbatches in step `step`.
     pub fn num_microbatches_at(&self, step: u64) -> usize {
         let ramp = self.ramp.iter().rev().find(|ramp| ramp.step <= step);
@@ -252,22 +257,65 @@ fn default_max_grad_norm() -> Option<f64> {
     Some(1.0)
 }
 
-/// How layers and microbatches are laid on ranks.
+/// How the layers are laid on pipeline ranks, and in which order microbatches pass them.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Pipeline {
     /// Order of forward and backward passes.
     pub schedule: PipelineSchedule,
+    /// Decoder layers of each stage; `None` balances them.
+    pub stages: Option<Vec<usize>>,
+    /// Order of a layer's chunks where a forward and a backward overlap; `None` takes that of DeepSeek's trace.
+    pub overlap_order: Option<Vec<String>>,
 }
 
 /// Order of forward and backward passes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum PipelineSchedule {
-    /// One stage: forward and backward of one microbatch after the other.
+    /// All forwards, then all backwards (arXiv 1811.06965).
+    GPipe,
+    /// One forward, one backward (PipeDream-Flush, arXiv 2006.09503). On one rank: gradients add up microbatch by microbatch.
     #[default]
-    GradientAccumulation,
-    /// One forward, one backward (PipeDream-Flush).
     OneFOneB,
+    /// 1F1B over several stages a rank (arXiv 2104.04473).
+    Interleaved {
+        /// Stages that a rank holds.
+        chunks: u32,
+    },
+    /// Weight gradients fill the bubbles, at 1F1B's memory (arXiv 2401.10241).
+    ZbH1,
+    /// The same at twice the memory.
+    ZbH2,
+    /// Two stages a rank, in a V (arXiv 2405.15362).
+    Zbv,
+    /// Two directions, with forward and backward overlapped (arXiv 2412.19437).
+    DualPipe,
+    /// Its half: two stages a rank, in a V.
+    DualPipeV,
+    /// A text file: a line a rank, actions as `hadal plan --schedule .. --print` writes them.
+    File(ScenePath),
+}
+
+/// How rows travel to the ranks of their experts and back.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ExpertParallel {
+    /// Format of tokens, and of gradients of outputs, on their way to experts.
+    pub dispatch: WireFormat,
+    /// Format of outputs, and of gradients of tokens, on their way back.
+    pub combine: WireFormat,
+}
+
+/// Number format on a link.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum WireFormat {
+    /// As they are computed.
+    #[default]
+    Exact,
+    /// bfloat16.
+    Bf16,
+    /// E4M3 with a power-of-two scale for each 128 numbers (DeepSeek-V3 report, section 3.3).
+    Fp8,
 }
 
 /// Number formats.

@@ -1,0 +1,257 @@
+//! From a scene to its ranks: mesh, schedule, stages and links, with everything that does not fit together found at once.
+
+use std::{ops::Range, sync::Arc};
+
+use kernels::comm::{Comm, Spread, Wire};
+
+use crate::{
+    layout::Layout,
+    mesh::Mesh,
+    model_config::ModelConfig,
+    params::{ParamKind, ParamSpec, param_specs},
+    pipeline::{
+        ScheduleKind,
+        action::Schedule,
+        chunk::{self, Chunk},
+        source::ScheduleSource,
+        stages,
+    },
+    problem::Problem,
+    ranks::Ranks,
+    scene::{PipelineSchedule, Scene, WireFormat},
+};
+
+/// How a scene's model and batch lie on its ranks.
+#[derive(Clone, Debug)]
+pub struct Distribution {
+    /// The ranks.
+    pub mesh: Mesh,
+    /// Order of passes.
+    pub schedule: ScheduleSource,
+    /// Layers of each stage.
+    pub stages: Vec<Range<usize>>,
+    stages_of: Vec<Vec<u32>>,
+    chunk_order: [Chunk; 10],
+    wires: (Wire, Wire),
+    spread: Spread,
+}
+
+impl Distribution {
+    /// How `scene` lies on its ranks.
+    ///
+    /// # Errors
+    /// All that does not fit, each with the nearest values that would.
+    pub fn new(scene: &Scene, config: &ModelConfig) -> Result<Self, Vec<Problem>> {
+        let mesh = scene.mesh;
+        let mut problems = mesh_problems(scene, config);
+        let pipeline = scene.pipeline.clone().unwrap_or_default();
+        let chunk_order = match pipeline.overlap_order.as_deref().map(chunk::parse_order) {
+            None => chunk::ORDER,
+            Some(Ok(order)) => order,
+            Some(Err(found)) => {
+                problems.extend(found.into_iter().map(|message| Problem::new("pipeline.overlap_order", message)));
+                chunk::ORDER
+            }
+        };
+        let schedule = source(&pipeline.schedule).map_err(|problem| problems.push(problem)).ok();
+        let Some(schedule) = schedule.filter(|_| mesh.pp > 0) else { return Err(problems) };
+        let counts = microbatch_counts(scene);
+        for (path, count) in counts.iter().filter(|(_, count)| count % mesh.num_data_ranks().max(1) as usize == 0) {
+            let local = *count as u32 / mesh.num_data_ranks().max(1);
+            if let Err(message) = schedule.build(mesh.pp, local) {
+                let message = format!("comes to {local} microbatches a rank, which the schedule does not take: {message}");
+                problems.push(Problem::new(path, message));
+            }
+        }
+        let stages_of = match schedule.stages_of(mesh.pp) {
+            Ok(stages_of) => stages_of,
+            Err(message) => {
+                problems.push(Problem::new("mesh.pp", message));
+                return Err(problems);
+            }
+        };
+        let num_stages = stages_of.iter().flatten().max().map_or(1, |last| *last as usize + 1);
+        let stages = match lay_stages(config, pipeline.stages.as_deref(), num_stages) {
+            Ok(stages) => stages,
+            Err(problem) => {
+                problems.push(problem);
+                return Err(problems);
+            }
+        };
+        let expert_parallel = scene.expert_parallel.clone().unwrap_or_default();
+        let wires = (wire(expert_parallel.dispatch), wire(expert_parallel.combine));
+        let spread = config.moe.as_ref().map_or_else(Spread::default, |moe| {
+            let members_per_node = mesh.ranks_per_node.min(mesh.ep) as usize;
+            Spread::expected(
+                moe.n_routed_experts,
+                moe.num_experts_per_tok,
+                moe.n_group,
+                moe.topk_group,
+                mesh.ep as usize,
+                members_per_node,
+            )
+        });
+        let distribution = Distribution { mesh, schedule, stages, stages_of, chunk_order, wires, spread };
+        if problems.is_empty() { Ok(distribution) } else { Err(problems) }
+    }
+
+    /// The rank at the other end of `comm`.
+    pub fn ranks(&self, comm: Comm) -> Ranks {
+        let layout = Layout::new(self.mesh, comm.rank(), self.stages.clone(), self.stages_of.clone());
+        Ranks {
+            chunk_order: self.chunk_order,
+            dispatch_wire: self.wires.0,
+            combine_wire: self.wires.1,
+            spread: self.spread,
+            ..Ranks::new(comm, layout, self.schedule.clone())
+        }
+    }
+
+    /// All ranks in this process.
+    pub fn local(&self) -> Vec<Ranks> {
+        let comms = Comm::local(self.mesh.num_ranks(), self.mesh.ranks_per_node);
+        comms.into_iter().map(|comm| self.ranks(comm)).collect()
+    }
+
+    /// A rank that is only planned for.
+    pub fn planned(&self, rank: u32) -> Ranks {
+        self.ranks(Comm::planned(rank, self.mesh.num_ranks(), self.mesh.ranks_per_node))
+    }
+}
+
+fn wire(format: WireFormat) -> Wire {
+    match format {
+        WireFormat::Exact => Wire::Exact,
+        WireFormat::Bf16 => Wire::Bf16,
+        WireFormat::Fp8 => Wire::Fp8,
+    }
+}
+
+/// Numbers of microbatches that steps have, and where they are written.
+fn microbatch_counts(scene: &Scene) -> Vec<(String, usize)> {
+    let ramp = scene.batch.ramp.iter().enumerate();
+    let ramp = ramp.map(|(i, ramp)| (format!("batch.ramp[{i}].num_microbatches"), ramp.num_microbatches));
+    std::iter::once(("batch.num_microbatches".to_owned(), scene.batch.num_microbatches)).chain(ramp).collect()
+}
+
+/// The multiples of `of` around `value`, 0 left out, as text.
+fn multiples_around(value: usize, of: usize) -> String {
+    let below = value / of * of;
+    let list = [below, below + of].map(|x| (x > 0).then(|| x.to_string()));
+    list.into_iter().flatten().collect::<Vec<_>>().join(" or ")
+}
+
+/// The divisors of `n` next to `value`, as text.
+fn divisors_around(value: usize, n: usize) -> String {
+    let divides = |d: &usize| n.is_multiple_of(*d);
+    let below = (1..=value.min(n)).rev().find(divides);
+    let above = (value + 1..=n).find(divides);
+    [below, above].into_iter().flatten().map(|d| d.to_string()).collect::<Vec<_>>().join(" or ")
+}
+
+fn mesh_problems(scene: &Scene, config: &ModelConfig) -> Vec<Problem> {
+    let mesh = scene.mesh;
+    let mut problems = Vec::new();
+    for (name, value) in [("pp", mesh.pp), ("ep", mesh.ep), ("dp", mesh.dp), ("ranks_per_node", mesh.ranks_per_node)] {
+        if value == 0 {
+            problems.push(Problem::new(format!("mesh.{name}"), "must be 1 or more, but is 0"));
+        }
+    }
+    let ep = mesh.ep.max(1) as usize;
+    match &config.moe {
+        None if ep > 1 => {
+            let message = format!("is {ep}, but the model has no experts");
+            problems.push(Problem::new("mesh.ep", message).help("mesh.ep: 1; dp spreads the batch"));
+        }
+        Some(moe) if moe.n_routed_experts % ep != 0 => {
+            let message = format!("is {ep}, which does not divide the {} routed experts", moe.n_routed_experts);
+            let help = format!("mesh.ep: {}", divisors_around(ep, moe.n_routed_experts));
+            problems.push(Problem::new("mesh.ep", message).help(help));
+        }
+        _ => {}
+    }
+    let num_data_ranks = mesh.num_data_ranks().max(1) as usize;
+    for (path, count) in microbatch_counts(scene) {
+        if count > 0 && count % num_data_ranks != 0 {
+            let message = format!(
+                "is {count}, which the {num_data_ranks} data ranks (mesh.ep {} x mesh.dp {}) do not divide",
+                mesh.ep, mesh.dp
+            );
+            let help = format!("{path}: {}", multiples_around(count, num_data_ranks));
+            problems.push(Problem::new(path, message).help(help));
+        }
+    }
+    problems
+}
+
+fn source(schedule: &PipelineSchedule) -> Result<ScheduleSource, Problem> {
+    let kind = match schedule {
+        PipelineSchedule::GPipe => ScheduleKind::GPipe,
+        PipelineSchedule::OneFOneB => ScheduleKind::OneFOneB,
+        PipelineSchedule::Interleaved { chunks } => ScheduleKind::Interleaved { chunks: *chunks },
+        PipelineSchedule::ZbH1 => ScheduleKind::ZbH1,
+        PipelineSchedule::ZbH2 => ScheduleKind::ZbH2,
+        PipelineSchedule::Zbv => ScheduleKind::Zbv,
+        PipelineSchedule::DualPipe => ScheduleKind::DualPipe,
+        PipelineSchedule::DualPipeV => ScheduleKind::DualPipeV,
+        PipelineSchedule::File(path) => {
+            let at = |message: String| Problem::new("pipeline.schedule", message);
+            let name = path.0.display();
+            let text = std::fs::read_to_string(&path.0).map_err(|e| at(format!("cannot read {name}: {e}")))?;
+            let schedule = Schedule::from_text(&text).map_err(|e| at(format!("{name}: {e}")))?;
+            return Ok(ScheduleSource::Text(Arc::new(schedule)));
+        }
+    };
+    Ok(ScheduleSource::Kind(kind))
+}
+
+fn lay_stages(
+    config: &ModelConfig,
+    counts: Option<&[usize]>,
+    num_stages: usize,
+) -> Result<Vec<Range<usize>>, Problem> {
+    let num_layers = config.num_hidden_layers;
+    if let Some(counts) = counts {
+        return stages::explicit(counts, num_layers, num_stages)
+            .map_err(|e| Problem::new("pipeline.stages", e.to_string()));
+    }
+    if num_stages > num_layers {
+        let message = format!("comes to {num_stages} stages, more than the {num_layers} layers of the model");
+        let help = format!("mesh.pp: so that there are {num_layers} stages or fewer");
+        return Err(Problem::new("mesh.pp", message).help(help));
+    }
+    let weights = StageWeights::new(config);
+    Ok(stages::balance(&weights.layers, weights.first, weights.last, num_stages))
+}
+
+/// What a token costs in each part of a model, in activated parameters: products are most of a pass.
+struct StageWeights {
+    layers: Vec<f64>,
+    first: f64,
+    last: f64,
+}
+
+impl StageWeights {
+    fn new(config: &ModelConfig) -> Self {
+        let mut layers = vec![0.0; config.num_hidden_layers];
+        let mut last = 0.0;
+        let share = config.moe.as_ref().map_or(1.0, |moe| moe.num_experts_per_tok as f64 / moe.n_routed_experts as f64);
+        let weight = |spec: &ParamSpec| {
+            let share = if spec.kind == ParamKind::ExpertLinear { share } else { 1.0 };
+            spec.num_elements() as f64 * share
+        };
+        let mut head = 0.0;
+        for spec in param_specs(config) {
+            match (spec.layer, spec.kind) {
+                (Some(layer), _) if layer < layers.len() => layers[layer] += weight(&spec),
+                (Some(_), _) => last += weight(&spec),
+                // Looking a token up costs next to nothing; multiplying by the head does, once for each loss.
+                (None, ParamKind::Head) => head = weight(&spec),
+                (None, ParamKind::Embedding) if config.tie_word_embeddings => head = weight(&spec),
+                (None, _) => {}
+            }
+        }
+        last += head * (1 + config.num_nextn_predict_layers) as f64;
+        StageWeights { layers, first: 0.0, last }
+    }
+}
