@@ -411,3 +411,6 @@ fn place_rows<T: Float>(
     );
     Ok(load)
 }
+
+#[cfg(test)]
+mod tests;
