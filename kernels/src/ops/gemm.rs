@@ -98,11 +98,11 @@ fn has_work<T>(a: Mat<T>, b: Mat<T>, c: &[T], c_stride: usize) -> bool {
     true
 }
 
-/// [`gemm`] on the calling thread, where the bits of a row of `c` follow from its row of `a` and from `b` alone, and not from how
+/// [`gemm()`] on the calling thread, where the bits of a row of `c` follow from its row of `a` and from `b` alone, and not from how
 /// many rows are beside it: so a token's result is the same on one rank and on many.
 ///
 /// # Panics
-/// As [`gemm`].
+/// As [`gemm()`].
 pub fn gemm_by_row<T: Float>(a: Mat<T>, b: Mat<T>, beta: f64, c: &mut [T], c_stride: usize) {
     if !has_work(a, b, c, c_stride) {
         return;
