@@ -199,7 +199,8 @@ impl Exchange {
         let num_local = received.offsets.len().saturating_sub(1);
         expect_tensor(op, "received offsets", received.offsets, DType::U32, &[num_local + 1])?;
         let num_experts = num_local * n;
-        let fits = offsets == received.offsets || (offsets.dtype == DType::U32 && offsets.shape == *[num_experts + 1].as_slice());
+        let fits = offsets == received.offsets
+            || (offsets.dtype == DType::U32 && offsets.shape == *[num_experts + 1].as_slice());
         expect_that(op, "offsets", offsets, fits, || {
             format!("U32 of [{}], for {num_local} experts on each of {n} ranks", num_experts + 1)
         })?;
@@ -410,3 +411,6 @@ fn place_rows<T: Float>(
     );
     Ok(load)
 }
+
+#[cfg(test)]
+mod tests;

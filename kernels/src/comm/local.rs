@@ -44,9 +44,12 @@ pub(super) struct Hub {
     num_ranks: usize,
     /// By sender, then receiver.
     pairs: Vec<Pair>,
-    rooms: Mutex<BTreeMap<(u32, Arc<[u32]>), Arc<Room>>>,
+    rooms: Mutex<Rooms>,
     lost: Mutex<Option<Error>>,
 }
+
+/// By lane and group.
+type Rooms = BTreeMap<(u32, Arc<[u32]>), Arc<Room>>;
 
 #[derive(Default)]
 struct Pair {

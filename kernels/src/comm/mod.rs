@@ -310,3 +310,8 @@ fn copy_in(m: &Memory, x: Tensor, data: &Storage) {
         }
     });
 }
+
+#[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
+mod tests;

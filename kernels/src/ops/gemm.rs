@@ -46,6 +46,11 @@ impl<'a, T> Mat<'a, T> {
         Mat { rows: self.cols, cols: self.rows, row_stride: self.col_stride, col_stride: self.row_stride, ..self }
     }
 
+    /// Columns from `start` on, `cols` of them.
+    fn columns(self, start: usize, cols: usize) -> Self {
+        Mat { data: &self.data[start * self.col_stride..], cols, ..self }
+    }
+
     fn check(&self) {
         if self.rows > 0 && self.cols > 0 {
             let last = (self.rows - 1) * self.row_stride + (self.cols - 1) * self.col_stride;
@@ -69,19 +74,80 @@ pub enum Threads {
 /// If inner sizes differ or a matrix reaches past its slice.
 pub fn gemm<T: Float>(a: Mat<T>, b: Mat<T>, beta: f64, c: &mut [T], c_stride: usize, threads: Threads) {
     let (m, k, n) = (a.rows, a.cols, b.cols);
-    assert_eq!(k, b.rows, "inner sizes of a product agree");
-    if m == 0 || n == 0 {
+    if !has_work(a, b, c, c_stride) {
         return;
     }
-    assert!(c_stride >= n && (m - 1) * c_stride + n <= c.len(), "the result fits its slice, row by row");
-    a.check();
-    b.check();
     if m == 1 && a.col_stride == 1 && b.row_stride == 1 && b.col_stride == k {
         return one_row(a.data, b.data, k, beta, &mut c[..n]);
     }
     match T::DTYPE {
-        crate::dtype::DType::Bf16 => widened(a, b, beta, c, c_stride, threads),
+        crate::dtype::DType::Bf16 => widened(a, b, beta, c, c_stride, |a, b, c| native(a, b, 0.0, c, n, threads)),
         _ => native(a, b, beta, c, c_stride, threads),
+    }
+}
+
+/// Checks a product's sizes; whether there is something to do.
+fn has_work<T>(a: Mat<T>, b: Mat<T>, c: &[T], c_stride: usize) -> bool {
+    assert_eq!(a.cols, b.rows, "inner sizes of a product agree");
+    if a.rows == 0 || b.cols == 0 {
+        return false;
+    }
+    assert!(c_stride >= b.cols && (a.rows - 1) * c_stride + b.cols <= c.len(), "the result fits its slice, row by row");
+    a.check();
+    b.check();
+    true
+}
+
+/// [`gemm()`] on the calling thread, where the bits of a row of `c` follow from its row of `a` and from `b` alone, and not from how
+/// many rows are beside it: so a token's result is the same on one rank and on many.
+///
+/// # Panics
+/// As [`gemm()`].
+pub fn gemm_by_row<T: Float>(a: Mat<T>, b: Mat<T>, beta: f64, c: &mut [T], c_stride: usize) {
+    if !has_work(a, b, c, c_stride) {
+        return;
+    }
+    let n = b.cols;
+    match T::DTYPE {
+        crate::dtype::DType::Bf16 => widened(a, b, beta, c, c_stride, |a, b, c| steady(a, b, 0.0, c, n)),
+        _ => steady(a, b, beta, c, c_stride),
+    }
+}
+
+/// Results of up to so many elements, and of one row, take paths of the `gemm` crate that sum in another order.
+const SMALL_RESULT: usize = 16 * 16;
+/// Columns of `c` up to which that crate cuts the inner size in two ways, by the number of rows; and the size it cuts from.
+const NARROW: usize = 64;
+const MAX_INNER: usize = 512;
+
+/// `native` on its common path always: rows of zeros are added where there are too few, and the inner size of narrow results is
+/// cut here.
+fn steady<T: Float>(a: Mat<T>, b: Mat<T>, beta: f64, c: &mut [T], c_stride: usize) {
+    let (m, k, n) = (a.rows, a.cols, b.cols);
+    let rows = (SMALL_RESULT / n + 1).max(2);
+    if m < rows {
+        let (mut a_wide, mut c_wide) = (vec![T::default(); rows * k], vec![T::default(); rows * n]);
+        for (r, row) in a_wide.chunks_exact_mut(k.max(1)).take(m).enumerate() {
+            for (j, x) in row.iter_mut().enumerate() {
+                *x = a.data[r * a.row_stride + j * a.col_stride];
+            }
+        }
+        for (r, row) in c_wide.chunks_exact_mut(n).take(m).enumerate() {
+            row.copy_from_slice(&c[r * c_stride..][..n]);
+        }
+        steady(Mat::new(&a_wide, rows, k), b, beta, &mut c_wide, n);
+        for (r, row) in c_wide.chunks_exact(n).take(m).enumerate() {
+            c[r * c_stride..][..n].copy_from_slice(row);
+        }
+        return;
+    }
+    if n > NARROW || k <= MAX_INNER {
+        return native(a, b, beta, c, c_stride, Threads::One);
+    }
+    for start in (0..k).step_by(MAX_INNER) {
+        let len = MAX_INNER.min(k - start);
+        let beta = if start == 0 { beta } else { 1.0 };
+        native(a.columns(start, len), b.t().columns(start, len).t(), beta, c, c_stride, Threads::One);
     }
 }
 
@@ -128,7 +194,15 @@ fn native<T: Float>(a: Mat<T>, b: Mat<T>, beta: f64, c: &mut [T], c_stride: usiz
     }
 }
 
-fn widened<T: Float>(a: Mat<T>, b: Mat<T>, beta: f64, c: &mut [T], c_stride: usize, threads: Threads) {
+/// By `product`, of f32, which assigns a contiguous result.
+fn widened<T: Float>(
+    a: Mat<T>,
+    b: Mat<T>,
+    beta: f64,
+    c: &mut [T],
+    c_stride: usize,
+    product: impl FnOnce(Mat<f32>, Mat<f32>, &mut [f32]),
+) {
     let (m, n) = (a.rows, b.cols);
     let widen = |x: &[T]| x.iter().map(|v| v.as_f64() as f32).collect::<Vec<f32>>();
     let (a_f32, b_f32) = (widen(a.data), widen(b.data));
@@ -136,7 +210,7 @@ fn widened<T: Float>(a: Mat<T>, b: Mat<T>, beta: f64, c: &mut [T], c_stride: usi
     fn cast<'a, T>(m: Mat<'_, T>, data: &'a [f32]) -> Mat<'a, f32> {
         Mat { data, rows: m.rows, cols: m.cols, row_stride: m.row_stride, col_stride: m.col_stride }
     }
-    native(cast(a, &a_f32), cast(b, &b_f32), 0.0, &mut c_f32, n, threads);
+    product(cast(a, &a_f32), cast(b, &b_f32), &mut c_f32);
     for (r, row) in c_f32.chunks_exact(n).enumerate() {
         for (out, &x) in c[r * c_stride..r * c_stride + n].iter_mut().zip(row) {
             let old = if beta == 0.0 { 0.0 } else { beta * out.as_f64() };
@@ -253,6 +327,53 @@ mod tests {
             let mut c = vec![1.0; m * n];
             gemm(a, b, 2.0, &mut c, n, Threads::One);
             assert_close(&c, &want, 1e-12);
+        }
+    }
+
+    /// Whether each row of a product over all rows has the bits that it has among any other number of rows.
+    fn rows_stand_alone<T: Float>(k: usize, n: usize, transposed: bool, beta: f64) -> bool {
+        const ROWS: usize = 200;
+        let cast = |x: Vec<f64>| x.into_iter().map(T::of_f64).collect::<Vec<T>>();
+        let (a, b, c) = (cast(random(ROWS * k, 1)), cast(random(k * n, 2)), cast(random(ROWS * n, 3)));
+        let b = if transposed { Mat::new(&b, n, k).t() } else { Mat::new(&b, k, n) };
+        let mut all = c.clone();
+        gemm_by_row(Mat::new(&a, ROWS, k), b, beta, &mut all, n);
+        let counts = [1, 2, 3, 4, 5, 7, 8, 13, 16, 31, 33, 63, 64, 65, 100, 129, 199];
+        counts.into_iter().all(|rows| {
+            let first = (rows * 7) % (ROWS - rows + 1);
+            let mut some = c[first * n..(first + rows) * n].to_vec();
+            gemm_by_row(Mat::new(&a[first * k..][..rows * k], rows, k), b, beta, &mut some, n);
+            some == all[first * n..(first + rows) * n]
+        })
+    }
+
+    #[test]
+    fn a_row_has_the_same_bits_beside_any_other_rows() {
+        for k in [1, 2, 3, 8, 17, 64, 100, 257, 512, 513, 700, 1100] {
+            for n in [1, 2, 3, 5, 7, 8, 16, 17, 31, 33, 63, 64, 65, 100, 127, 129, 250, 300] {
+                for (transposed, beta) in [(true, 0.0), (false, 0.0), (false, 1.0)] {
+                    let shape = (k, n, transposed, beta);
+                    assert!(rows_stand_alone::<f32>(k, n, transposed, beta), "f32 {shape:?}");
+                    assert!(rows_stand_alone::<f64>(k, n, transposed, beta), "f64 {shape:?}");
+                }
+            }
+            assert!(rows_stand_alone::<half::bf16>(k, 48, true, 0.0), "bf16 {k}");
+        }
+    }
+
+    #[test]
+    fn products_by_row_match_the_definition() {
+        for (m, k, n) in [(1, 5, 9), (3, 700, 7), (2, 1100, 64), (20, 600, 65), (4, 0, 3)] {
+            let (a, b) = (random(m * k, 1), random(k * n, 2));
+            let want: Vec<f64> =
+                (0..m * n).map(|j| (0..k).map(|l| a[(j / n) * k + l] * b[l * n + j % n]).sum::<f64>() + 2.0).collect();
+            // Rows of c two elements apart, which stay as they are.
+            let mut c = vec![1.0; m * (n + 2)];
+            gemm_by_row(Mat::new(&a, m, k), Mat::new(&b, k, n), 2.0, &mut c, n + 2);
+            for (c, want) in c.chunks_exact(n + 2).zip(want.chunks_exact(n)) {
+                assert_close(&c[..n], want, 1e-12);
+                assert_eq!(c[n..], [1.0, 1.0]);
+            }
         }
     }
 

@@ -6,6 +6,13 @@
 //! - I: dx_ni = dy_no w_e
 //! - W: dw_e += dy_e^T x_e; experts without rows leave theirs untouched
 //!
+//! Offsets may end before the rows do: buffers that other ranks write to have room for more than comes. Rows past the last
+//! expert's are neither read nor written.
+//!
+//! A row's result has the same bits whatever rows are beside it and however its expert's rows are cut, so it does not depend on
+//! the number of ranks that share the experts. One exception: F of x with less than 64 rows in all, where an expert with one row
+//! takes the product that generation is fast with.
+//!
 //! A product of one expert is too small to share between cores (waking them costs as much as it takes), so the cores take whole
 //! products, the largest first. An expert with many rows is cut into chunks, of rows (F, I) or of outputs (W), at places that
 //! depend on the problem and not on the cores: results are the same on any machine of one instruction set.
@@ -23,7 +30,7 @@ use crate::{
     error::Result,
     ops::{
         expect::expect_tensor,
-        gemm::{Mat, Threads, gemm},
+        gemm::{Mat, Threads, gemm, gemm_by_row},
     },
     stream::Stream,
     tensor::Tensor,
@@ -39,17 +46,25 @@ struct Sizes {
     i: usize,
 }
 
+/// Rows of x below which one row of an expert is a product with a vector.
+const FEW_ROWS: usize = 64;
+
 impl Task {
     /// The task's rows of y = x w_e^T.
     fn forward<T: Float>(&self, z: Sizes, x: &[T], w: &[T], y: &mut [T]) {
         let x = Mat::new(&x[self.rows.start * z.i..self.rows.end * z.i], self.rows.len(), z.i);
-        gemm(x, self.weight(z, w).t(), 0.0, y, z.o, Threads::One);
+        let w = self.weight(z, w).t();
+        if z.n < FEW_ROWS {
+            gemm(x, w, 0.0, y, z.o, Threads::One);
+        } else {
+            gemm_by_row(x, w, 0.0, y, z.o);
+        }
     }
 
     /// The task's rows of dx = dy w_e, `stride` elements from row to row.
     fn input_grad<T: Float>(&self, z: Sizes, dy: &[T], w: &[T], dx: &mut [T], stride: usize) {
         let dy = Mat::new(&dy[self.rows.start * z.o..self.rows.end * z.o], self.rows.len(), z.o);
-        gemm(dy, self.weight(z, w), 0.0, dx, stride, Threads::One);
+        gemm_by_row(dy, self.weight(z, w), 0.0, dx, stride);
     }
 
     /// The task's outputs of dw_e += dy^T x.
@@ -57,7 +72,7 @@ impl Task {
         let dy = &dy[self.rows.start * z.o + self.outputs.start..self.rows.end * z.o];
         let dy = Mat::strided(dy, self.rows.len(), self.outputs.len(), z.o);
         let x = Mat::new(&x[self.rows.start * z.i..self.rows.end * z.i], self.rows.len(), z.i);
-        gemm(dy.t(), x, 1.0, dw, z.i, Threads::One);
+        gemm_by_row(dy.t(), x, 1.0, dw, z.i);
     }
 
     fn weight<'a, T>(&self, z: Sizes, w: &'a [T]) -> Mat<'a, T> {

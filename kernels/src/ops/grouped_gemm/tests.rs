@@ -135,9 +135,72 @@ fn contracts_are_checked() {
     let mut s = stream();
     let m = s.memory().clone();
     let (x, w, y) = (m.alloc(DType::F32, &[4, 3]), m.alloc(DType::F32, &[2, 5, 3]), m.alloc(DType::F32, &[4, 5]));
-    let offsets = m.from_slice(&[3], &[0u32, 1, 3]);
+    let offsets = m.from_slice(&[3], &[0u32, 1, 5]);
     let error = forward(&mut s, x, offsets, w, x).unwrap_err().to_string();
     assert_eq!(error, "grouped linear: `y` should be F32 of [4, 5], found F32 of [4, 3]");
     forward(&mut s, x, offsets, w, y).unwrap();
-    assert!(s.synchronize().unwrap_err().to_string().contains("offsets span the rows of x"));
+    assert!(s.synchronize().unwrap_err().to_string().contains("offsets lie within the rows of x"));
+}
+
+/// y, h, a, dh, the second a, dx and dw as bits, of an expert layer over the first rows of buffers of `room` rows, which hold
+/// NaN after them and in every output; counts of each expert.
+fn layer<T: Float>(counts: &[usize], room: usize, i: usize, f: usize) -> Vec<Vec<f64>> {
+    let (n, e) = (counts.iter().sum::<usize>(), counts.len());
+    let mut s = stream();
+    let m = s.memory().clone();
+    let nan = T::of_f64(f64::NAN);
+    let cast = |x: Vec<f64>| x.into_iter().map(T::of_f64).collect::<Vec<T>>();
+    let rows = |cols: usize, seed| {
+        let mut values = cast(random(n * cols, seed));
+        values.resize(room * cols, nan);
+        m.from_slice(&[room, cols], &values)
+    };
+    let out = |cols: usize| m.from_slice(&[room, cols], &vec![nan; room * cols]);
+    let (x, dy) = (rows(i, 1), rows(i, 2));
+    let w1 = m.from_slice(&[e, 2 * f, i], &cast(random(e * 2 * f * i, 3)));
+    let w2 = m.from_slice(&[e, i, f], &cast(random(e * i * f, 4)));
+    let offsets = m.from_slice(&[e + 1], &offsets_of(counts));
+    let (h, a, y, dh, again, dx) = (out(2 * f), out(f), out(i), out(2 * f), out(f), out(i));
+    let dw = m.from_slice(&[e, i, f], &cast(vec![0.0; e * i * f]));
+    swiglu::forward(&mut s, x, offsets, w1, h, a).unwrap();
+    forward(&mut s, a, offsets, w2, y).unwrap();
+    swiglu::input_grad(&mut s, dy, offsets, w2, h, dh, Some(again)).unwrap();
+    input_grad(&mut s, dh, offsets, w1, dx).unwrap();
+    weight_grad(&mut s, dy, a, offsets, dw).unwrap();
+    s.synchronize().unwrap();
+    let mut results = Vec::new();
+    for (t, cols) in [(y, i), (h, 2 * f), (a, f), (dh, 2 * f), (again, f), (dx, i)] {
+        let values: Vec<f64> = m.download::<T>(t).into_iter().map(T::as_f64).collect();
+        assert!(values[n * cols..].iter().all(|x| x.is_nan()), "rows past the last offset are left alone");
+        results.push(values[..n * cols].to_vec());
+    }
+    results.push(m.download::<T>(dw).into_iter().map(T::as_f64).collect());
+    results
+}
+
+#[test]
+fn bits_depend_neither_on_the_room_nor_on_the_rows_beside() {
+    fn check<T: Float>(i: usize, f: usize) {
+        // Three experts' rows in a row: the middle one alone has to give the same, in buffers of any size.
+        for count in [1, 2, 3, 9, 64, 65, 150] {
+            let alone = layer::<T>(&[count], count.max(64), i, f);
+            for room in [150, 1000, 6000] {
+                assert_eq!(
+                    layer::<T>(&[count], room.max(count), i, f),
+                    alone,
+                    "{count} rows, {i} x {f}, room for {room}"
+                );
+            }
+            // More rows of the same expert behind these: all that is by row stays.
+            let more = layer::<T>(&[count + 70], 300, i, f);
+            for ((more, alone), cols) in more.iter().zip(&alone).zip([i, 2 * f, f, 2 * f, f, i]) {
+                assert_eq!(more[..count * cols], alone[..], "{count} rows of {}, {i} x {f}", count + 70);
+            }
+        }
+    }
+    for (i, f) in [(8, 8), (24, 9), (64, 33), (100, 65), (600, 30), (700, 70)] {
+        check::<f64>(i, f);
+        check::<f32>(i, f);
+    }
+    check::<half::bf16>(40, 24);
 }

@@ -1,0 +1,314 @@
+//! The exchange against one rank that has all tokens, for routings of all kinds.
+
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+use half::bf16;
+use rand::{RngExt as _, SeedableRng};
+
+use super::*;
+use crate::{
+    comm::{meter::Meter, testing::on_ranks},
+    device::Device,
+    ops::{permute, testing::random},
+};
+
+const E: usize = 8;
+const K: usize = 3;
+
+/// Experts of each slot, distinct within a token; t tokens on each of n ranks.
+type Routing = fn(rank: usize, token: usize) -> [u32; K];
+
+const ROUTINGS: [(&str, Routing); 4] = [
+    ("random", |rank, token| {
+        let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64((rank * 1000 + token) as u64);
+        let mut experts: Vec<u32> = (0..E as u32).collect();
+        [(); K].map(|()| experts.swap_remove(rng.random_range(0..experts.len())))
+    }),
+    // Expert 6 always, 5 nearly always.
+    ("skewed", |rank, token| if (rank + token) % 7 == 0 { [6, 0, 3] } else { [6, 5, (token % 5) as u32] }),
+    ("experts without rows", |_, token| if token % 2 == 0 { [1, 4, 7] } else { [7, 1, 3] }),
+    ("all to one rank", |_, _| [2, 0, 1]),
+];
+
+fn order(s: &Stream, num_rows: usize) -> Order {
+    let alloc = |n| s.memory().alloc(DType::U32, &[n]);
+    Order { offsets: alloc(E + 1), row_of_slot: alloc(num_rows), token_of_row: alloc(num_rows) }
+}
+
+fn received(s: &Stream, dtype: DType, n: usize, cap: usize, d: usize) -> Received {
+    let m = s.memory();
+    Received {
+        rows: m.alloc(dtype, &[cap, d]),
+        offsets: m.alloc(DType::U32, &[E / n + 1]),
+        origin: m.alloc(DType::U32, &[cap, 2]),
+    }
+}
+
+fn tokens_of(rank: usize) -> usize {
+    20 + 3 * rank
+}
+
+fn cast<T: Float>(x: Vec<f64>) -> Vec<T> {
+    x.into_iter().map(T::of_f64).collect()
+}
+
+fn inputs<T: Float>(rank: usize, d: usize, routing: Routing) -> (Vec<T>, Vec<u32>) {
+    let t = tokens_of(rank);
+    (cast(random(t * d, rank as u64)), (0..t).flat_map(|token| routing(rank, token)).collect())
+}
+
+/// What the wire makes of rows.
+fn through<T: Float>(wire: Wire, x: &[T], d: usize) -> Vec<T> {
+    let (encoded, mut out) = (Rows::encode(wire, x, d), x.to_vec());
+    out.chunks_exact_mut(d).enumerate().for_each(|(row, out)| encoded.decode(row, out));
+    out
+}
+
+/// Rows of all ranks' tokens in expert order, on one rank, and offsets.
+fn plain<T: Float>(n: usize, d: usize, routing: Routing, wire: Wire) -> (Vec<T>, Vec<u32>) {
+    let mut s = crate::ops::testing::stream();
+    let m = s.memory().clone();
+    let (x, indices): (Vec<_>, Vec<_>) = (0..n).map(|rank| inputs::<T>(rank, d, routing)).unzip();
+    let (x, indices) = (through(wire, &x.concat(), d), indices.concat());
+    let t = indices.len() / K;
+    let order = order(&s, t * K);
+    let rows = m.alloc(T::DTYPE, &[t * K, d]);
+    permute::sort(&mut s, m.from_slice(&[t, K], &indices), order).unwrap();
+    permute::permute(&mut s, m.from_slice(&[t, d], &x), order, rows).unwrap();
+    s.synchronize().unwrap();
+    (m.download(rows), m.download(order.offsets))
+}
+
+/// Dispatch, identity, return and the weighted sum, of ranks against one.
+fn check<T: Float>(n: usize, d: usize, (name, routing): (&str, Routing), wire: Wire) {
+    let case = format!("{name}, {n} ranks, {:?} x {d} as {wire:?}", T::DTYPE);
+    let (all_rows, all_offsets) = plain::<T>(n, d, routing, wire);
+    let per_member = E / n;
+    let bounds: Vec<usize> = (0..=n).map(|i| all_offsets[i * per_member] as usize).collect();
+    let most = bounds.windows(2).map(|w| w[1] - w[0]).max().unwrap();
+    on_ranks(n as u32, 2, |comm, s| {
+        let me = comm.rank() as usize;
+        let (x, indices) = inputs::<T>(me, d, routing);
+        let t = tokens_of(me);
+        let m = s.memory().clone();
+        let cap = (0..n).map(tokens_of).sum::<usize>() * K.min(per_member);
+        let (order, to) = (order(s, t * K), received(s, T::DTYPE, n, cap, d));
+        let exchange = Exchange { group: comm.everyone(), comm, tag: 4, wire };
+        let exact = Exchange { wire: Wire::Exact, ..exchange.clone() };
+        let (x_td, indices) = (m.from_slice(&[t, d], &x), m.from_slice(&[t, K], &indices));
+        permute::sort(s, indices, order).unwrap();
+        exchange.dispatch(s, x_td, indices, order, Spread::default(), to).unwrap();
+        let dispatched = s.record();
+        let (back, mine) = (m.alloc(T::DTYPE, &[t * K, d]), m.alloc(T::DTYPE, &[t * K, d]));
+        exact.return_rows(s, to.rows, to, back).unwrap();
+        let returned = s.record();
+        s.synchronize().unwrap();
+
+        // What came is what one rank with all tokens has for these experts, in its order.
+        let part = bounds[me]..bounds[me + 1];
+        assert!(m.download::<T>(to.rows)[..part.len() * d] == all_rows[part.start * d..part.end * d], "{case}: rows");
+        let base = part.start as u32;
+        let want: Vec<u32> = all_offsets[me * per_member..=(me + 1) * per_member].iter().map(|o| o - base).collect();
+        assert_eq!(m.download::<u32>(to.offsets), want, "{case}: offsets");
+        for event in [dispatched, returned] {
+            assert_eq!(event.waited().load, Some((part.len() as u64, most as u64)), "{case}: load");
+        }
+
+        // What comes back is this rank's own permutation, to the bit, and so is the weighted sum.
+        let x_wire = m.from_slice(&[t, d], &through(wire, &x, d));
+        permute::permute(s, x_wire, order, mine).unwrap();
+        let acc = crate::ops::expect::acc_dtype(T::DTYPE);
+        let weights = m.alloc(acc, &[t, K]);
+        crate::with_float!(acc, A => m.upload::<A>(weights, &cast(random(t * K, 9))));
+        let (y, y_back) = (m.alloc(T::DTYPE, &[t, d]), m.alloc(T::DTYPE, &[t, d]));
+        permute::combine(s, mine, weights, order, y, false).unwrap();
+        permute::combine(s, back, weights, order, y_back, false).unwrap();
+        s.synchronize().unwrap();
+        assert!(m.download::<T>(back) == m.download::<T>(mine), "{case}: rows that came back");
+        assert!(m.download::<T>(y_back) == m.download::<T>(y), "{case}: the sum");
+
+        // Rows sent by row go where dispatch put them, and come back to where they were.
+        let (out, again) = (m.alloc(T::DTYPE, &[cap, d]), m.alloc(T::DTYPE, &[t * K, d]));
+        exact.send_rows(s, mine, order, to, out).unwrap();
+        s.synchronize().unwrap();
+        let len = part.len() * d;
+        assert!(m.download::<T>(out)[..len] == m.download::<T>(to.rows)[..len], "{case}: rows sent");
+        let own = cast::<T>(random(t * K * d, 70 + me as u64));
+        let rows = m.from_slice(&[t * K, d], &own);
+        exchange.send_rows(s, rows, order, to, out).unwrap();
+        exact.return_rows(s, out, to, again).unwrap();
+        s.synchronize().unwrap();
+        assert!(m.download::<T>(again) == through(wire, &own, d), "{case}: there and back");
+    });
+}
+
+#[test]
+fn many_ranks_are_one_to_the_bit() {
+    for routing in ROUTINGS {
+        for n in [1, 2, 4, 8] {
+            check::<f32>(n, 5, routing, Wire::Exact);
+            check::<f64>(n, 33, routing, Wire::Exact);
+            check::<bf16>(n, 8, routing, Wire::Exact);
+        }
+    }
+}
+
+#[test]
+fn an_encoded_row_is_the_row_quantized_on_any_number_of_ranks() {
+    for n in [1, 2, 4, 8] {
+        for wire in [Wire::Bf16, Wire::Fp8] {
+            check::<f32>(n, 300, ROUTINGS[0], wire);
+            check::<f64>(n, 130, ROUTINGS[1], wire);
+            check::<bf16>(n, 64, ROUTINGS[2], wire);
+        }
+    }
+}
+
+/// Copies of tokens and rows by their definitions, one token at a time.
+fn counted(n: usize, per_node: usize, routing: Routing, row_bytes: u64) -> Vec<Meter> {
+    let mut meters = vec![Meter::default(); n];
+    for source in 0..n {
+        for token in 0..tokens_of(source) {
+            let members: std::collections::BTreeSet<usize> =
+                routing(source, token).iter().map(|&expert| expert as usize * n / E).collect();
+            for node in 0..n / per_node {
+                let here: Vec<usize> = members.iter().copied().filter(|m| m / per_node == node).collect();
+                let from = node * per_node + source % per_node;
+                if node != source / per_node && !here.is_empty() {
+                    meters[source].dispatch.inter_node += row_bytes;
+                }
+                meters[from].dispatch.intra_node += here.iter().filter(|&&m| m != from).count() as u64 * row_bytes;
+            }
+            for expert in routing(source, token) {
+                let member = expert as usize * n / E;
+                let combine = &mut meters[member].combine;
+                if member / per_node != source / per_node {
+                    combine.inter_node += row_bytes;
+                } else if member != source {
+                    combine.intra_node += row_bytes;
+                }
+            }
+        }
+    }
+    meters
+}
+
+#[test]
+fn meters_are_what_counting_copies_gives() {
+    let d = 200;
+    for (n, per_node) in [(1, 1), (2, 1), (2, 2), (4, 2), (8, 4), (8, 2), (8, 8)] {
+        for (name, routing) in ROUTINGS {
+            for (wire, row_bytes) in [(Wire::Exact, 800), (Wire::Bf16, 400), (Wire::Fp8, 202)] {
+                let got = on_ranks(n as u32, per_node as u32, |comm, s| {
+                    let me = comm.rank() as usize;
+                    let (x, indices) = inputs::<f32>(me, d, routing);
+                    let (t, m) = (tokens_of(me), s.memory().clone());
+                    let (order, to) = (order(s, t * K), received(s, DType::F32, n, 2000, d));
+                    let (x, indices) = (m.from_slice(&[t, d], &x), m.from_slice(&[t, K], &indices));
+                    let back = m.alloc(DType::F32, &[t * K, d]);
+                    let exchange = Exchange { group: comm.everyone(), comm: comm.clone(), tag: 0, wire };
+                    permute::sort(s, indices, order).unwrap();
+                    exchange.dispatch(s, x, indices, order, Spread::default(), to).unwrap();
+                    exchange.return_rows(s, to.rows, to, back).unwrap();
+                    s.synchronize().unwrap();
+                    comm.meter()
+                });
+                assert_eq!(got, counted(n, per_node, routing, row_bytes), "{name}, {n} ranks by {per_node}, {wire:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_plan_expects_the_bytes_that_random_routing_makes() {
+    let (n, per_node, t, d) = (8, 4, 2000, 4);
+    let routing = ROUTINGS[0].1;
+    let run = |comm: Comm, s: &mut Stream| {
+        let m = s.memory().clone();
+        let indices: Vec<u32> = (0..t).flat_map(|token| routing(comm.rank() as usize, token)).collect();
+        let (order, to) = (order(s, t * K), received(s, DType::F32, n, n * t, d));
+        let (x, indices) = (m.alloc(DType::F32, &[t, d]), m.from_slice(&[t, K], &indices));
+        let back = m.alloc(DType::F32, &[t * K, d]);
+        let exchange = Exchange { group: comm.everyone(), comm: comm.clone(), tag: 0, wire: Wire::Exact };
+        let spread = Spread::expected(E, K, 1, 1, n, per_node);
+        permute::sort(s, indices, order).unwrap();
+        s.start_recording();
+        exchange.dispatch(s, x, indices, order, spread, to).unwrap();
+        let dispatch = s.finish_recording();
+        assert_eq!(dispatch.rendezvous, [Rendezvous::Collective { group: comm.everyone(), tag: 0 }]);
+        s.start_recording();
+        exchange.return_rows(s, to.rows, to, back).unwrap();
+        let combine = s.finish_recording();
+        exchange.dispatch(s, x, indices, order, spread, to).unwrap();
+        exchange.return_rows(s, to.rows, to, back).unwrap();
+        s.synchronize().unwrap();
+        let meter = comm.meter();
+        [(meter.dispatch, dispatch.cost), (meter.combine, combine.cost)]
+    };
+    let all = on_ranks(n as u32, per_node as u32, run);
+    for kind in 0..2 {
+        let sum = |f: fn(&(LinkBytes, Cost)) -> u64| all.iter().map(|rank| f(&rank[kind])).sum::<u64>() as f64;
+        for (metered, expected) in [
+            (sum(|(bytes, _)| bytes.intra_node), sum(|(_, cost)| cost.intra_node_bytes)),
+            (sum(|(bytes, _)| bytes.inter_node), sum(|(_, cost)| cost.inter_node_bytes)),
+        ] {
+            assert!((metered / expected - 1.0).abs() < 0.02, "kind {kind}: metered {metered}, expected {expected}");
+        }
+    }
+}
+
+#[test]
+fn more_rows_than_there_is_room_for_are_refused_on_all_ranks() {
+    let errors = on_ranks(2, 2, |comm, s| {
+        let m = s.memory().clone();
+        let (order, to) = (order(s, 4 * K), received(s, DType::F32, 2, 20, 1));
+        let (x, indices) = (m.alloc(DType::F32, &[4, 1]), m.from_slice(&[4, K], &[0u32, 1, 2].repeat(4)));
+        permute::sort(s, indices, order).unwrap();
+        Exchange { group: comm.everyone(), comm, tag: 31, wire: Wire::Exact }
+            .dispatch(s, x, indices, order, Spread::default(), to)
+            .unwrap();
+        s.synchronize()
+    });
+    let error = errors[0].as_ref().unwrap_err().to_string();
+    assert!(error.contains("dispatch: tag 31: 24 rows come to rank 0, which has room for 20"), "{error}");
+}
+
+#[test]
+fn ranks_that_differ_in_wire_or_width_are_told() {
+    for (d, wire) in [([4, 4], [Wire::Exact, Wire::Fp8]), ([4, 5], [Wire::Exact; 2])] {
+        let errors = on_ranks(2, 2, |comm, s| {
+            let m = s.memory().clone();
+            let me = comm.rank() as usize;
+            let (order, to) = (order(s, K), received(s, DType::F32, 2, 9, d[me]));
+            let (x, indices) = (m.alloc(DType::F32, &[1, d[me]]), m.from_slice(&[1, K], &[0u32, 1, 2]));
+            permute::sort(s, indices, order).unwrap();
+            Exchange { group: comm.everyone(), comm, tag: 2, wire: wire[me] }
+                .dispatch(s, x, indices, order, Spread::default(), to)
+                .unwrap();
+            s.synchronize().unwrap_err().to_string()
+        });
+        assert!(errors.iter().all(|error| error.contains("dispatch with tag 2 of F32 rows of 4")), "{errors:?}");
+    }
+}
+
+#[test]
+fn contracts_are_checked() {
+    let comm = Comm::planned(0, 2, 2);
+    let mut s = Stream::new("meta", &Memory::new(Device::Meta), &Arc::default()).unwrap();
+    let m = s.memory().clone();
+    let (order, to) = (order(&s, 2 * K), received(&s, DType::F32, 2, 12, 4));
+    let (x, indices) = (m.alloc(DType::F32, &[2, 4]), m.alloc(DType::U32, &[2, K]));
+    let exchange = Exchange { group: comm.everyone(), comm, tag: 0, wire: Wire::Exact };
+    let spread = Spread::default();
+    exchange.dispatch(&mut s, x, indices, order, spread, to).unwrap();
+    let wide = Received { rows: m.alloc(DType::F32, &[12, 5]), ..to };
+    let error = exchange.dispatch(&mut s, x, indices, order, spread, wide).unwrap_err().to_string();
+    assert_eq!(error, "dispatch: `rows` should be F32 of [12, 4], found F32 of [12, 5]");
+    let few = Received { offsets: m.alloc(DType::U32, &[4]), ..to };
+    let error = exchange.dispatch(&mut s, x, indices, order, spread, few).unwrap_err().to_string();
+    assert_eq!(error, "dispatch: `offsets` should be U32 of [7], for 3 experts on each of 2 ranks, found U32 of [9]");
+    let error = exchange.return_rows(&mut s, x, to, x).unwrap_err().to_string();
+    assert_eq!(error, "return_rows: `rows` should be F32 of [12, 4], found F32 of [2, 4]");
+    let error = exchange.send_rows(&mut s, x, order, to, to.rows).unwrap_err().to_string();
+    assert_eq!(error, "send_rows: `token_of_row` should be U32 of [2], found U32 of [6]");
+}
