@@ -58,10 +58,50 @@ impl Event {
         }
     }
 
+    /// How long the task that ends here waited for other ranks; zero as long as no op of it says so.
+    pub fn waited(&self) -> Waited {
+        Waited::default()
+    }
+
     /// When the event was reached, if it was.
     pub fn done_nanos(&self) -> Option<u64> {
         *self.state.done_nanos.lock()
     }
+}
+
+/// How long an op waited for other ranks before bytes moved.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Waited {
+    /// Of the task's time, this much at its begin.
+    pub nanos: u64,
+    /// For a collective that knows it: the load of this rank, and of the most loaded one.
+    pub load: Option<(u64, u64)>,
+}
+
+/// What an op of a task meets other ranks in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Rendezvous {
+    /// Sends to one rank.
+    Send {
+        /// Rank that receives.
+        to: u32,
+        /// Tells it from others between the two.
+        tag: u64,
+    },
+    /// Receives from one rank.
+    Receive {
+        /// Rank that sends.
+        from: u32,
+        /// Tells it from others between the two.
+        tag: u64,
+    },
+    /// All ranks of a group.
+    Collective {
+        /// The group.
+        group: u64,
+        /// Tells it from others of the group.
+        tag: u64,
+    },
 }
 
 type VectorClock = Vec<u64>;
@@ -144,6 +184,8 @@ pub struct Recording {
     pub writes: Vec<Tensor>,
     /// Sum over the ops.
     pub cost: Cost,
+    /// What its ops meet other ranks in, in order.
+    pub rendezvous: Vec<Rendezvous>,
 }
 
 enum Backend {
