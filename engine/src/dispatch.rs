@@ -15,10 +15,11 @@ use bevy_ecs::{
 };
 use kernels::{
     clock::now_nanos,
-    stream::{Event, Recording},
+    stream::{Event, Recording, Waited},
 };
 
 use crate::{
+    bubbles,
     clock::{Clock, DeviceSpec},
     error::{Error, panic_message},
     graph::{Graph, Plans},
@@ -86,15 +87,15 @@ impl Timeline {
         self.dispatched
     }
 
-    /// Waits for all tasks; the times of each.
-    fn resolve(&mut self) -> Vec<(u64, u64)> {
+    /// Waits for all tasks; start and end of each, and what it waited for other ranks in between.
+    fn resolve(&mut self) -> Vec<(u64, u64, Waited)> {
         if self.events.is_empty() {
-            return std::mem::take(&mut self.times);
+            return self.times.drain(..).map(|(start, end)| (start, end, Waited::default())).collect();
         }
         // A stream reaches the end of a task after its start.
         let times = self.events.drain(..).map(|(start, end)| {
-            let end = end.synchronize();
-            (start.done_nanos().unwrap_or(end), end)
+            let end_nanos = end.synchronize();
+            (start.done_nanos().unwrap_or(end_nanos), end_nanos, end.waited())
         });
         times.collect()
     }
@@ -241,17 +242,20 @@ pub(crate) fn collect(
     }
     let end_nanos = match *clock {
         Clock::Wall => now_nanos(),
-        Clock::Virtual(_) => times.iter().map(|(_, end)| *end).max().unwrap_or(timeline.begin_nanos),
+        Clock::Virtual(_) => times.iter().map(|(_, end, _)| *end).max().unwrap_or(timeline.begin_nanos),
     };
     let spans: Arc<[Span]> = match timeline.graph.take() {
         None => Arc::default(),
         Some(graph) => {
-            let span = |((span, deps), &(start_nanos, end_nanos)): ((&Span, &Vec<u32>), &(u64, u64))| Span {
-                start_nanos,
-                end_nanos,
-                waited_for: deps.iter().copied().max_by_key(|&dep| times[dep as usize].1),
-                ..span.clone()
-            };
+            let span =
+                |((span, deps), &(start_nanos, end_nanos, waited)): ((&Span, &Vec<u32>), &(u64, u64, Waited))| Span {
+                    start_nanos,
+                    end_nanos,
+                    waited_for: deps.iter().copied().max_by_key(|&dep| times[dep as usize].1),
+                    wait_nanos: waited.nanos.min(end_nanos - start_nanos),
+                    load: waited.load,
+                    ..span.clone()
+                };
             graph.spans.iter().zip(&graph.deps).zip(&times).map(span).collect()
         }
     };
@@ -259,7 +263,9 @@ pub(crate) fn collect(
     let previous = timeline.previous_end_nanos.unwrap_or(timeline.begin_nanos);
     accounts.between_secs = (timeline.begin_nanos - previous) as f64 * 1e-9;
     timeline.previous_end_nanos = Some(end_nanos);
-    telemetry.open(spans, accounts);
+    let interval_nanos = (timeline.begin_nanos, end_nanos);
+    let idle = bubbles::account(&spans, bubbles::is_compute, interval_nanos);
+    telemetry.open(spans, interval_nanos, accounts, idle);
     Ok(())
 }
 

@@ -4,7 +4,7 @@
 use kernels::{cost::Cost, dtype::DType, tensor::Tensor};
 
 use super::*;
-use crate::prelude::*;
+use crate::{bubbles::BubbleCause, prelude::*};
 
 const FILL: TaskKind = TaskKind("fill");
 const ADD: TaskKind = TaskKind("add");
@@ -120,10 +120,14 @@ fn three_steps_on_two_streams_give_the_right_numbers() {
     let sum = &snapshot.spans[4];
     assert_eq!((sum.pass, sum.layer, sum.microbatch, sum.stage), (Some(Pass::Forward), Some(3), Some(1), 2));
     assert_eq!(sum.waited_for, Some(3));
-    let scalar = |name| snapshot.scalar(name).unwrap();
+    let scalar = |name: &str| snapshot.scalar(name).unwrap();
     let busy_secs = scalar("busy_secs/stream/compute") + scalar("busy_secs/stream/comm");
     assert!(scalar("step_secs") >= scalar("overhead_secs") && scalar("step_secs") > 0.0);
     assert!(busy_secs + scalar("overhead_secs") >= scalar("step_secs") * 0.999);
+    let by_cause = BubbleCause::ALL.map(|cause| scalar(&format!("bubble_secs/{cause}")));
+    let idle_secs = by_cause.iter().sum::<f64>();
+    assert!((idle_secs + scalar("busy_secs/stream/compute") - scalar("step_secs")).abs() < 1e-12);
+    assert!((idle_secs / scalar("step_secs") - scalar("idle_fraction")).abs() < 1e-9);
 }
 
 #[test]
@@ -136,6 +140,12 @@ fn the_same_graph_under_a_virtual_clock_gives_computed_times() {
     assert_eq!(times, [(0, 5), (0, 5), (5, 10), (10, 15), (15, 20)]);
     assert_eq!(snapshot.scalar("step_secs"), Some(20.0 * 1e-9));
     assert_eq!(snapshot.scalar("overhead_secs"), Some(0.0));
+    // From 10 to 15 compute waits for the other stream.
+    assert_eq!((snapshot.interval_nanos, snapshot.scalar("idle_fraction")), ((20, 40), Some(0.25)));
+    for cause in BubbleCause::ALL {
+        let secs = if cause == BubbleCause::CommunicationCopy { 5.0 * 1e-9 } else { 0.0 };
+        assert_eq!(snapshot.scalar(&format!("bubble_secs/{cause}")), Some(secs), "{cause}");
+    }
     assert_eq!(app.world().resource::<Tensors>().peak_bytes(), 100);
 }
 

@@ -17,7 +17,7 @@ use crate::{
     dispatch,
     error::{Error, Result},
     stream::Queue,
-    task::{Task, TaskKind},
+    task::{Role, Task, TaskKind},
     telemetry::Span,
 };
 
@@ -111,12 +111,14 @@ impl GraphBuilder {
         task: Task,
         arguments: impl Bundle,
     ) -> bevy_ecs::error::Result<Entity> {
-        let span = (task.kind, task.stream, Span::of(&task));
+        let mut span = (task.kind, task.stream, Span::of(&task));
         let entity = world.spawn((task, arguments)).id();
         let recording = dispatch::record(world, entity)?;
+        span.2.role = Role::of(&recording.rendezvous);
         self.link(entity, span, &recording.reads, &recording.writes);
         if let Some(mut task) = world.get_mut::<Task>(entity) {
             (task.reads, task.writes, task.cost) = (recording.reads, recording.writes, recording.cost);
+            task.rendezvous = recording.rendezvous;
         }
         Ok(entity)
     }

@@ -1,9 +1,12 @@
 //! The workflow engine: steps, tasks, graph, dispatch, clock, telemetry, traces and checkpoints. It knows no model.
 
 pub mod app;
+pub mod bubbles;
+pub mod bubbles_table;
 pub mod checkpoint;
 pub mod clock;
 mod dispatch;
+pub mod durations;
 pub mod error;
 pub mod graph;
 pub mod log;
@@ -27,7 +30,7 @@ pub mod prelude {
         graph::{Graph, GraphBuilder, PlanKey, Plans},
         step::{Finish, Step, StepIndex, StepSystems},
         stream::Queue,
-        task::{Launch, Pass, Task, TaskKind},
+        task::{Launch, Pass, Role, Task, TaskKind},
         telemetry::{Snapshot, Span, Telemetry},
         tensors::Tensors,
     };

@@ -6,7 +6,11 @@
 use std::{fmt, sync::Arc};
 
 use bevy_ecs::{prelude::*, system::SystemParam};
-use kernels::{cost::Cost, stream::Stream, tensor::Tensor};
+use kernels::{
+    cost::Cost,
+    stream::{Rendezvous, Stream},
+    tensor::Tensor,
+};
 
 use crate::{error::Error, stream::Queue};
 
@@ -48,6 +52,33 @@ impl fmt::Display for Pass {
     }
 }
 
+/// What a task's time is spent on: the device's own work, or meeting other ranks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Role {
+    /// Meets nobody.
+    #[default]
+    Compute,
+    /// Sends to a rank.
+    Send,
+    /// Receives from a rank.
+    Receive,
+    /// Meets a group of ranks.
+    Collective,
+}
+
+impl Role {
+    /// The role of a task that meets others in `rendezvous`. Of several, the one that can wait longest decides: for a whole
+    /// group, then for a sender, then for a receiver.
+    pub fn of(rendezvous: &[Rendezvous]) -> Self {
+        let role = |met: &Rendezvous| match met {
+            Rendezvous::Send { .. } => Role::Send,
+            Rendezvous::Receive { .. } => Role::Receive,
+            Rendezvous::Collective { .. } => Role::Collective,
+        };
+        rendezvous.iter().map(role).max().unwrap_or_default()
+    }
+}
+
 /// A unit of launch. Made once per plan and launched again every step.
 #[derive(Component, Clone, Debug)]
 pub struct Task {
@@ -71,10 +102,12 @@ pub struct Task {
     pub reads: Vec<Tensor>,
     /// Tensors it writes (those it updates are in both lists).
     pub writes: Vec<Tensor>,
+    /// What it meets other ranks in.
+    pub rendezvous: Vec<Rendezvous>,
 }
 
 impl Task {
-    /// A task with no pass, layer, microbatch, cost or tensors, of stage 0.
+    /// A task with no pass, layer, microbatch, cost, tensors or other ranks, of stage 0.
     pub fn new(kind: TaskKind, stream: Entity, label: impl Into<Arc<str>>) -> Self {
         Task {
             kind,
@@ -87,6 +120,7 @@ impl Task {
             cost: Cost::default(),
             reads: Vec::new(),
             writes: Vec::new(),
+            rendezvous: Vec::new(),
         }
     }
 
@@ -171,5 +205,21 @@ impl<A: Component> Launch<'_, '_, A> {
         let missing = || Error::NoStream { task: task.label.clone(), stream: task.stream.to_string() };
         let queue = self.queues.get_mut(task.stream).map_err(|_| missing())?;
         Ok((task, args, &mut queue.into_inner().stream))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_longest_wait_decides_the_role() {
+        let send = Rendezvous::Send { to: 1, tag: 0 };
+        let receive = Rendezvous::Receive { from: 1, tag: 0 };
+        let collective = Rendezvous::Collective { group: 0, tag: 0 };
+        assert_eq!(Role::of(&[]), Role::Compute);
+        assert_eq!(Role::of(&[send]), Role::Send);
+        assert_eq!(Role::of(&[receive, send]), Role::Receive);
+        assert_eq!(Role::of(&[send, collective, receive]), Role::Collective);
     }
 }

@@ -15,7 +15,10 @@ use std::{
 use bevy_ecs::prelude::*;
 use crossbeam::channel::{self, RecvTimeoutError, TryRecvError, TrySendError};
 
-use crate::task::{Pass, Task, TaskKind};
+use crate::{
+    bubbles::{Accounting, BubbleCause},
+    task::{Pass, Role, Task, TaskKind},
+};
 
 /// When a task ran, and what it was. Times are nanoseconds of the run's clock.
 #[derive(Clone, Debug, PartialEq)]
@@ -42,6 +45,12 @@ pub struct Span {
     pub end_nanos: u64,
     /// Index in the snapshot of the task on another stream that it waited for last.
     pub waited_for: Option<u32>,
+    /// Whether it meets other ranks, and how.
+    pub role: Role,
+    /// Of its time, what it waited for other ranks at its begin, before bytes moved.
+    pub wait_nanos: u64,
+    /// For a collective that knows it: the load of this rank, and of the most loaded one.
+    pub load: Option<(u64, u64)>,
 }
 
 impl Span {
@@ -59,6 +68,9 @@ impl Span {
             start_nanos: 0,
             end_nanos: 0,
             waited_for: None,
+            role: Role::of(&task.rendezvous),
+            wait_nanos: 0,
+            load: None,
         }
     }
 
@@ -73,6 +85,8 @@ impl Span {
 pub struct Snapshot {
     /// Number of the step.
     pub step: u64,
+    /// When it began and ended; its spans lie in between.
+    pub interval_nanos: (u64, u64),
     /// A span per task, in launch order.
     pub spans: Arc<[Span]>,
     /// Values by name, units in the name, in the order they were added.
@@ -146,6 +160,7 @@ fn covered_nanos(spans: &[Span], begin: u64, end: u64) -> u64 {
 pub struct Telemetry {
     current: Snapshot,
     times: StepTimes,
+    bubbles: Accounting,
     last: Option<Arc<Snapshot>>,
     subscribers: Vec<Subscriber>,
 }
@@ -215,17 +230,37 @@ impl Telemetry {
         &self.times
     }
 
+    /// Why the compute streams of the step being recorded were idle.
+    pub fn bubbles(&self) -> &Accounting {
+        &self.bubbles
+    }
+
     /// The snapshot published last.
     pub fn last(&self) -> Option<&Arc<Snapshot>> {
         self.last.as_ref()
     }
 
     /// Opens the record of a step with what the engine itself knows.
-    pub(crate) fn open(&mut self, spans: Arc<[Span]>, times: StepTimes) {
+    pub(crate) fn open(
+        &mut self,
+        spans: Arc<[Span]>,
+        interval_nanos: (u64, u64),
+        times: StepTimes,
+        bubbles: Accounting,
+    ) {
         self.current.spans = spans;
+        self.current.interval_nanos = interval_nanos;
         self.scalar("step_secs", times.step_secs);
         self.scalar("overhead_secs", times.overhead_secs);
         self.scalar("between_secs", times.between_secs);
+        // Every cause in every step, so that a log has the same columns from its first line to its last.
+        if let Some(idle_fraction) = bubbles.idle_fraction() {
+            self.scalar("idle_fraction", idle_fraction);
+            for cause in BubbleCause::ALL {
+                self.scalar(format!("bubble_secs/{cause}"), bubbles.mean_secs(cause));
+            }
+        }
+        self.bubbles = bubbles;
         for (stream, secs) in &times.busy_secs_by_stream {
             self.scalar(format!("busy_secs/stream/{stream}"), *secs);
         }
@@ -281,6 +316,9 @@ pub(crate) mod tests {
             start_nanos,
             end_nanos,
             waited_for: None,
+            role: Role::Compute,
+            wait_nanos: 0,
+            load: None,
         }
     }
 

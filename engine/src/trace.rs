@@ -1,5 +1,5 @@
-//! Chrome trace files, for Perfetto, `chrome://tracing` and the editor: a lane per stream, a slice per task, and a slice per
-//! bubble, so that idle time has a cause and not just a gap.
+//! Chrome trace files, for Perfetto, `chrome://tracing` and the editor: a lane per stream, a slice per task, and slices
+//! for the bubbles of compute streams, so that idle time has a cause and is not just a gap.
 //!
 //! The file is one JSON array that is written as the run goes; a run that is cut off leaves it without its closing bracket,
 //! which viewers accept.
@@ -14,86 +14,10 @@ use std::{
 
 use serde_json::{Value, json};
 
-use crate::telemetry::{Snapshot, Span};
-
-/// Why a stream was idle.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum BubbleCause {
-    /// Before the stream's first task of the step, while others already worked: the pipeline fills.
-    Start,
-    /// Until the last task on another stream that the next one waits for had ended.
-    Dependency,
-    /// All that the next task waits for had ended, and it was not launched yet.
-    Host,
-    /// After the stream's last task of the step, while others still work: the pipeline drains.
-    End,
-}
-
-impl BubbleCause {
-    /// As in `args.cause`.
-    pub const fn name(self) -> &'static str {
-        match self {
-            BubbleCause::Start => "start",
-            BubbleCause::Dependency => "dependency",
-            BubbleCause::Host => "host",
-            BubbleCause::End => "end",
-        }
-    }
-}
-
-/// Idle time of a stream within a step.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Bubble {
-    /// Rank of the stream.
-    pub rank: u32,
-    /// Name of the stream.
-    pub stream: Arc<str>,
-    /// Begin.
-    pub start_nanos: u64,
-    /// End.
-    pub end_nanos: u64,
-    /// Why.
-    pub cause: BubbleCause,
-    /// For a dependency: the task that was waited for.
-    pub waited_for: Option<Arc<str>>,
-}
-
-/// The idle times of a step's streams between its first start and its last end, by stream, then by time.
-///
-/// A gap between two tasks is split at the end of what the second waited for: before it the cause is that dependency, after
-/// it the host. A step's streams are those that have a span in it.
-pub fn bubbles(spans: &[Span]) -> Vec<Bubble> {
-    let first = spans.iter().map(|span| span.start_nanos).min().unwrap_or(0);
-    let last = spans.iter().map(|span| span.end_nanos).max().unwrap_or(0);
-    let mut lanes: BTreeMap<(u32, &Arc<str>), Vec<&Span>> = BTreeMap::new();
-    for span in spans {
-        lanes.entry((span.rank, &span.stream)).or_default().push(span);
-    }
-    let mut bubbles = Vec::new();
-    for ((rank, stream), lane) in lanes {
-        let mut idle = |from: u64, to: u64, cause, waited_for: Option<&Span>| {
-            if from < to {
-                let waited_for = waited_for.map(|span| span.label.clone());
-                let (start_nanos, end_nanos) = (from, to);
-                bubbles.push(Bubble { rank, stream: stream.clone(), start_nanos, end_nanos, cause, waited_for });
-            }
-        };
-        let mut free = first;
-        for (i, span) in lane.iter().enumerate() {
-            let dep = span.waited_for.map(|dep| &spans[dep as usize]);
-            if i == 0 {
-                idle(free, span.start_nanos, BubbleCause::Start, None);
-            } else {
-                let ready = dep.map_or(free, |dep| dep.end_nanos.clamp(free, span.start_nanos.max(free)));
-                idle(free, ready, BubbleCause::Dependency, dep);
-                idle(ready, span.start_nanos, BubbleCause::Host, None);
-            }
-            free = span.end_nanos;
-        }
-        idle(free, last, BubbleCause::End, None);
-    }
-    bubbles
-}
+use crate::{
+    bubbles::{bubbles, is_compute},
+    telemetry::Snapshot,
+};
 
 /// Writes a trace, step by step.
 pub struct TraceWriter<W: Write> {
@@ -130,7 +54,7 @@ impl<W: Write> TraceWriter<W> {
     pub fn push(&mut self, snapshot: &Snapshot) -> io::Result<()> {
         for span in &*snapshot.spans {
             let tid = self.lane(span.rank, &span.stream)?;
-            let args = json!({
+            let mut args = json!({
                 "step": snapshot.step,
                 "microbatch": span.microbatch,
                 "stage": span.stage,
@@ -138,9 +62,12 @@ impl<W: Write> TraceWriter<W> {
                 "pass": span.pass.map(|pass| pass.letter()),
                 "kind": span.kind.0,
             });
+            if span.wait_nanos > 0 {
+                args["wait_us"] = json!(micros(span.wait_nanos));
+            }
             self.slice(&span.label, span.kind.0, span.rank, tid, (span.start_nanos, span.end_nanos), args)?;
         }
-        for bubble in bubbles(&snapshot.spans) {
+        for bubble in bubbles(&snapshot.spans, is_compute, snapshot.interval_nanos) {
             let tid = self.lane(bubble.rank, &bubble.stream)?;
             let mut args = json!({ "step": snapshot.step, "cause": bubble.cause.name() });
             if let Some(label) = &bubble.waited_for {
@@ -187,8 +114,6 @@ impl<W: Write> TraceWriter<W> {
         (start_nanos, end_nanos): (u64, u64),
         args: Value,
     ) -> io::Result<()> {
-        // The format counts in microseconds; fractions keep the nanoseconds.
-        let micros = |nanos: u64| nanos as f64 / 1000.0;
         self.event(&json!({
             "ph": "X",
             "name": name,
@@ -209,60 +134,53 @@ impl<W: Write> TraceWriter<W> {
     }
 }
 
+/// The format counts in microseconds; fractions keep the nanoseconds.
+fn micros(nanos: u64) -> f64 {
+    nanos as f64 / 1000.0
+}
+
 #[cfg(test)]
 mod tests {
     #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
     use super::*;
-    use crate::{task::Pass, telemetry::tests::span};
+    use crate::{
+        task::{Pass, Role},
+        telemetry::{Span, tests::span},
+    };
 
-    /// Two ranks: rank 0 works from 0 to 40 with gaps, rank 1 waits for `a` first, then for `c`.
+    const BEGIN: u64 = 5;
+    const END: u64 = 60;
+
+    /// Two ranks. `d` on rank 1 waits for a receive, `e` on rank 0 for nobody.
     fn step() -> Vec<Span> {
         let mut spans = vec![
-            span("a", 0, "compute", 0, 10),
+            span("a", 0, "compute", 10, 20),
             span("b", 1, "compute", 12, 15),
-            span("c", 0, "compute", 14, 20),
+            span("receive", 1, "comm", 15, 21),
             span("d", 1, "compute", 23, 30),
             span("e", 0, "compute", 20, 40),
         ];
-        spans[1].waited_for = Some(0);
+        (spans[2].role, spans[2].wait_nanos) = (Role::Receive, 4);
         spans[3].waited_for = Some(2);
-        spans[4].waited_for = Some(1);
         (spans[1].pass, spans[1].microbatch, spans[1].layer, spans[1].stage) =
             (Some(Pass::InputGrad), Some(5), Some(7), 1);
         spans
     }
 
     #[test]
-    fn a_gap_is_split_into_what_was_waited_for_and_the_host() {
-        let found: Vec<_> = bubbles(&step())
-            .into_iter()
-            .map(|b| (b.rank, b.start_nanos, b.end_nanos, b.cause, b.waited_for.map(|label| label.to_string())))
-            .collect();
-        let c = || Some("c".to_owned());
-        assert_eq!(
-            found,
-            [
-                (0, 10, 14, BubbleCause::Host, None),
-                (1, 0, 12, BubbleCause::Start, None),
-                (1, 15, 20, BubbleCause::Dependency, c()),
-                (1, 20, 23, BubbleCause::Host, None),
-                (1, 30, 40, BubbleCause::End, None),
-            ]
-        );
-        assert_eq!(bubbles(&[]), []);
-    }
-
-    #[test]
     fn the_file_parses_and_no_slices_of_a_lane_overlap() {
         let mut writer = TraceWriter::new(Vec::new()).unwrap();
         for step_index in 0..3 {
+            let later = step_index * 1000;
             let mut spans = step();
             for span in &mut spans {
-                span.start_nanos += step_index * 1000;
-                span.end_nanos += step_index * 1000;
+                span.start_nanos += later;
+                span.end_nanos += later;
             }
-            writer.push(&Snapshot { step: step_index, spans: spans.into(), ..Snapshot::default() }).unwrap();
+            let interval_nanos = (BEGIN + later, END + later);
+            let snapshot = Snapshot { step: step_index, interval_nanos, spans: spans.into(), ..Snapshot::default() };
+            writer.push(&snapshot).unwrap();
         }
         let bytes = writer.finish().unwrap();
         let events: Vec<Value> = serde_json::from_slice(&bytes).unwrap();
@@ -273,17 +191,44 @@ mod tests {
             let lane = lanes.entry((event["pid"].as_u64().unwrap(), event["tid"].as_u64().unwrap())).or_default();
             lane.push((nanos(&event["ts"]), nanos(&event["ts"]) + nanos(&event["dur"])));
         }
-        assert_eq!(lanes.len(), 2);
         for (lane, slices) in &mut lanes {
             slices.sort_unstable();
             assert!(slices.windows(2).all(|pair| pair[0].1 <= pair[1].0), "{lane:?}: {slices:?}");
-            let filled: u64 = slices.iter().map(|(start, end)| end - start).sum();
-            assert_eq!(filled, 3 * 40, "tasks and bubbles fill each lane of a step");
         }
+        let filled = |slices: &Vec<(u64, u64)>| slices.iter().map(|(start, end)| end - start).sum::<u64>();
+        let filled: Vec<u64> = lanes.values().map(filled).collect();
+        let whole = 3 * (END - BEGIN);
+        assert_eq!(filled, [whole, whole, 3 * 6], "tasks and bubbles fill a compute lane; another lane has no bubbles");
         let names: Vec<&Value> = events.iter().filter(|e| e["name"] == "thread_name").map(|e| &e["pid"]).collect();
-        assert_eq!(names, [0, 1]);
-        let b = events.iter().find(|event| event["name"] == "b").unwrap();
-        let args = json!({"step": 0, "microbatch": 5, "stage": 1, "layer": 7, "pass": "I", "kind": "k"});
-        assert_eq!(b["args"], args);
+        assert_eq!(names, [0, 1, 1]);
+    }
+
+    #[test]
+    fn slices_say_what_they_are() {
+        let mut writer = TraceWriter::new(Vec::new()).unwrap();
+        let snapshot = Snapshot { interval_nanos: (BEGIN, END), spans: step().into(), ..Snapshot::default() };
+        writer.push(&snapshot).unwrap();
+        let events: Vec<Value> = serde_json::from_slice(&writer.finish().unwrap()).unwrap();
+        let named =
+            |name: &str| events.iter().filter(|e| e["name"] == name).map(|e| e["args"].clone()).collect::<Vec<_>>();
+        assert_eq!(named("b"), [json!({"step": 0, "microbatch": 5, "stage": 1, "layer": 7, "pass": "I", "kind": "k"})]);
+        assert_eq!(named("receive")[0]["wait_us"], 0.004);
+        let bubble = |cause: &str, waited_for: Option<&str>| {
+            let mut args = json!({"step": 0, "cause": cause});
+            waited_for.into_iter().for_each(|label| args["waited_for"] = json!(label));
+            args
+        };
+        assert_eq!(
+            named("bubble"),
+            [
+                bubble("warm_up", None),
+                bubble("cool_down", None),
+                bubble("warm_up", None),
+                bubble("dependency", Some("receive")),
+                bubble("communication_copy", Some("receive")),
+                bubble("launch", None),
+                bubble("cool_down", None),
+            ]
+        );
     }
 }
