@@ -1,11 +1,14 @@
 //! The workflow engine: steps, tasks, graph, dispatch, clock, telemetry, traces and checkpoints. It knows no model.
 
 pub mod app;
+pub mod calibrate;
 pub mod checkpoint;
 pub mod clock;
 mod dispatch;
 pub mod error;
 pub mod graph;
+pub mod hardware;
+pub mod joint;
 pub mod log;
 pub mod step;
 pub mod stream;
@@ -23,8 +26,9 @@ pub mod prelude {
 
     pub use crate::{
         app::{AppTaskExt as _, EnginePlugin, Exit, ExitReason},
-        clock::{Clock, DeviceSpec},
+        clock::Clock,
         graph::{Graph, GraphBuilder, PlanKey, Plans},
+        hardware::{DeviceSpec, Format},
         step::{Finish, Step, StepIndex, StepSystems},
         stream::Queue,
         task::{Launch, Pass, Task, TaskKind},

@@ -12,7 +12,7 @@ use std::{
     sync::Arc,
 };
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::telemetry::{Snapshot, Span};
 
@@ -130,7 +130,7 @@ impl<W: Write> TraceWriter<W> {
     pub fn push(&mut self, snapshot: &Snapshot) -> io::Result<()> {
         for span in &*snapshot.spans {
             let tid = self.lane(span.rank, &span.stream)?;
-            let args = json!({
+            let mut args = json!({
                 "step": snapshot.step,
                 "microbatch": span.microbatch,
                 "stage": span.stage,
@@ -138,6 +138,11 @@ impl<W: Write> TraceWriter<W> {
                 "pass": span.pass.map(|pass| pass.letter()),
                 "kind": span.kind.0,
             });
+            let asked = span.cost.fields().into_iter().filter(|(_, value)| *value > 0);
+            let asked: Map<String, Value> = asked.map(|(name, value)| (name.to_owned(), value.into())).collect();
+            if !asked.is_empty() {
+                args["cost"] = asked.into();
+            }
             self.slice(&span.label, span.kind.0, span.rank, tid, (span.start_nanos, span.end_nanos), args)?;
         }
         for bubble in bubbles(&snapshot.spans) {

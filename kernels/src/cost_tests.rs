@@ -85,11 +85,7 @@ fn the_head_has_a_product_for_each_thing_asked_for() {
     let (t, v, d) = (8, 32, 4);
     let run = |dh: bool, dw: bool| {
         recorded(|s, x| {
-            let passes = cross_entropy::Passes {
-                nll: None,
-                dh: dh.then(|| x(&[t, d])),
-                dw: dw.then(|| x(&[v, d])),
-            };
+            let passes = cross_entropy::Passes { nll: None, dh: dh.then(|| x(&[t, d])), dw: dw.then(|| x(&[v, d])) };
             let targets = s.memory().alloc(DType::U32, &[t]);
             cross_entropy::run(s, x(&[t, d]), x(&[v, d]), targets, 1.0, passes).unwrap();
         })

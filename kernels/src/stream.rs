@@ -144,6 +144,34 @@ pub struct Recording {
     pub writes: Vec<Tensor>,
     /// Sum over the ops.
     pub cost: Cost,
+    /// Where the ops meet those of other ranks, in order.
+    pub rendezvous: Vec<Rendezvous>,
+}
+
+/// Where an op meets one of another rank. The n-th of a rank meets the n-th of the other that has the same ranks and tag.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Rendezvous {
+    /// Bytes go to a rank; it need not be waiting for them.
+    Send {
+        /// Rank they go to.
+        to: u32,
+        /// Tells sends to the same rank apart.
+        tag: u64,
+    },
+    /// Bytes come from a rank.
+    Receive {
+        /// Rank they come from.
+        from: u32,
+        /// That of the send.
+        tag: u64,
+    },
+    /// All ranks of a group take part, and none begins before all are there.
+    Collective {
+        /// The ranks, ascending.
+        group: Arc<[u32]>,
+        /// Tells collectives of the same group apart.
+        tag: u64,
+    },
 }
 
 enum Backend {
@@ -244,6 +272,13 @@ impl Stream {
     pub fn account(&mut self, cost: Cost) {
         if let Some(recording) = &mut self.recording {
             recording.cost += cost;
+        }
+    }
+
+    /// Notes in a recording that an op meets another rank's; ops that communicate call it beside `launch`.
+    pub fn meet(&mut self, rendezvous: Rendezvous) {
+        if let Some(recording) = &mut self.recording {
+            recording.rendezvous.push(rendezvous);
         }
     }
 
