@@ -42,7 +42,8 @@ fn resident_mb() -> (u64, u64) {
 }
 
 fn main() {
-    let mut sizes = std::env::args().skip(1).map(|word| word.parse::<u32>().expect("a number of ranks, of microbatches"));
+    let mut sizes =
+        std::env::args().skip(1).map(|word| word.parse::<u32>().expect("a number of ranks, of microbatches"));
     let (num_ranks, num_microbatches) = (sizes.next().unwrap_or(64), sizes.next().unwrap_or(4000));
     let ranks = pipeline(num_ranks, num_microbatches);
     let (before_mb, _) = resident_mb();

@@ -8,6 +8,7 @@ pub mod embedding;
 pub mod evaluate;
 pub mod expert;
 pub mod generate;
+pub mod hardware;
 pub mod head;
 pub mod hf;
 pub mod lower;
