@@ -57,6 +57,7 @@ impl Verb {
             Verb::Convert(args) => &args.json,
             Verb::Doctor(args) => &args.json,
             Verb::Bench(BenchArgs { what: Bench::Train(args) }) => &args.json,
+            Verb::Bench(BenchArgs { what: Bench::Hardware(args) }) => &args.json,
         };
         json.json.as_deref()
     }
@@ -229,6 +230,24 @@ pub struct BenchArgs {
 pub enum Bench {
     /// Steps of training, and generation, of a scene's model with fresh weights
     Train(BenchTrainArgs),
+    /// What this machine's processors do, as a description of hardware
+    Hardware(BenchHardwareArgs),
+}
+
+/// Arguments of `bench hardware`.
+#[derive(Debug, Args)]
+pub struct BenchHardwareArgs {
+    /// Name of the description
+    #[arg(long, default_value = "this_cpu")]
+    pub name: String,
+    /// Threads of a rank; without it, as many as there are
+    #[arg(long, value_name = "N", value_parser = at_least::<1>)]
+    pub threads: Option<usize>,
+    /// File to write the description to, such as scenes/hardware/this_cpu.ron; without it, stdout
+    #[arg(long, value_name = "FILE")]
+    pub save: Option<PathBuf>,
+    #[command(flatten)]
+    pub json: Json,
 }
 
 /// Arguments of `bench train`.
@@ -340,6 +359,8 @@ mod tests {
         check(true, "hadal check s.ron --json");
         check(true, "hadal eval c --data d --seq-len 128 --precision f64");
         check(true, "hadal eval c --tokens t --logits l --grads g");
+        check(true, "hadal bench hardware --threads 2 --save this_cpu.ron");
+        check(false, "hadal bench hardware --threads 0");
         check(true, "hadal bench train --scene s.ron --no-mtp --steps 3");
         // The scene must not be taken for the file that JSON goes to.
         check(false, "hadal check --json s.ron");

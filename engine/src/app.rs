@@ -134,7 +134,7 @@ impl Plugin for EnginePlugin {
         app.set_error_handler(on_error);
         let device = match self.clock {
             Clock::Wall => Device::Cpu,
-            Clock::Virtual(_) => Device::Meta,
+            Clock::Virtual { .. } => Device::Meta,
         };
         let world = app.world_mut();
         if !world.contains_resource::<Tensors>() {

@@ -20,7 +20,7 @@ use kernels::{
 
 use crate::{
     bubbles,
-    clock::{Clock, DeviceSpec},
+    clock::Clock,
     error::{Error, panic_message},
     graph::{Graph, Plans},
     stream::Queue,
@@ -75,7 +75,7 @@ impl Timeline {
     pub(crate) fn begin(&mut self, clock: &Clock) {
         self.begin_nanos = match clock {
             Clock::Wall => now_nanos(),
-            Clock::Virtual(_) => self.previous_end_nanos.unwrap_or(0),
+            Clock::Virtual { .. } => self.previous_end_nanos.unwrap_or(0),
         };
         self.dispatched = false;
         self.graph = None;
@@ -113,12 +113,15 @@ pub(crate) fn dispatch(world: &mut World) -> Result {
 fn dispatch_graph(world: &mut World, graph: Arc<Graph>) -> Result {
     let spec = match world.resource::<Clock>() {
         Clock::Wall => None,
-        Clock::Virtual(spec) => Some(spec.clone()),
+        Clock::Virtual { device, format } => Some((device.clone(), *format)),
     };
     world.resource_scope(|world, mut timeline: Mut<Timeline>| {
         timeline.graph = Some(graph.clone());
         match spec {
-            Some(spec) => timeline.times = simulate(world, &graph, &spec, timeline.begin_nanos)?,
+            Some((device, format)) => {
+                let nanos = graph.costs().map(|(kind, cost)| device.task_nanos(kind.0, cost, format));
+                timeline.times = graph.simulate(&nanos.collect::<Result<Vec<_>, Error>>()?, timeline.begin_nanos);
+            }
             None => {
                 let launch = |world: &mut World, mut handlers: Mut<Handlers>| {
                     launch(world, &graph, &mut handlers, &mut timeline.events)
@@ -128,12 +131,6 @@ fn dispatch_graph(world: &mut World, graph: Arc<Graph>) -> Result {
         }
         Ok(())
     })
-}
-
-fn simulate(world: &World, graph: &Graph, spec: &DeviceSpec, begin_nanos: u64) -> Result<Vec<(u64, u64)>> {
-    let nanos = |&task: &Entity| Ok(spec.task_nanos(&world.get_entity(task)?.get_components::<&Task>()?.cost));
-    let durations_nanos: Vec<u64> = graph.order.iter().map(nanos).collect::<Result<_>>()?;
-    Ok(graph.simulate(&durations_nanos, begin_nanos))
 }
 
 fn launch(world: &mut World, graph: &Graph, handlers: &mut Handlers, events: &mut Vec<(Event, Event)>) -> Result {
@@ -242,7 +239,7 @@ pub(crate) fn collect(
     }
     let end_nanos = match *clock {
         Clock::Wall => now_nanos(),
-        Clock::Virtual(_) => times.iter().map(|(_, end, _)| *end).max().unwrap_or(timeline.begin_nanos),
+        Clock::Virtual { .. } => times.iter().map(|(_, end, _)| *end).max().unwrap_or(timeline.begin_nanos),
     };
     let spans: Arc<[Span]> = match timeline.graph.take() {
         None => Arc::default(),

@@ -4,7 +4,11 @@
 use kernels::{cost::Cost, dtype::DType, tensor::Tensor};
 
 use super::*;
-use crate::{bubbles::BubbleCause, prelude::*};
+use crate::{
+    bubbles::BubbleCause,
+    hardware::{Format, Sourced, tests::spec},
+    prelude::*,
+};
 
 const FILL: TaskKind = TaskKind("fill");
 const ADD: TaskKind = TaskKind("add");
@@ -95,13 +99,10 @@ fn app(clock: Clock, num_steps: u64) -> App {
     app
 }
 
-fn spec() -> DeviceSpec {
-    DeviceSpec {
-        peak_flops_per_sec: 1e12,
-        memory_bytes_per_sec: 1e12,
-        wire_bytes_per_sec: 1e12,
-        launch_overhead_secs: 4e-9,
-    }
+/// A device on which 1000 operations take a nanosecond, and so does a launch times 4.
+fn clock() -> Clock {
+    let launch_secs = Sourced::new(4e-9, "test");
+    Clock::Virtual { device: Box::new(DeviceSpec { launch_secs, ..spec() }), format: Format::F32 }
 }
 
 #[test]
@@ -132,7 +133,7 @@ fn three_steps_on_two_streams_give_the_right_numbers() {
 
 #[test]
 fn the_same_graph_under_a_virtual_clock_gives_computed_times() {
-    let mut app = app(Clock::Virtual(spec()), 2);
+    let mut app = app(clock(), 2);
     assert_eq!(crate::app::run(&mut app), ExitReason::Finished);
     // Each task takes 1000 / 1e12 s + 4 ns = 5 ns; the second step begins when the first ends.
     let snapshot = app.world().resource::<Telemetry>().last().unwrap().clone();
@@ -230,7 +231,7 @@ fn launching_a_task_costs_microseconds() {
     }
     #[derive(Resource, Default)]
     struct HostNanos(Vec<u64>);
-    for clock in [Clock::Wall, Clock::Virtual(spec())] {
+    for clock in [Clock::Wall, clock()] {
         let mut app = App::new();
         app.add_plugins(EnginePlugin { clock: clock.clone() }).init_resource::<HostNanos>();
         app.on_task(ADD, nothing);

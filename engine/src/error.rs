@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::task::TaskKind;
+use crate::{hardware::Missing, task::TaskKind};
 
 /// Error of planning or dispatch.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -69,6 +69,26 @@ pub enum Error {
         /// Keys there are.
         known: String,
     },
+    /// A rank waits for another that never does its part.
+    #[error("rank {rank}: task `{task}` {does}, but rank {peer} {lacks}; the graphs of the two were not made alike")]
+    Unmatched {
+        /// The rank.
+        rank: u32,
+        /// Its task.
+        task: Arc<str>,
+        /// What the task does.
+        does: String,
+        /// The other rank.
+        peer: u32,
+        /// What that rank does not do.
+        lacks: String,
+    },
+    /// Ranks to be simulated together that cannot be.
+    #[error("{0}")]
+    Ranks(String),
+    /// A computed time needs figures that the description of the hardware does not give.
+    #[error("{}", describe_missing(.0))]
+    MissingFigures(Vec<Missing>),
     /// A device operation failed.
     #[error(transparent)]
     Device(#[from] kernels::error::Error),
@@ -81,6 +101,10 @@ fn describe_cycle(cycle: &[Arc<str>]) -> String {
         text += &if i == 0 { format!("`{task}` waits for `{on}`") } else { format!(", which waits for `{on}`") };
     }
     text
+}
+
+fn describe_missing(missing: &[Missing]) -> String {
+    missing.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n")
 }
 
 /// Result of this crate.

@@ -11,7 +11,11 @@ use std::{
 };
 
 use bevy_ecs::prelude::*;
-use kernels::tensor::{BufferId, Tensor};
+use kernels::{
+    cost::Cost,
+    stream::{Recording, Rendezvous},
+    tensor::BufferId,
+};
 
 use crate::{
     dispatch,
@@ -32,18 +36,25 @@ pub struct Graph {
     pub kinds: Vec<TaskKind>,
     /// Streams that occur, in order of first use.
     pub streams: Vec<Entity>,
+    /// Where tasks meet those of other ranks: indices into `order`, ascending, each as often as it meets one.
+    pub rendezvous: Vec<(u32, Rendezvous)>,
     /// For each task, its index into `kinds`.
     pub(crate) kind_of: Vec<u32>,
     /// For each task, its index into `streams`.
-    pub(crate) stream_of: Vec<u32>,
+    pub stream_of: Vec<u32>,
     /// For each task, its span without times.
-    pub(crate) spans: Vec<Span>,
+    pub spans: Vec<Span>,
 }
 
 impl Graph {
     /// Labels in launch order.
     pub fn labels(&self) -> impl Iterator<Item = &str> {
         self.spans.iter().map(|span| &*span.label)
+    }
+
+    /// What each task does and asks of a device, in launch order.
+    pub fn costs(&self) -> impl Iterator<Item = (TaskKind, &Cost)> {
+        self.spans.iter().map(|span| (span.kind, &span.cost))
     }
 
     /// When each task starts and ends if task `i` takes `durations_nanos[i]` and the streams are free at `begin_nanos`:
@@ -82,6 +93,7 @@ pub struct GraphBuilder {
     tasks: Vec<(TaskKind, Entity, Span)>,
     users: HashMap<BufferId, Users>,
     explicit: Vec<(Entity, Entity)>,
+    rendezvous: Vec<(u32, Rendezvous)>,
 }
 
 impl GraphBuilder {
@@ -94,14 +106,19 @@ impl GraphBuilder {
     /// written (RAW), and to write what was read (WAR) or written (WAW).
     pub fn push(&mut self, world: &mut World, task: Task, arguments: impl Bundle) -> Entity {
         let span = (task.kind, task.stream, Span::of(&task));
-        let (reads, writes) = (task.reads.clone(), task.writes.clone());
+        let declared = Recording {
+            reads: task.reads.clone(),
+            writes: task.writes.clone(),
+            cost: task.cost,
+            ..Recording::default()
+        };
         let entity = world.spawn((task, arguments)).id();
-        self.link(entity, span, &reads, &writes);
+        self.link(entity, span, &declared);
         entity
     }
 
-    /// The same for a task whose tensors and cost are not declared but found: its handler is launched on a stream that
-    /// notes what ops touch and runs none of them. So a task cannot use a buffer that its edges do not know.
+    /// The same for a task whose tensors, cost and rendezvous are not declared but found: its handler is launched on a
+    /// stream that notes what ops touch and runs none of them. So a task cannot use a buffer that its edges do not know.
     ///
     /// # Errors
     /// The handler's: an op's contract that is not kept is found here, before anything runs.
@@ -115,7 +132,7 @@ impl GraphBuilder {
         let entity = world.spawn((task, arguments)).id();
         let recording = dispatch::record(world, entity)?;
         span.2.role = Role::of(&recording.rendezvous);
-        self.link(entity, span, &recording.reads, &recording.writes);
+        self.link(entity, span, &recording);
         if let Some(mut task) = world.get_mut::<Task>(entity) {
             (task.reads, task.writes, task.cost) = (recording.reads, recording.writes, recording.cost);
             task.rendezvous = recording.rendezvous;
@@ -123,15 +140,15 @@ impl GraphBuilder {
         Ok(entity)
     }
 
-    fn link(&mut self, entity: Entity, span: (TaskKind, Entity, Span), reads: &[Tensor], writes: &[Tensor]) {
+    fn link(&mut self, entity: Entity, mut span: (TaskKind, Entity, Span), recording: &Recording) {
         let me = self.order.len() as u32;
         let mut deps = Vec::new();
-        for tensor in reads {
+        for tensor in &recording.reads {
             let users = self.users.entry(tensor.buffer).or_default();
             deps.extend(users.writer);
             users.readers.push(me);
         }
-        for tensor in writes {
+        for tensor in &recording.writes {
             let users = self.users.entry(tensor.buffer).or_default();
             deps.extend(users.writer);
             deps.extend(users.readers.drain(..).filter(|&reader| reader != me));
@@ -139,6 +156,8 @@ impl GraphBuilder {
         }
         deps.retain(|&dep| dep != me);
         self.deps.push(deps);
+        span.2.cost = recording.cost;
+        self.rendezvous.extend(recording.rendezvous.iter().map(|meeting| (me, meeting.clone())));
         self.tasks.push(span);
         self.order.push(entity);
         self.index.insert(entity, me);
@@ -186,7 +205,8 @@ impl GraphBuilder {
         }
         check_order(&self.deps, &stream_of, &spans)?;
         let deps = needed_waits(&self.deps, &stream_of, streams.len());
-        Ok(Graph { order: self.order, deps, kinds, streams, kind_of, stream_of, spans })
+        let (order, rendezvous) = (self.order, self.rendezvous);
+        Ok(Graph { order, deps, kinds, streams, rendezvous, kind_of, stream_of, spans })
     }
 }
 

@@ -3,12 +3,15 @@
 pub mod app;
 pub mod bubbles;
 pub mod bubbles_table;
+pub mod calibrate;
 pub mod checkpoint;
 pub mod clock;
 mod dispatch;
 pub mod durations;
 pub mod error;
 pub mod graph;
+pub mod hardware;
+pub mod joint;
 pub mod log;
 pub mod step;
 pub mod stream;
@@ -26,8 +29,9 @@ pub mod prelude {
 
     pub use crate::{
         app::{AppTaskExt as _, EnginePlugin, Exit, ExitReason},
-        clock::{Clock, DeviceSpec},
+        clock::Clock,
         graph::{Graph, GraphBuilder, PlanKey, Plans},
+        hardware::{DeviceSpec, Format},
         step::{Finish, Step, StepIndex, StepSystems},
         stream::Queue,
         task::{Launch, Pass, Role, Task, TaskKind},

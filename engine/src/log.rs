@@ -99,6 +99,25 @@ fn unix_secs() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
 }
 
+/// The date in UTC, as 2026-03-17; for what people read.
+pub fn today() -> String {
+    date((unix_secs() / 86_400.0) as i64)
+}
+
+/// Date of a day counted from 1970-01-01. Years are counted from March on, so that the leap day is their last.
+fn date(days: i64) -> String {
+    const DAYS_OF_400_YEARS: i64 = 146_097;
+    const DAYS_TO_1970: i64 = 719_468;
+    let days = days + DAYS_TO_1970;
+    let (era, day) = (days.div_euclid(DAYS_OF_400_YEARS), days.rem_euclid(DAYS_OF_400_YEARS));
+    let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
+    let day_of_year = day - (365 * year + year / 4 - year / 100);
+    let month = (5 * day_of_year + 2) / 153;
+    let day_of_month = day_of_year - (153 * month + 2) / 5 + 1;
+    let (month, next) = if month < 10 { (month + 3, 0) } else { (month - 9, 1) };
+    format!("{:04}-{month:02}-{day_of_month:02}", era * 400 + year + next)
+}
+
 /// A step of a log.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Line {
@@ -176,6 +195,21 @@ mod tests {
         assert_eq!(steps(&path), [1, 2, 3, 4]);
         RunLog::open(dir.path(), 0).unwrap();
         assert_eq!(steps(&path), [0; 0], "a new run starts an empty log");
+    }
+
+    #[test]
+    fn days_have_their_dates() {
+        for (days, want) in [
+            (0, "1970-01-01"),
+            (-1, "1969-12-31"),
+            (11_016, "2000-02-29"),
+            (11_017, "2000-03-01"),
+            (19_782, "2024-02-29"),
+            (20_454, "2026-01-01"),
+            (47_541, "2100-03-01"),
+        ] {
+            assert_eq!(date(days), want, "day {days}");
+        }
     }
 
     #[test]

@@ -14,6 +14,7 @@ use std::{
 
 use bevy_ecs::prelude::*;
 use crossbeam::channel::{self, RecvTimeoutError, TryRecvError, TrySendError};
+use kernels::cost::Cost;
 
 use crate::{
     bubbles::{Accounting, BubbleCause},
@@ -35,6 +36,8 @@ pub struct Span {
     pub layer: Option<u32>,
     /// Microbatch, if it is of one.
     pub microbatch: Option<u32>,
+    /// What it asked of the device.
+    pub cost: Cost,
     /// Rank of the stream.
     pub rank: u32,
     /// Name of the stream.
@@ -63,6 +66,7 @@ impl Span {
             stage: task.stage,
             layer: task.layer,
             microbatch: task.microbatch,
+            cost: task.cost,
             rank: 0,
             stream: "".into(),
             start_nanos: 0,
@@ -311,6 +315,7 @@ pub(crate) mod tests {
             stage: 0,
             layer: None,
             microbatch: None,
+            cost: Cost::default(),
             rank,
             stream: stream.into(),
             start_nanos,

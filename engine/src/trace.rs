@@ -12,7 +12,7 @@ use std::{
     sync::Arc,
 };
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::{
     bubbles::{bubbles, is_compute},
@@ -64,6 +64,11 @@ impl<W: Write> TraceWriter<W> {
             });
             if span.wait_nanos > 0 {
                 args["wait_us"] = json!(micros(span.wait_nanos));
+            }
+            let asked = span.cost.fields().into_iter().filter(|(_, value)| *value > 0);
+            let asked: Map<String, Value> = asked.map(|(name, value)| (name.to_owned(), value.into())).collect();
+            if !asked.is_empty() {
+                args["cost"] = asked.into();
             }
             self.slice(&span.label, span.kind.0, span.rank, tid, (span.start_nanos, span.end_nanos), args)?;
         }

@@ -52,8 +52,8 @@ fn main() {
         println!(
             "{docs} x {len} tokens, h {h}, g {g}, d {d}, v {v}: forward {forward:.2} ms, {:.0} GFLOP/s; \
              input gradient {backward:.2} ms, {:.0} GFLOP/s",
-            gflops(attention::cost(t, pairs, [h, g, d, v], 4).flops, forward),
-            gflops(attention::input_grad_cost(t, pairs, [h, g, d, v], 4).flops, backward),
+            gflops(attention::cost(t, pairs, [h, g, d, v], 4).flops(), forward),
+            gflops(attention::input_grad_cost(t, pairs, [h, g, d, v], 4).flops(), backward),
         );
     }
     generate();
@@ -72,7 +72,7 @@ fn generate() {
         println!(
             "1 token over {at}, h {h}, n {n}, r {r}, v {v}, c {c}: {:.0} us, {:.0} GFLOP/s, {:.0} GB/s",
             ms * 1e3,
-            cost.flops as f64 / ms / 1e6,
+            cost.flops() as f64 / ms / 1e6,
             cost.read_bytes as f64 / ms / 1e6
         );
     }

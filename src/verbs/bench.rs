@@ -1,6 +1,7 @@
-//! `hadal bench`: how fast this machine trains and generates, and where the time goes.
+//! `hadal bench`: how fast this machine trains and generates, where the time goes, and what its processors could do.
 
 use std::{
+    fs,
     process::ExitCode,
     sync::{Arc, atomic::AtomicUsize},
 };
@@ -8,12 +9,14 @@ use std::{
 use systems::{
     api::{BenchReport, BenchRequest},
     bench::bench,
+    hardware::{HardwareRequest, measure},
+    scene::hardware::to_ron,
 };
 
 use crate::{
-    cli::BenchTrainArgs,
+    cli::{BenchHardwareArgs, BenchTrainArgs},
     failure::Failure,
-    load,
+    load, machine,
     progress::TrainingProgress,
     report::{Output, Table},
     units,
@@ -36,6 +39,36 @@ pub fn train(args: BenchTrainArgs, output: &Output) -> Result<ExitCode, Failure>
     progress.finish();
     let report = report?;
     output.result(&report, &table(&report).render(&format!("bench train {}", args.scene.display())))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Measures this machine's processors, and describes them as hardware.
+///
+/// # Errors
+/// If a measurement fails, or the description cannot be written.
+pub fn hardware(args: BenchHardwareArgs, output: &Output) -> Result<ExitCode, Failure> {
+    let cpu = machine::cpu_model().unwrap_or_else(|| "an unknown CPU".into());
+    let num_machine_threads = machine::num_threads().unwrap_or(1);
+    let spec = measure(&HardwareRequest {
+        name: args.name,
+        num_threads: args.threads,
+        num_machine_threads,
+        memory_bytes: machine::memory_bytes().map_or(0, |(total, _)| total),
+        measured_by: format!("measured by `hadal bench hardware` on {cpu}, {}", engine::log::today()),
+    })?;
+    let comment = format!(
+        "{cpu}, {} of {num_machine_threads} threads, as measured. Prices, watts and other nodes are not known here: add them\n\
+         for plans that need them.",
+        spec.num_sms.value
+    );
+    let text = to_ron(&spec, &comment).map_err(Failure::runtime)?;
+    match &args.save {
+        Some(path) => {
+            fs::write(path, &text).map_err(|e| Failure::runtime(format!("cannot write {}: {e}", path.display())))?;
+            output.result(&spec, &format!("wrote {}", path.display()))?;
+        }
+        None => output.result(&spec, &text)?,
+    }
     Ok(ExitCode::SUCCESS)
 }
 

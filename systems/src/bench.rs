@@ -91,7 +91,7 @@ pub fn bench(request: BenchRequest) -> Result<BenchReport, SessionError> {
 
     let mut measured = app.world_mut().remove_resource::<Measured>().unwrap_or_default();
     let step_secs = median(&mut measured.step_secs);
-    let gflops = |cost: Option<&Cost>, secs: f64| cost.map_or(0.0, |c| c.flops as f64 / secs.max(1e-9) * 1e-9);
+    let gflops = |cost: Option<&Cost>, secs: f64| cost.map_or(0.0, |c| c.flops() as f64 / secs.max(1e-9) * 1e-9);
     let mut kinds: Vec<KindReport> = measured
         .kinds
         .iter_mut()
@@ -118,7 +118,7 @@ pub fn bench(request: BenchRequest) -> Result<BenchReport, SessionError> {
         step_secs,
         overhead_share: median(&mut measured.overhead_share),
         kinds,
-        train_gflops_per_sec: total.flops as f64 / step_secs * 1e-9,
+        train_gflops_per_sec: total.flops() as f64 / step_secs * 1e-9,
         peak_gemm_gflops_per_sec: peak_gemm(),
         generate_tokens_per_sec: f32_tokens_per_sec.max(bf16_tokens_per_sec),
         generate_f32_tokens_per_sec: f32_tokens_per_sec,

@@ -10,6 +10,7 @@ pub mod embedding;
 pub mod evaluate;
 pub mod expert;
 pub mod generate;
+pub mod hardware;
 pub mod head;
 pub mod hf;
 pub mod layout;

@@ -211,12 +211,12 @@ pub fn cost(t: usize, pairs: u64, [h, g, d, v]: [usize; 4], elem_bytes: usize) -
     let lse_bytes = elem_bytes.max(4);
     let read = t * (h * d + g * (d + v)) * elem_bytes;
     let written = t * h * (v * elem_bytes + lse_bytes);
-    Cost::stream(2 * pairs * (h * (d + v)) as u64, read as u64, written as u64)
+    Cost { core_flops: 2 * pairs * (h * (d + v)) as u64, ..Cost::stream(0, read as u64, written as u64) }
 }
 
 /// Cost of the input gradient: five products, three over d and two over v.
 pub fn input_grad_cost(t: usize, pairs: u64, [h, g, d, v]: [usize; 4], elem_bytes: usize) -> Cost {
     let qkv = t * (h * d + g * (d + v)) * elem_bytes;
     let read = qkv + t * h * (2 * v * elem_bytes + elem_bytes.max(4));
-    Cost::stream(2 * pairs * (h * (3 * d + 2 * v)) as u64, read as u64, qkv as u64)
+    Cost { core_grad_flops: 2 * pairs * (h * (3 * d + 2 * v)) as u64, ..Cost::stream(0, read as u64, qkv as u64) }
 }

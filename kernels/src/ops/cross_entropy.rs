@@ -12,7 +12,7 @@ use crate::{
     error::Result,
     ops::{
         expect_shape,
-        gemm::{Mat, Threads, gemm},
+        gemm::{self as linear, Mat, Threads, gemm},
     },
     simd::vectorize,
     stream::Stream,
@@ -51,8 +51,7 @@ pub fn run(s: &mut Stream, h: Tensor, w: Tensor, targets: Tensor, scale: f64, pa
         expect_shape("cross_entropy", "dw", dw, &[v, d])?;
     }
     let writes: Vec<Tensor> = [passes.nll, passes.dh, passes.dw].into_iter().flatten().collect();
-    let num_gradients = usize::from(passes.dh.is_some()) + usize::from(passes.dw.is_some());
-    s.account(cost(t, v, d, h.dtype.size_bytes(), num_gradients));
+    s.account(cost(t, v, d, h.dtype.size_bytes(), passes));
     s.launch(&[h, w, targets], &writes, move |m| {
         with_float!(h.dtype, T => {
             let (h, w, targets) = (m.read::<T>(h), m.read::<T>(w), m.read::<u32>(targets));
@@ -127,9 +126,11 @@ fn softmax_rows<T: Float>(logits: &mut [T], targets: &[u32], losses: &mut [T::Ac
     });
 }
 
-/// Cost of the passes in one go: one product for the logits, one more for each gradient.
-pub fn cost(t: usize, v: usize, d: usize, elem_bytes: usize, num_gradients: usize) -> Cost {
-    (0..=num_gradients).map(|_| Cost::gemm(t, v, d, elem_bytes)).sum()
+/// Cost of the passes in one go: one product for the logits, one more for each gradient that is asked for.
+pub fn cost(t: usize, v: usize, d: usize, elem_bytes: usize, passes: Passes) -> Cost {
+    let dh = passes.dh.map(|_| linear::input_grad_cost(t, v, d, elem_bytes));
+    let dw = passes.dw.map(|_| linear::weight_grad_cost(t, v, d, elem_bytes));
+    [Some(linear::forward_cost(t, v, d, elem_bytes)), dh, dw].into_iter().flatten().sum()
 }
 
 #[cfg(test)]

@@ -225,7 +225,7 @@ pub fn forward(s: &mut Stream, x: Tensor, w: Tensor, bias: Option<Tensor>, y: Te
     let t = x.len() / i.max(1);
     expect_shape("linear", "x", x.reshape(&[t, i]), &[t, i])?;
     expect_shape("linear", "y", y, &[t, o]).or_else(|e| if y.len() == t * o { Ok(()) } else { Err(e) })?;
-    s.account(cost(t, o, i, x.dtype.size_bytes()));
+    s.account(forward_cost(t, o, i, x.dtype.size_bytes()));
     let reads: Vec<Tensor> = [x, w].into_iter().chain(bias).collect();
     s.launch(&reads, &[y], move |m| {
         with_float!(x.dtype, T => {
@@ -247,7 +247,7 @@ pub fn forward_acc(s: &mut Stream, x: Tensor, w: Tensor, y: Tensor) -> Result<()
     let (o, i) = (w.dim(0), w.dim(1));
     let t = x.len() / i.max(1);
     expect_shape("linear onto", "y", y, &[t, o])?;
-    s.account(cost(t, o, i, x.dtype.size_bytes()));
+    s.account(forward_cost(t, o, i, x.dtype.size_bytes()));
     s.launch(&[x, w, y], &[y], move |m| {
         with_float!(x.dtype, T => {
             let (x, w, mut y) = (m.read::<T>(x), m.read::<T>(w), m.write::<T>(y));
@@ -264,7 +264,7 @@ pub fn input_grad(s: &mut Stream, dy: Tensor, w: Tensor, dx: Tensor, accumulate:
     if dy.len() != t * o {
         expect_shape("linear input gradient", "dy", dy, &[t, o])?;
     }
-    s.account(cost(t, o, i, dy.dtype.size_bytes()));
+    s.account(input_grad_cost(t, o, i, dy.dtype.size_bytes()));
     s.launch(&[dy, w], &[dx], move |m| {
         with_float!(dy.dtype, T => {
             let (dy, w, mut dx) = (m.read::<T>(dy), m.read::<T>(w), m.write::<T>(dx));
@@ -282,7 +282,7 @@ pub fn weight_grad(s: &mut Stream, dy: Tensor, x: Tensor, dw: Tensor, dbias: Opt
     if dy.len() != t * o {
         expect_shape("linear weight gradient", "dy", dy, &[t, o])?;
     }
-    s.account(cost(t, o, i, dy.dtype.size_bytes()));
+    s.account(weight_grad_cost(t, o, i, dy.dtype.size_bytes()));
     let writes: Vec<Tensor> = std::iter::once(dw).chain(dbias).collect();
     s.launch(&[dy, x], &writes, move |m| {
         with_float!(dy.dtype, T => {
@@ -301,9 +301,21 @@ pub fn weight_grad(s: &mut Stream, dy: Tensor, x: Tensor, dw: Tensor, dbias: Opt
     Ok(())
 }
 
-/// Cost of one pass over `t` tokens; the three passes cost the same.
-pub fn cost(t: usize, o: usize, i: usize, elem_bytes: usize) -> Cost {
-    Cost::gemm(t, o, i, elem_bytes)
+/// Cost of F over `t` tokens, which converts x.
+pub fn forward_cost(t: usize, o: usize, i: usize, elem_bytes: usize) -> Cost {
+    Cost::gemm(t, o, i, elem_bytes).casting(t * i)
+}
+
+/// Cost of I over `t` tokens, which converts dy.
+pub fn input_grad_cost(t: usize, o: usize, i: usize, elem_bytes: usize) -> Cost {
+    Cost::gemm(t, i, o, elem_bytes).casting(t * o)
+}
+
+/// Cost of W over `t` tokens. It converts both: scales of blocks run along the summed dimension, which is another one
+/// than in F and I, so what those converted cannot be used.
+pub fn weight_grad_cost(t: usize, o: usize, i: usize, elem_bytes: usize) -> Cost {
+    let product = Cost::gemm(o, i, t, elem_bytes).casting(t * (o + i));
+    Cost { read_bytes: product.read_bytes + product.written_bytes, ..product }
 }
 
 #[cfg(test)]

@@ -140,7 +140,12 @@ fn add_bias<B: Float>(y_on: &mut [B::Acc], n: usize, bias: &[B]) {
 /// Cost over `n` rows of x; the weight's elements have `weight_bytes` each, the others `elem_bytes`.
 pub fn cost(n: usize, o: usize, i: usize, elem_bytes: usize, weight_bytes: usize) -> Cost {
     let (n, o, i) = (n as u64, o as u64, i as u64);
-    Cost::stream(2 * n * o * i, o * i * weight_bytes as u64 + n * i * elem_bytes as u64, n * o * elem_bytes as u64)
+    let read_bytes = o * i * weight_bytes as u64 + n * i * elem_bytes as u64;
+    Cost {
+        product_flops: 2 * n * o * i,
+        cast_elements: n * i,
+        ..Cost::stream(0, read_bytes, n * o * elem_bytes as u64)
+    }
 }
 
 #[cfg(test)]

@@ -30,7 +30,7 @@ use crate::{
     error::Result,
     ops::{
         expect::expect_tensor,
-        gemm::{Mat, Threads, gemm, gemm_by_row},
+        gemm::{self as plain, Mat, Threads, gemm, gemm_by_row},
     },
     stream::Stream,
     tensor::Tensor,
@@ -99,7 +99,7 @@ fn check(
 /// F: `y_no = x_ni w_e^T` per expert, from x [n, i], offsets U32 \[e + 1\] and w [e, o, i].
 pub fn forward(s: &mut Stream, x: Tensor, offsets: Tensor, w: Tensor, y: Tensor) -> Result<()> {
     let z = check("grouped linear", offsets, ("w", w), ("x", x), ("y", y))?;
-    s.account(cost(z.n, z.e, z.o, z.i, x.dtype.size_bytes()));
+    s.account(forward_cost(z.n, z.e, z.o, z.i, x.dtype.size_bytes()));
     s.launch(&[x, offsets, w], &[y], move |m| {
         with_float!(x.dtype, T => {
             let (x, w, mut y) = (m.read::<T>(x), m.read::<T>(w), m.write::<T>(y));
@@ -114,7 +114,7 @@ pub fn forward(s: &mut Stream, x: Tensor, offsets: Tensor, w: Tensor, y: Tensor)
 /// I: `dx_ni = dy_no w_e` per expert, from dy [n, o], offsets U32 \[e + 1\] and w [e, o, i].
 pub fn input_grad(s: &mut Stream, dy: Tensor, offsets: Tensor, w: Tensor, dx: Tensor) -> Result<()> {
     let z = check("grouped linear input gradient", offsets, ("w", w), ("dx", dx), ("dy", dy))?;
-    s.account(cost(z.n, z.e, z.o, z.i, dy.dtype.size_bytes()));
+    s.account(input_grad_cost(z.n, z.e, z.o, z.i, dy.dtype.size_bytes()));
     s.launch(&[dy, offsets, w], &[dx], move |m| {
         with_float!(dx.dtype, T => {
             let (dy, w, mut dx) = (m.read::<T>(dy), m.read::<T>(w), m.write::<T>(dx));
@@ -129,7 +129,7 @@ pub fn input_grad(s: &mut Stream, dy: Tensor, offsets: Tensor, w: Tensor, dx: Te
 /// W: `dw_eoi += dy_e^T x_e` per expert, from dy [n, o], x [n, i] and offsets U32 \[e + 1\].
 pub fn weight_grad(s: &mut Stream, dy: Tensor, x: Tensor, offsets: Tensor, dw: Tensor) -> Result<()> {
     let z = check("grouped linear weight gradient", offsets, ("dw", dw), ("x", x), ("dy", dy))?;
-    s.account(cost(z.n, z.e, z.o, z.i, dy.dtype.size_bytes()));
+    s.account(weight_grad_cost(z.n, z.e, z.o, z.i, dy.dtype.size_bytes()));
     s.launch(&[dy, x, offsets, dw], &[dw], move |m| {
         with_float!(x.dtype, T => {
             let (dy, x, mut dw) = (m.read::<T>(dy), m.read::<T>(x), m.write::<T>(dw));
@@ -142,11 +142,26 @@ pub fn weight_grad(s: &mut Stream, dy: Tensor, x: Tensor, offsets: Tensor, dw: T
     Ok(())
 }
 
-/// Cost of one pass over n rows, with e experts that all have some.
-pub fn cost(n: usize, e: usize, o: usize, i: usize, elem_bytes: usize) -> Cost {
-    let weights = ((e - 1) * o * i * elem_bytes) as u64;
-    let one = Cost::gemm(n, o, i, elem_bytes);
-    Cost { read_bytes: one.read_bytes + weights, ..one }
+/// Cost of F over n rows, with e experts that all have some.
+pub fn forward_cost(n: usize, e: usize, o: usize, i: usize, elem_bytes: usize) -> Cost {
+    of_all(e, (o * i * elem_bytes) as u64, plain::forward_cost(n, o, i, elem_bytes))
+}
+
+/// Cost of I over n rows, with e experts that all have some.
+pub fn input_grad_cost(n: usize, e: usize, o: usize, i: usize, elem_bytes: usize) -> Cost {
+    of_all(e, (o * i * elem_bytes) as u64, plain::input_grad_cost(n, o, i, elem_bytes))
+}
+
+/// Cost of W over n rows, with e experts that all have some: each reads and writes its gradient.
+pub fn weight_grad_cost(n: usize, e: usize, o: usize, i: usize, elem_bytes: usize) -> Cost {
+    let bytes = (o * i * elem_bytes) as u64;
+    let one = of_all(e, bytes, plain::weight_grad_cost(n, o, i, elem_bytes));
+    Cost { written_bytes: e as u64 * bytes, ..one }
+}
+
+/// `one` expert's cost with the weights of all `e` read, `weight_bytes` each.
+fn of_all(e: usize, weight_bytes: u64, one: Cost) -> Cost {
+    Cost { read_bytes: one.read_bytes + e as u64 * weight_bytes - weight_bytes, ..one }
 }
 
 #[cfg(test)]

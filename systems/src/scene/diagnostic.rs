@@ -7,6 +7,9 @@ use miette::{Diagnostic, GraphicalReportHandler, GraphicalTheme, LabeledSpan, Na
 use super::source::Sources;
 use super::tree::At;
 
+/// How messages call the whole.
+const SCENE: &str = "the scene";
+
 /// A finding before it is joined with the text it stands in.
 #[derive(Clone, Debug)]
 pub(super) struct Finding {
@@ -66,6 +69,8 @@ pub struct SceneError {
 pub struct SceneErrors {
     /// Never empty when returned as an error.
     pub errors: Vec<SceneError>,
+    /// What the texts are: the scene, or something that a scene names.
+    subject: &'static str,
 }
 
 impl SceneErrors {
@@ -78,7 +83,15 @@ impl SceneErrors {
             label: finding.label.into(),
             help: finding.help,
         });
-        SceneErrors { errors: errors.collect() }
+        SceneErrors { errors: errors.collect(), subject: SCENE }
+    }
+
+    /// The same errors about something else than a scene.
+    pub(super) fn about(mut self, subject: &'static str) -> Self {
+        for error in &mut self.errors {
+            error.message = error.message.replacen(SCENE, subject, 1);
+        }
+        SceneErrors { subject, ..self }
     }
 
     /// The same errors drawn for a terminal `width` columns wide, with colors if `color`.
@@ -97,8 +110,8 @@ impl SceneErrors {
 
     fn summary(&self) -> String {
         match self.errors.len() {
-            1 => "1 error in the scene".to_owned(),
-            count => format!("{count} errors in the scene"),
+            1 => format!("1 error in {}", self.subject),
+            count => format!("{count} errors in {}", self.subject),
         }
     }
 }

@@ -9,6 +9,7 @@ mod check;
 mod de;
 mod diagnostic;
 mod fault;
+pub mod hardware;
 mod schedule;
 mod sections;
 mod source;

@@ -121,5 +121,6 @@ where
 pub fn cost(n: usize, at: usize, [h, g, d, v]: [usize; 4], elem_bytes: usize) -> Cost {
     let pairs = super::causal_pairs((at + n) as u64) - super::causal_pairs(at as u64);
     let read = (n * h * d + (at + n) * g * (d + v)) * elem_bytes;
-    Cost::stream(2 * pairs * (h * (d + v)) as u64, read as u64, (n * h * v * elem_bytes) as u64)
+    let bytes = Cost::stream(0, read as u64, (n * h * v * elem_bytes) as u64);
+    Cost { core_flops: 2 * pairs * (h * (d + v)) as u64, ..bytes }
 }

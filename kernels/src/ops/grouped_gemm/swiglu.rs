@@ -151,13 +151,13 @@ fn deactivate_block<T: Float>(gate: &[T], up: &[T], dgate: &mut [T], dup: &mut [
 
 /// Cost of `forward` over n rows: the product and the store of a.
 pub fn forward_cost(n: usize, e: usize, f: usize, i: usize, elem_bytes: usize) -> Cost {
-    super::cost(n, e, 2 * f, i, elem_bytes) + Cost::stream(5 * (n * f) as u64, 0, (n * f * elem_bytes) as u64)
+    super::forward_cost(n, e, 2 * f, i, elem_bytes) + Cost::stream(5 * (n * f) as u64, 0, (n * f * elem_bytes) as u64)
 }
 
 /// Cost of `input_grad` over n rows: the product, the read of h and the store of dh instead of da; without a.
 pub fn input_grad_cost(n: usize, e: usize, d: usize, f: usize, elem_bytes: usize) -> Cost {
     let (h, half) = ((2 * n * f * elem_bytes) as u64, (n * f * elem_bytes) as u64);
-    super::cost(n, e, d, f, elem_bytes) + Cost::stream(12 * (n * f) as u64, h, half)
+    super::input_grad_cost(n, e, d, f, elem_bytes) + Cost::stream(12 * (n * f) as u64, h, half)
 }
 
 #[cfg(test)]

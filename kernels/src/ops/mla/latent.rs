@@ -234,9 +234,10 @@ pub fn cost(m: usize, at: usize, [h, n, r, v, c]: [usize; 5], elem_bytes: usize,
     let core = crate::ops::attention::cached::cost(m, at, [h, 1, c + r, c], elem_bytes);
     let weight = h * (n + v) * c;
     Cost {
-        flops: core.flops + 2 * (m * weight) as u64,
+        product_flops: 2 * (m * weight) as u64,
         read_bytes: (((at + m) * (c + r) + m * h * (n + r)) * elem_bytes + weight * weight_bytes) as u64,
         written_bytes: (m * h * v * elem_bytes) as u64,
-        ..Cost::default()
+        cast_elements: (m * h * (n + c)) as u64,
+        ..core
     }
 }
