@@ -24,6 +24,7 @@ pub mod mtp;
 pub mod optimizer;
 pub mod params;
 pub mod pipeline;
+pub mod placement;
 pub mod probe;
 pub mod problem;
 pub mod ranks;
