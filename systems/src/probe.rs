@@ -26,7 +26,7 @@ use crate::{
     model::Model,
     optimizer,
     pipeline::{
-        action::{Action, Work as Pass},
+        action::{Cell, Work as Pass},
         stage::Stage,
     },
     save,
@@ -200,7 +200,7 @@ impl Probe {
             let mut l = Lowering::for_session(world, self.inputs, true)?;
             optimizer::lower_zero(&mut l)?;
             for work in [Pass::F, Pass::I, Pass::W] {
-                stage.lower(&mut l, Action::new(0, work, 0))?;
+                stage.lower(&mut l, Cell::new(0, work, 0))?;
             }
             if l.world.contains_resource::<optimizer::OptimizerState>() {
                 optimizer::lower_update(&mut l)?;

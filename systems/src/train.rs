@@ -17,7 +17,7 @@ use crate::{
     microbatch::Inputs,
     model::Model,
     optimizer::{self, OptimizerState, UpdateScalars},
-    pipeline::{one_f_one_b::one_f_one_b, stage::Stage},
+    pipeline::{action::Action, one_f_one_b::one_f_one_b, stage::Stage},
     routing::{self, ExpertCounts, RoutingState},
     scene::{self as sections, Scene},
     session::Session,
@@ -184,8 +184,8 @@ fn plan(world: &mut World) -> Result {
     let mut l = Lowering::for_session(world, inputs[0], true)?;
     l.checking = checking;
     optimizer::lower_zero(&mut l)?;
-    for action in one_f_one_b(1, num_microbatches as u32).concat() {
-        stage.lower(&mut l, action)?;
+    for cell in one_f_one_b(1, num_microbatches as u32).ranks.concat().into_iter().flat_map(Action::cells) {
+        stage.lower(&mut l, cell)?;
     }
     if l.world.contains_resource::<OptimizerState>() && !checking {
         optimizer::lower_update(&mut l)?;

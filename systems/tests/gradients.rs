@@ -20,7 +20,7 @@ use systems::{
     optimizer,
     params::ParamKind,
     pipeline::{
-        action::{Action, Work},
+        action::{Cell, Work},
         stage::Stage,
     },
     scene::{Recompute, RecomputeOp},
@@ -88,7 +88,7 @@ impl Probe {
         let mut l = Lowering::for_session(world, inputs, true).unwrap();
         optimizer::lower_zero(&mut l).unwrap();
         for &work in works {
-            stage.lower(&mut l, Action::new(0, work, 0)).unwrap();
+            stage.lower(&mut l, Cell::new(0, work, 0)).unwrap();
         }
         let graph = l.finish().unwrap();
         let key = PlanKey("probe".into());

@@ -9,7 +9,7 @@ use bevy_ecs::prelude::*;
 use engine::prelude::*;
 use kernels::{ops::elementwise, tensor::Tensor};
 
-use super::action::{Action, Work};
+use super::action::{Cell, Work};
 use crate::{
     attention::{
         Gqa, Mla,
@@ -125,15 +125,15 @@ impl Stage {
         Stage { model, router, inputs, forwards: BTreeMap::new(), deferred: BTreeMap::new() }
     }
 
-    /// Emits the tasks of one action.
-    pub fn lower(&mut self, l: &mut Lowering, action: Action) -> Result<()> {
-        l.microbatch = Some(action.microbatch);
-        l.inputs = self.inputs[action.microbatch as usize];
-        match action.work {
-            Work::F => self.forward(l, action.microbatch)?,
-            Work::I => self.input_grad(l, action.microbatch, false)?,
-            Work::W => self.weight_grad(l, action.microbatch)?,
-            Work::B => self.input_grad(l, action.microbatch, true)?,
+    /// Emits the tasks of one cell.
+    pub fn lower(&mut self, l: &mut Lowering, cell: Cell) -> Result<()> {
+        l.microbatch = Some(cell.microbatch);
+        l.inputs = self.inputs[cell.microbatch as usize];
+        match cell.work {
+            Work::F => self.forward(l, cell.microbatch)?,
+            Work::I => self.input_grad(l, cell.microbatch, false)?,
+            Work::W => self.weight_grad(l, cell.microbatch)?,
+            Work::B => self.input_grad(l, cell.microbatch, true)?,
         }
         l.layer = None;
         l.microbatch = None;
