@@ -34,6 +34,8 @@ pub enum Verb {
     Run(RunArgs),
     /// Say all that is wrong with a scene, or how large its model is; trains nothing
     Check(CheckArgs),
+    /// Say how long a step would take on hardware that is not there, or how a pipeline schedule plays out
+    Plan(PlanArgs),
     /// Measure the loss of a checkpoint on a text
     Eval(EvalArgs),
     /// Continue a text with a checkpoint
@@ -52,6 +54,7 @@ impl Verb {
         let json = match self {
             Verb::Run(args) => &args.json,
             Verb::Check(args) => &args.json,
+            Verb::Plan(args) => &args.json,
             Verb::Eval(args) => &args.json,
             Verb::Generate(args) => &args.json,
             Verb::Convert(args) => &args.json,
@@ -114,6 +117,44 @@ pub struct CheckArgs {
     pub scene: PathBuf,
     #[command(flatten)]
     pub overrides: Overrides,
+    #[command(flatten)]
+    pub json: Json,
+}
+
+/// Arguments of `plan`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Schedules:
+  gpipe, 1f1b, interleaved:CHUNKS, zb-h1 (or zb1p), zb-h2, zbv, dualpipe, dualpipev
+  or a text file: one line a rank, actions such as 2F0 (forward of microbatch 0 on stage 2), 2I0, 2W0, 2B0 (input
+  gradient, weight gradient, both), and 2F7&5B3 for a forward and a backward that overlap
+
+Examples:
+  hadal plan --schedule dualpipe --pp 8 --microbatches 20
+  hadal plan --schedule zbv --pp 4 --microbatches 12 --costs f=1,i=1.2,w=0.8 --json
+  hadal plan --schedule 1f1b --pp 4 --microbatches 8 --print > mine.txt
+  hadal plan --schedule mine.txt")]
+pub struct PlanArgs {
+    /// Scene file; not with --schedule
+    #[arg(conflicts_with = "schedule")]
+    pub scene: Option<PathBuf>,
+    #[command(flatten)]
+    pub overrides: Overrides,
+    /// Play a pipeline schedule without a scene: its name, or a text file
+    #[arg(long, value_name = "NAME|FILE")]
+    pub schedule: Option<String>,
+    /// Ranks of the pipeline
+    #[arg(long, value_name = "N", requires = "schedule", conflicts_with = "scene")]
+    pub pp: Option<u32>,
+    /// Microbatches of a step
+    #[arg(long, value_name = "N", requires = "schedule", conflicts_with = "scene")]
+    pub microbatches: Option<u32>,
+    /// What the passes of one stage cost, in any unit; not given are f=1,i=1,w=1, b=i+w, and fb=f+b for a pair
+    #[arg(long, value_name = "f=T,i=T,w=T", requires = "schedule", conflicts_with = "scene")]
+    pub costs: Option<String>,
+    /// Write the schedule as text to stdout, and no table
+    #[arg(long, requires = "schedule", conflicts_with = "scene")]
+    pub print: bool,
     #[command(flatten)]
     pub json: Json,
 }
@@ -357,6 +398,8 @@ mod tests {
         };
         check(true, "hadal run s.ron --set a=1 --set b=2 --resume --json -");
         check(true, "hadal check s.ron --json");
+        check(true, "hadal plan s.ron --set a=1");
+        check(true, "hadal plan --schedule dualpipe --pp 8 --microbatches 20 --costs f=1,i=1,w=1,fb=3 --json -");
         check(true, "hadal eval c --data d --seq-len 128 --precision f64");
         check(true, "hadal eval c --tokens t --logits l --grads g");
         check(true, "hadal bench hardware --threads 2 --save this_cpu.ron");
@@ -365,6 +408,8 @@ mod tests {
         // The scene must not be taken for the file that JSON goes to.
         check(false, "hadal check --json s.ron");
         check(false, "hadal run s.ron --resume --fresh");
+        check(false, "hadal plan s.ron --schedule dualpipe");
+        check(false, "hadal plan s.ron --pp 8");
         check(false, "hadal eval c");
         check(false, "hadal eval c --data d --tokens t");
         check(false, "hadal eval c --data d --logits l");

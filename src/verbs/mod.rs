@@ -6,6 +6,7 @@ mod convert;
 mod doctor;
 mod eval;
 mod generate;
+mod plan;
 mod run;
 
 use std::process::ExitCode;
@@ -24,6 +25,7 @@ pub fn perform(verb: Verb, output: &Output) -> Result<ExitCode, Failure> {
     match verb {
         Verb::Run(args) => run::run(&args, output),
         Verb::Check(args) => check::check(&args, output),
+        Verb::Plan(args) => plan::plan(&args, output),
         Verb::Eval(args) => eval::eval(args, output),
         Verb::Generate(args) => generate::generate(args, output),
         Verb::Convert(args) => convert::convert(&args, output),

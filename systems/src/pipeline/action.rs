@@ -254,7 +254,21 @@ mod tests {
 
     #[test]
     fn what_is_no_action_is_quoted() {
-        for bad in ["", "F0", "0X1", "0F", "1F-2", "1F+2", "1é2", "0F99999999999", "2B7&5F3", "2F7&5I3", "2F7&", "&", "0F0&0B1&0B2"] {
+        for bad in [
+            "",
+            "F0",
+            "0X1",
+            "0F",
+            "1F-2",
+            "1F+2",
+            "1é2",
+            "0F99999999999",
+            "2B7&5F3",
+            "2F7&5I3",
+            "2F7&",
+            "&",
+            "0F0&0B1&0B2",
+        ] {
             let error = bad.parse::<Action>().unwrap_err().to_string();
             assert!(error.ends_with(&format!("found `{bad}`")), "{error}");
         }

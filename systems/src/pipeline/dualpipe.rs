@@ -2,7 +2,7 @@
 //! last rank, so that in the middle of the step every rank has a forward and a backward to overlap, each hiding the all-to-all
 //! of the other. Every stage is held by two ranks: stage s of the second direction is on rank `ranks - 1 - s`.
 //!
-//! The eight steps of a rank follow the counts that DeepSeek published with it; [`lanes`] is shared with
+//! The eight steps of a rank follow the counts that DeepSeek published with it; `lanes` is shared with
 //! [DualPipeV](super::dualpipev), which is one half of it, folded.
 
 use std::collections::VecDeque;

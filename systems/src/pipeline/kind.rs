@@ -265,7 +265,8 @@ mod tests {
 
     #[test]
     fn names_round_trip() {
-        let names = ["gpipe", "1f1b", "interleaved:2", "interleaved:4", "zb-h1", "zb-h2", "zbv", "dualpipe", "dualpipev"];
+        let names =
+            ["gpipe", "1f1b", "interleaved:2", "interleaved:4", "zb-h1", "zb-h2", "zbv", "dualpipe", "dualpipev"];
         for name in names {
             assert_eq!(name.parse::<ScheduleKind>().unwrap().to_string(), name);
         }
@@ -307,13 +308,33 @@ mod tests {
                 "valid: ranks = 6 with microbatches = 12 or ranks = 8 with microbatches = 16",
             ],
         );
-        check("dualpipe", 8, 21, &["no", "even, but is 21; nearest: 20 or 22", "valid: ranks = 8 with microbatches = 22"]);
+        check(
+            "dualpipe",
+            8,
+            21,
+            &["no", "even, but is 21; nearest: 20 or 22", "valid: ranks = 8 with microbatches = 22"],
+        );
         check("dualpipe", 1, 2, &["no", "even, but is 1; nearest: 2", "valid: ranks = 2 with microbatches = 4"]);
         check("dualpipev", 4, 7, &["no", "nearest: 8", "valid: ranks = 4 with microbatches = 8"]);
-        check("interleaved:2", 4, 10, &["no", "multiple of the ranks (4), but is 10; nearest: 8 or 12", "with microbatches = 12"]);
-        check("interleaved:1", 4, 8, &["no", "the chunks of a rank must be 2 or more (with 1 it is `1f1b`), but is 1; nearest: 2"]);
+        check(
+            "interleaved:2",
+            4,
+            10,
+            &["no", "multiple of the ranks (4), but is 10; nearest: 8 or 12", "with microbatches = 12"],
+        );
+        check(
+            "interleaved:1",
+            4,
+            8,
+            &["no", "the chunks of a rank must be 2 or more (with 1 it is `1f1b`), but is 1; nearest: 2"],
+        );
         check("interleaved:0", 4, 8, &["no", "2 or more"]);
-        check("gpipe", 0, 0, &["no", "ranks must be 1 or more", "microbatches must be 1 or more", "ranks = 1 with microbatches = 1"]);
+        check(
+            "gpipe",
+            0,
+            0,
+            &["no", "ranks must be 1 or more", "microbatches must be 1 or more", "ranks = 1 with microbatches = 1"],
+        );
         check("1f1b", u32::MAX, u32::MAX, &["no", "stages times microbatches must be at most"]);
         check("dualpipe", u32::MAX, 1, &["no", "must be even", "must be even", "twice", "stages times"]);
     }

@@ -60,7 +60,7 @@ impl Places {
     }
 
     /// The cell of another stage that `cell` gets its input from, if any.
-    pub fn from_neighbor(&self, cell: Cell) -> Option<(Cell, Place)> {
+    pub fn neighbor(&self, cell: Cell) -> Option<(Cell, Place)> {
         match cell.work {
             Work::F => {
                 let before = Cell::new(cell.stage.checked_sub(1)?, Work::F, cell.microbatch);

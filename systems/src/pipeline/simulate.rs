@@ -49,7 +49,7 @@ impl CellCosts {
 /// Times of one rank, in the unit of the costs.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct RankTimes {
-    /// Makespan less busy: the bubble.
+    /// Makespan less busy: the bubble. Never below 0.
     pub idle: f64,
     /// The part of it between the first and the last action: what is left if the next step starts while others drain.
     pub idle_inside: f64,
@@ -116,9 +116,11 @@ pub fn simulate(schedule: &Schedule, checked: &Checked, costs: CellCosts) -> Sim
     let makespan = spans.iter().filter_map(|spans| spans.last()).fold(0.0, |latest: f64, &(_, end)| latest.max(end));
     let times = |rank: usize, spans: &Vec<(f64, f64)>| {
         let busy = schedule.ranks[rank].iter().map(|action| costs.of(*action)).sum();
-        let inside = spans.last().map_or(0.0, |last| last.1) - spans.first().map_or(0.0, |first| first.0);
+        // Gaps, not makespan less busy: where none waits, rounding makes none.
+        let idle_inside: f64 = spans.windows(2).map(|pair| pair[1].0 - pair[0].1).sum();
+        let (start, end) = (spans.first().map_or(0.0, |first| first.0), spans.last().map_or(0.0, |last| last.1));
         let peak_activations = checked.peak_activations[rank];
-        RankTimes { idle: makespan - busy, idle_inside: inside - busy, busy, peak_activations }
+        RankTimes { idle: start + idle_inside + (makespan - end), idle_inside, busy, peak_activations }
     };
     let ranks = spans.iter().enumerate().map(|(rank, spans)| times(rank, spans)).collect();
     Simulated { makespan, ranks, spans }

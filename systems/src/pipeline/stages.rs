@@ -57,8 +57,8 @@ fn solve(
     for stage in (0..num_stages).rev() {
         let mut here = vec![None; num_layers + 1];
         for layer in 0..num_layers {
-            for end in layer + 1..=num_layers {
-                let Some(found) = best[end].and_then(|rest| value(stage, layer..end, rest)) else { continue };
+            for (end, rest) in best.iter().enumerate().skip(layer + 1) {
+                let Some(found) = rest.and_then(|rest| value(stage, layer..end, rest)) else { continue };
                 if here[layer].is_none_or(|known| found < known) {
                     here[layer] = Some(found);
                     ends[stage][layer] = end;

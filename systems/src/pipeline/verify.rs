@@ -30,6 +30,9 @@ pub struct Checked {
     pub peak_activations: Vec<u32>,
 }
 
+/// Actions with their places, each waiting for the next, and the last for the first.
+pub type Cycle = Vec<(At, Action)>;
+
 /// Something wrong with a schedule.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Fault {
@@ -69,8 +72,8 @@ pub enum Fault {
         /// The cell that the receiver turns to first.
         receiver: Cell,
     },
-    /// Actions, each waiting for the next, and the last for the first.
-    Deadlock(Vec<(At, Action)>),
+    /// A cycle.
+    Deadlock(Cycle),
 }
 
 /// A place in the lists, for people.
@@ -105,13 +108,18 @@ impl fmt::Display for Fault {
             Fault::Twice(cell, first, second) => write!(f, "{cell} occurs twice, on {first} and on {second}"),
             Fault::Missing(cell) => write!(f, "{cell} is missing"),
             Fault::MissingBackward(stage, m) => {
-                write!(f, "the backward of microbatch {m} on stage {stage} is missing: {stage}B{m}, or {stage}I{m} and {stage}W{m}")
+                write!(
+                    f,
+                    "the backward of microbatch {m} on stage {stage} is missing: {stage}B{m}, or {stage}I{m} and {stage}W{m}"
+                )
             }
             Fault::Both(full, part) => write!(f, "{full} and {part} compute the same gradient; expected one of them"),
             Fault::Apart(a, at_a, b, at_b) => {
                 write!(f, "{a} is on rank {}, but {b} on rank {}; expected one rank", at_a.rank, at_b.rank)
             }
-            Fault::TooEarly(cell, needed, at) => write!(f, "rank {}: {cell} comes before {needed}, which it needs", at.rank),
+            Fault::TooEarly(cell, needed, at) => {
+                write!(f, "rank {}: {cell} comes before {needed}, which it needs", at.rank)
+            }
             Fault::Dependent(pair, at) => write!(
                 f,
                 "rank {}: {pair} cannot overlap, since the backward of a microbatch needs all of its forwards",
@@ -221,7 +229,7 @@ fn swapped_receives(schedule: &Schedule, places: &Places, faults: &mut Vec<Fault
     let mut received: BTreeMap<(u32, u32, bool), Vec<Message>> = BTreeMap::new();
     for (at, action) in actions(schedule) {
         for cell in action.cells() {
-            if let Some((sent, from)) = places.from_neighbor(cell).filter(|(_, from)| from.rank != at.rank) {
+            if let Some((sent, from)) = places.neighbor(cell).filter(|(_, from)| from.rank != at.rank) {
                 received.entry((from.rank, at.rank, cell.work == Work::F)).or_default().push((sent, cell));
             }
         }
@@ -244,7 +252,7 @@ fn actions(schedule: &Schedule) -> impl Iterator<Item = (At, Action)> {
 }
 
 /// The order of [`Checked`], or the cycle that makes it impossible.
-fn order(schedule: &Schedule, places: &Places) -> Result<Vec<(u32, u32)>, Vec<(At, Action)>> {
+fn order(schedule: &Schedule, places: &Places) -> Result<Vec<(u32, u32)>, Cycle> {
     let nodes: Vec<(At, Action)> = actions(schedule).collect();
     let starts: Vec<usize> = schedule
         .ranks
@@ -257,7 +265,7 @@ fn order(schedule: &Schedule, places: &Places) -> Result<Vec<(u32, u32)>, Vec<(A
     let node = |rank: u32, index: u32| starts[rank as usize] + index as usize;
     let before = |&(at, action): &(At, Action)| {
         let own = at.index.checked_sub(1).map(|index| node(at.rank, index));
-        let inputs = action.cells().flat_map(|cell| [places.from_neighbor(cell), places.own(cell)]);
+        let inputs = action.cells().flat_map(|cell| [places.neighbor(cell), places.own(cell)]);
         let inputs = inputs.flatten().map(|(_, place)| node(place.rank, place.index));
         own.into_iter().chain(inputs).collect::<Vec<usize>>()
     };
