@@ -216,7 +216,7 @@ mod tests {
     fn the_longest_wait_decides_the_role() {
         let send = Rendezvous::Send { to: 1, tag: 0 };
         let receive = Rendezvous::Receive { from: 1, tag: 0 };
-        let collective = Rendezvous::Collective { group: 0, tag: 0 };
+        let collective = Rendezvous::Collective { group: Arc::from([0, 1]), tag: 0 };
         assert_eq!(Role::of(&[]), Role::Compute);
         assert_eq!(Role::of(&[send]), Role::Send);
         assert_eq!(Role::of(&[receive, send]), Role::Receive);
