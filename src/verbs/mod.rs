@@ -7,6 +7,7 @@ mod doctor;
 mod eval;
 mod generate;
 mod plan;
+mod plan_experts;
 mod run;
 
 use std::process::ExitCode;

@@ -84,11 +84,11 @@ fn a_placement_is_whole_for_every_policy() {
                 continue;
             };
             assert_eq!(placement.num_slots(), sizes.num_replicas);
-            for layer in 0..load.len() {
+            for (layer, load) in load.iter().enumerate() {
                 assert!(placement.num_replicas_of[layer].iter().all(|&num| num >= 1));
                 assert_eq!(placement.num_replicas_of[layer].iter().sum::<usize>(), sizes.num_replicas);
-                let total: f64 = placement.rank_loads(layer, &load[layer]).iter().sum();
-                assert!((total - load[layer].iter().sum::<f64>()).abs() < 1e-9, "no load is lost");
+                let total: f64 = placement.rank_loads(layer, load).iter().sum();
+                assert!((total - load.iter().sum::<f64>()).abs() < 1e-9, "no load is lost");
                 for (expert, slots) in placement.expert_to_physical[layer].iter().enumerate() {
                     assert!(slots.iter().all(|&slot| placement.physical_to_expert[layer][slot] == expert));
                 }
@@ -131,7 +131,7 @@ fn a_zipf_load_is_even_with_the_default_policy() {
     assert!((hierarchical - 1.42).abs() < 0.05, "{hierarchical}");
     assert!((global - 1.004).abs() < 0.004, "{global}");
     assert!(best <= global, "{best} {global}");
-    println!(
+    eprintln!(
         "zipf: hierarchical {hierarchical:.4}, global {global:.4}, best {best:.4}, worst of 100 layers {worst:.4}"
     );
 }
@@ -150,7 +150,7 @@ fn figures_for_loads_of_several_kinds() {
         ] {
             for policy in tried {
                 let report = reported(sizes, &load, *policy);
-                println!(
+                eprintln!(
                     "{at} {name} {policy:?}: {:.4}, worst {:.4}, {} duplicates, {} split groups; contiguous {:.2}",
                     report.max_over_mean,
                     report.worst_max_over_mean,
@@ -249,10 +249,10 @@ fn a_drifted_load_needs_few_moves() {
     let load = drifted(&load, 0.3, 6);
     let full = migrate(&current, &place(&load, PREFILL, Policy::Best).unwrap()).unwrap();
     let (before, best) = (waited(&current, &load), waited(&full.placement, &load));
-    println!("drift: before {before:.4}; anew {best:.4} with {} moves of {} slots", full.num_moved, 58 * 288);
+    eprintln!("drift: before {before:.4}; anew {best:.4} with {} moves of {} slots", full.num_moved, 58 * 288);
     for max_moves in [58, 116, 232, 464, usize::MAX] {
         let plan = improve(&current, &load, max_moves).unwrap();
-        println!("  at most {max_moves}: {:.4} with {} moves", waited(&plan.placement, &load), plan.num_moved);
+        eprintln!("  at most {max_moves}: {:.4} with {} moves", waited(&plan.placement, &load), plan.num_moved);
     }
     let plan = improve(&current, &load, usize::MAX).unwrap();
     assert!(waited(&plan.placement, &load) <= best + 0.02);
@@ -335,7 +335,7 @@ fn placing_is_fast() {
         let begin = kernels::clock::now_nanos();
         work();
         let millis = (kernels::clock::now_nanos() - begin) as f64 * 1e-6;
-        println!("{name}: {millis:.1} ms");
+        eprintln!("{name}: {millis:.1} ms");
         millis
     };
     for policy in [Policy::Hierarchical, Policy::Global, Policy::Best] {
