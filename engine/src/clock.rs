@@ -58,7 +58,7 @@ mod tests {
             wire_bytes_per_sec: 1e10,
             launch_overhead_secs: 2e-6,
         };
-        let cost = |flops, read_bytes, written_bytes, wire_bytes| {
+        let cost = |flops, read_bytes, written_bytes, wire_bytes: u64| {
             Cost::stream(flops, read_bytes, written_bytes) + Cost::wire(wire_bytes / 3, wire_bytes - wire_bytes / 3)
         };
         for (name, cost, nanos) in [

@@ -43,6 +43,7 @@ pub(crate) fn add_gradient(In(id): In<Entity>, mut launch: Launch<AddTask>) -> R
 }
 
 #[derive(Clone, Copy)]
+#[expect(clippy::large_enum_variant, reason = "both are handles, which are copied")]
 enum AttentionForward {
     Mla(Mla, MlaActivations),
     Gqa(Gqa, GqaActivations),
