@@ -21,6 +21,7 @@ use crate::{
     routing::{RouteActivations, RouteGradients, Router},
 };
 
+#[expect(clippy::large_enum_variant, reason = "both are handles, which are copied")]
 #[derive(Clone, Copy)]
 enum Attention {
     Mla(Mla, MlaActivations),
