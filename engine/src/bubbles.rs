@@ -15,9 +15,9 @@ use crate::{task::Role, telemetry::Span};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum BubbleCause {
-    /// Before the stream's first task of the step: the pipeline fills.
+    /// Before the stream's first pass of the step (its first task, if it has no pass): the pipeline fills.
     WarmUp,
-    /// After the stream's last task of the step, while others still work: the pipeline drains.
+    /// After the stream's last pass, waiting for others to end theirs, and after its last task: the pipeline drains.
     CoolDown,
     /// The next task needs a result that is not there yet: another rank's, or one of another stream that computes.
     Dependency,
@@ -45,6 +45,11 @@ impl BubbleCause {
         BubbleCause::Straggler,
         BubbleCause::Launch,
     ];
+
+    /// Whether it is a wait for what other ranks do.
+    const fn is_for_others(self) -> bool {
+        matches!(self, BubbleCause::Dependency | BubbleCause::LoadImbalance | BubbleCause::Straggler)
+    }
 
     /// As in logs, traces and reports.
     pub const fn name(self) -> &'static str {
@@ -326,6 +331,7 @@ impl<'a> Step<'a> {
         assert!(begin <= end, "expected a step that ends after it begins, found {begin} to {end}");
         let mut free = vec![begin; self.lanes.len()];
         let mut open = Vec::new();
+        let passes = self.passes();
         for ((task, span), place) in self.spans.iter().enumerate().zip(&self.places) {
             let lane = &self.lanes[place.lane as usize];
             if !lane.is_compute {
@@ -334,10 +340,15 @@ impl<'a> Step<'a> {
             let free = &mut free[lane.index];
             let (from, to) = (*free, span.start_nanos.min(end));
             if from < to {
-                let mut give = |slice| give(lane, slice);
-                if place.before == NONE {
-                    give(Slice { from, to, cause: BubbleCause::WarmUp, task: None });
+                let (first, last) = passes[lane.index].unwrap_or((task, usize::MAX));
+                if task <= first && (place.before == NONE || passes[lane.index].is_some()) {
+                    give(lane, Slice { from, to, cause: BubbleCause::WarmUp, task: None });
                 } else {
+                    let mut give = |slice: Slice| {
+                        let drains = task > last && slice.cause.is_for_others();
+                        let cause = if drains { BubbleCause::CoolDown } else { slice.cause };
+                        give(lane, Slice { cause, ..slice });
+                    };
                     self.cut_gap(task, (from, to), &mut open, &mut give);
                 }
             }
@@ -346,6 +357,18 @@ impl<'a> Step<'a> {
         for lane in self.lanes.iter().filter(|lane| lane.is_compute && free[lane.index] < end) {
             give(lane, Slice { from: free[lane.index], to: end, cause: BubbleCause::CoolDown, task: None });
         }
+    }
+
+    /// First and last task of each stream that is part of a pass.
+    fn passes(&self) -> Vec<Option<(usize, usize)>> {
+        let mut passes = vec![None; self.lanes.len()];
+        for ((task, span), place) in self.spans.iter().enumerate().zip(&self.places) {
+            if span.pass.is_some() {
+                let (_, last) = passes[place.lane as usize].get_or_insert((task, task));
+                *last = task;
+            }
+        }
+        passes
     }
 
     /// Cuts the gap `from..to` before `next`, latest slice first.

@@ -218,7 +218,8 @@ fn random_step(random: &mut Random) -> Vec<Span> {
         let wait = if role == Role::Compute { 0 } else { random.below(end - start + 1) };
         let load = (role == Role::Collective && !random.one_in(3)).then(|| (random.below(5), random.below(9)));
         let layer = Some(random.below(2) as u32);
-        let task = Span { rank, load, layer, ..task(&i.to_string(), stream, (start, end), waited_for) };
+        let pass = (!random.one_in(6)).then_some(crate::task::Pass::Forward);
+        let task = Span { rank, load, layer, pass, ..task(&i.to_string(), stream, (start, end), waited_for) };
         spans.push(meets(role, wait, task));
     }
     spans
@@ -254,7 +255,7 @@ fn blame(spans: &[Span], task: usize, t: u64, is_queued: bool) -> BubbleCause {
 fn imbalance(spans: &[Span], task: usize) -> u64 {
     let span = &spans[task];
     let Some((mine, most)) = span.load else { return 0 };
-    let is_its = |s: &&Span| s.rank == span.rank && s.stream.starts_with("compute") && s.layer == span.layer;
+    let is_its = |s: &&Span| s.rank == span.rank && s.stream.starts_with("compute") && (s.layer, s.pass) == (span.layer, span.pass);
     let Some(compute) = spans[..task].iter().rfind(is_its) else { return 0 };
     if most <= mine {
         return 0;
@@ -283,6 +284,8 @@ fn every_idle_nanosecond_of_random_steps_has_its_cause() {
         for &(rank, stream) in lanes.iter().filter(|(_, stream)| is_compute(stream)) {
             let on_it = |i: &usize| spans[*i].rank == rank && &*spans[*i].stream == stream;
             let tasks: Vec<usize> = (0..spans.len()).filter(on_it).collect();
+            let first_pass = tasks.iter().copied().find(|&i| spans[i].pass.is_some());
+            let last_pass = tasks.iter().copied().rfind(|&i| spans[i].pass.is_some());
             let of_rank = idle_by_rank.entry(rank).or_default();
             for t in begin..end {
                 let covering: Vec<&Bubble> = slices
@@ -294,10 +297,14 @@ fn every_idle_nanosecond_of_random_steps_has_its_cause() {
                 let cause = match next {
                     _ if is_busy => None,
                     None => Some(CoolDown),
+                    Some(next) if first_pass.is_some_and(|first| next <= first) => Some(WarmUp),
                     Some(next) if Some(&next) == tasks.first() => Some(WarmUp),
                     Some(next) => {
                         let dep = spans[next].waited_for.filter(|&dep| t < spans[dep as usize].end_nanos);
-                        Some(dep.map_or(Launch, |dep| blame(&spans, dep as usize, t, false)))
+                        let cause = dep.map_or(Launch, |dep| blame(&spans, dep as usize, t, false));
+                        let drains = last_pass.is_some_and(|last| next > last);
+                        let is_for_others = matches!(cause, Dependency | LoadImbalance | Straggler);
+                        Some(if drains && is_for_others { CoolDown } else { cause })
                     }
                 };
                 let found: Vec<BubbleCause> = covering.iter().map(|b| b.cause).collect();

@@ -20,6 +20,7 @@ use kernels::{
 use crate::{
     dispatch,
     error::{Error, Result},
+    joint::TaskTime,
     stream::Queue,
     task::{Role, Task, TaskKind},
     telemetry::Span,
@@ -55,6 +56,22 @@ impl Graph {
     /// What each task does and asks of a device, in launch order.
     pub fn costs(&self) -> impl Iterator<Item = (TaskKind, &Cost)> {
         self.spans.iter().map(|span| (span.kind, &span.cost))
+    }
+
+    /// Spans of the tasks under computed times.
+    ///
+    /// # Panics
+    /// If there is not one time per task.
+    pub fn spans_at(&self, times: &[TaskTime]) -> Vec<Span> {
+        assert_eq!(times.len(), self.order.len(), "one time per task");
+        let span = |((span, deps), time): ((&Span, &Vec<u32>), &TaskTime)| Span {
+            start_nanos: time.start_nanos,
+            end_nanos: time.end_nanos,
+            wait_nanos: time.wait_nanos,
+            waited_for: deps.iter().copied().max_by_key(|&dep| times[dep as usize].end_nanos),
+            ..span.clone()
+        };
+        self.spans.iter().zip(&self.deps).zip(times).map(span).collect()
     }
 
     /// When each task starts and ends if task `i` takes `durations_nanos[i]` and the streams are free at `begin_nanos`:

@@ -76,14 +76,14 @@ impl RankTasks {
         self.rendezvous.push((task.expect("a task to meet with") as u32, rendezvous));
     }
 
-    /// The task added last waits for so much longer than the simulation knows, as for ranks that are not simulated and
-    /// have more to do.
+    /// Task `task` waits for so much longer than the simulation knows, as for ranks that are not simulated and have more to
+    /// do. To be called for ascending tasks.
     ///
     /// # Panics
-    /// If there is no task.
-    pub fn wait_longer(&mut self, nanos: u64) {
-        let task = self.len().checked_sub(1);
-        self.extra_wait_nanos.push((task.expect("a task that waits") as u32, nanos));
+    /// If it comes before one that waits already.
+    pub fn wait_longer(&mut self, task: u32, nanos: u64) {
+        assert!(self.extra_wait_nanos.last().is_none_or(|(last, _)| *last < task), "waits are added by ascending tasks");
+        self.extra_wait_nanos.push((task, nanos));
     }
 
     /// Number of tasks.

@@ -79,7 +79,7 @@ fn a_collective_begins_when_the_last_of_those_present_is_there() {
     assert_eq!(found[2], [(0, 20, 0), (20, 35, 10), (20, 21, 0)]);
     assert_eq!(times(&[member(0, 10)]), [[(0, 10, 0), (10, 15, 0), (10, 11, 0)]], "alone it waits for nobody");
     let mut slow = rank(0, &[("all", 0, &[], 5, &all())]);
-    slow.wait_longer(3);
+    slow.wait_longer(slow.len() as u32 - 1, 3);
     assert_eq!(times(&[slow]), [[(0, 8, 3)]]);
 }
 

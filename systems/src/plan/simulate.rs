@@ -220,7 +220,7 @@ fn durations(work: &Work, position: &Position, rank: u32) -> Result<RankTasks, S
             if span.kind == EXPERTS_F || span.kind == EXPERTS_I {
                 last = nanos[i];
             } else if span.kind == RETURN_F || span.kind == RETURN_I {
-                tasks.wait_longer_at(i as u32, ((work.load - 1.0) * last as f64) as u64);
+                tasks.wait_longer(i as u32, ((work.load - 1.0) * last as f64) as u64);
             }
         }
     }
