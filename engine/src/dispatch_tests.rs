@@ -1,12 +1,13 @@
 //! Whole apps of two streams and three kinds of tasks, under both clocks.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use kernels::{cost::Cost, dtype::DType, tensor::Tensor};
+use kernels::{cost::Cost, dtype::DType, stream::Rendezvous, tensor::Tensor};
 
 use super::*;
 use crate::{
     bubbles::BubbleCause,
     hardware::{Format, Sourced, tests::spec},
+    joint::{RankTasks, simulate_ranks},
     prelude::*,
 };
 
@@ -255,4 +256,38 @@ fn launching_a_task_costs_microseconds() {
         eprintln!("dispatch under {clock:?}: {nanos:.0} ns of host time per task");
         assert!(nanos < 50_000.0);
     }
+}
+
+#[test]
+fn ranks_meet_by_what_their_handlers_record() {
+    #[derive(Component)]
+    struct Meets(Vec<Rendezvous>);
+    fn meet(In(id): In<Entity>, mut launch: Launch<Meets>) -> Result {
+        let (_, Meets(meetings), stream) = launch.get(id)?;
+        meetings.iter().for_each(|meeting| stream.meet(meeting.clone()));
+        stream.account(Cost { intra_node_bytes: 20_000, ..Cost::default() });
+        Ok(())
+    }
+    let (device, clock) = (spec(), clock());
+    let tasks = |rank: u32, meetings: Vec<Vec<Rendezvous>>| {
+        let mut app = App::new();
+        app.add_plugins(EnginePlugin { clock: clock.clone() }).on_task(ADD, meet);
+        let world = app.world_mut();
+        let (stream, mut graph) = (Queue::spawn(world, rank, "comm").unwrap(), GraphBuilder::new());
+        for (i, meetings) in meetings.iter().enumerate() {
+            let task = Task::new(ADD, stream, format!("task {i}"));
+            graph.push_recorded(world, task, Meets(meetings.clone())).unwrap();
+        }
+        let graph = graph.build(world).unwrap();
+        let met: Vec<_> = (0..).zip(meetings).flat_map(|(i, all)| all.into_iter().map(move |one| (i, one))).collect();
+        assert_eq!(graph.rendezvous, met);
+        let nanos = graph.costs().map(|(kind, cost)| device.task_nanos(kind.0, cost, Format::F32));
+        RankTasks::of(rank, &graph, &nanos.collect::<Result<Vec<_>, Error>>().unwrap())
+    };
+    let (send, receive) = (Rendezvous::Send { to: 1, tag: 4 }, Rendezvous::Receive { from: 0, tag: 4 });
+    let all = Rendezvous::Collective { group: [0, 1].into(), tag: 0 };
+    let ranks = [tasks(0, vec![vec![], vec![send], vec![all.clone()]]), tasks(1, vec![vec![receive], vec![all]])];
+    // 2 us for the launch, 1 us for the latency, 2 us for the bytes.
+    let ends = simulate_ranks(&ranks).unwrap().into_iter().map(|times| times.into_iter().map(|time| time.end_nanos));
+    assert_eq!(ends.map(Vec::from_iter).collect::<Vec<_>>(), [vec![5_000, 10_000, 15_000], vec![10_000, 15_000]]);
 }

@@ -19,8 +19,10 @@ fn collective(ranks: &[u32]) -> Rendezvous {
     Rendezvous::Collective { group: group(ranks), tag: 0 }
 }
 
-/// A rank's tasks from (label, stream, dependencies, nanoseconds, what it meets).
-fn rank(rank: u32, tasks: &[(&str, u32, &[u32], u64, &[Rendezvous])]) -> RankTasks {
+/// Label, stream, dependencies, nanoseconds, what it meets.
+type Row<'a> = (&'a str, u32, &'a [u32], u64, &'a [Rendezvous]);
+
+fn rank(rank: u32, tasks: &[Row]) -> RankTasks {
     let mut list = RankTasks::new(rank);
     for (label, stream, deps, nanos, meets) in tasks {
         list.push(*stream, deps, *nanos, *label);

@@ -66,12 +66,15 @@ fn figures(node: &Node, path: &str, findings: &mut Vec<Finding>) {
             ("value", Kind::Number(text)) => {
                 let Ok(value) = ron::from_str::<f64>(text) else { continue };
                 let name = path.rsplit('.').next().unwrap_or_default();
-                if path.contains("efficiency") && !(value > 0.0 && value <= 1.0) {
-                    wrong("be above 0 and at most 1");
-                } else if MAY_BE_ZERO.contains(&name) && !(value >= 0.0 && value.is_finite()) {
-                    wrong("be 0 or more");
-                } else if !MAY_BE_ZERO.contains(&name) && !(value > 0.0 && value.is_finite()) {
-                    wrong("be above 0");
+                let (holds, expected) = if path.contains("efficiency") {
+                    (value > 0.0 && value <= 1.0, "be above 0 and at most 1")
+                } else if MAY_BE_ZERO.contains(&name) {
+                    (value >= 0.0 && value.is_finite(), "be 0 or more")
+                } else {
+                    (value > 0.0 && value.is_finite(), "be above 0")
+                };
+                if !holds {
+                    wrong(expected);
                 }
             }
             _ => figures(&field.value, &below, findings),
