@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use systems::{hf::write::SaveDtype, scene::Compute};
 
-use crate::units;
+use crate::{units, verbs::ExpertsArgs};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -136,12 +136,12 @@ Examples:
   hadal plan --schedule mine.txt")]
 pub struct PlanArgs {
     /// Scene file; not with --schedule
-    #[arg(conflicts_with = "schedule")]
+    #[arg(conflicts_with_all = ["schedule", "experts"])]
     pub scene: Option<PathBuf>,
     #[command(flatten)]
     pub overrides: Overrides,
     /// Play a pipeline schedule without a scene: its name, or a text file
-    #[arg(long, value_name = "NAME|FILE")]
+    #[arg(long, value_name = "NAME|FILE", conflicts_with = "experts")]
     pub schedule: Option<String>,
     /// Ranks of the pipeline
     #[arg(long, value_name = "N", requires = "schedule", conflicts_with = "scene")]
@@ -155,6 +155,26 @@ pub struct PlanArgs {
     /// Write the schedule as text to stdout, and no table
     #[arg(long, requires = "schedule", conflicts_with = "scene")]
     pub print: bool,
+    /// Device to plan for, as in scenes/hardware/; without it the scene's `plan.hardware`
+    #[arg(long, value_name = "FILE", requires = "scene")]
+    pub hardware: Option<PathBuf>,
+    /// Correct the device's model by a trace of a run on it
+    #[arg(long, value_name = "TRACE", requires = "scene")]
+    pub calibrate: Option<PathBuf>,
+    /// How tokens spread over experts: balanced, zipf:EXPONENT, or a run's log or folder
+    #[arg(long, value_name = "LOAD", requires = "scene")]
+    pub load: Option<String>,
+    /// Write the step's timeline as a Chrome trace
+    #[arg(long, value_name = "FILE", requires = "scene")]
+    pub trace: Option<PathBuf>,
+    /// Rank layouts of as many ranks, at most N of them
+    #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "200", requires = "scene")]
+    pub search: Option<usize>,
+    /// Compare schedules: without and with overlap, at the scene's layout and over numbers of microbatches
+    #[arg(long, requires = "scene", conflicts_with = "search")]
+    pub compare: bool,
+    #[command(flatten)]
+    pub placement: ExpertsArgs,
     #[command(flatten)]
     pub json: Json,
 }

@@ -231,7 +231,7 @@ fn files_are_verified() {
 #[test]
 fn all_errors_of_a_request_are_said_at_once_with_the_nearest_values() {
     let cases: [(&str, &[&str]); 12] = [
-        ("", &["expected a scene file or --schedule", "hadal plan SCENE"]),
+        ("", &["expected a scene file, --schedule or --experts", "hadal plan SCENE"]),
         ("scenes/tiny.ron --schedule 1f1b", &["cannot be used with"]),
         ("--pp 8", &["--schedule"]),
         ("--schedule dualpipe", &["--pp N is missing", "--microbatches N is missing"]),

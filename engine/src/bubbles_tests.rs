@@ -255,7 +255,9 @@ fn blame(spans: &[Span], task: usize, t: u64, is_queued: bool) -> BubbleCause {
 fn imbalance(spans: &[Span], task: usize) -> u64 {
     let span = &spans[task];
     let Some((mine, most)) = span.load else { return 0 };
-    let is_its = |s: &&Span| s.rank == span.rank && s.stream.starts_with("compute") && (s.layer, s.pass) == (span.layer, span.pass);
+    let is_its = |s: &&Span| {
+        s.rank == span.rank && s.stream.starts_with("compute") && (s.layer, s.pass) == (span.layer, span.pass)
+    };
     let Some(compute) = spans[..task].iter().rfind(is_its) else { return 0 };
     if most <= mine {
         return 0;

@@ -82,7 +82,10 @@ impl RankTasks {
     /// # Panics
     /// If it comes before one that waits already.
     pub fn wait_longer(&mut self, task: u32, nanos: u64) {
-        assert!(self.extra_wait_nanos.last().is_none_or(|(last, _)| *last < task), "waits are added by ascending tasks");
+        assert!(
+            self.extra_wait_nanos.last().is_none_or(|(last, _)| *last < task),
+            "waits are added by ascending tasks"
+        );
         self.extra_wait_nanos.push((task, nanos));
     }
 

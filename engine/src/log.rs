@@ -75,7 +75,7 @@ impl RunLog {
         Ok(RunLog { path, file, events })
     }
 
-    /// Adds a step: `step`, `time_unix_secs`, and its scalars. Histograms go to TensorBoard only.
+    /// Adds a step: `step`, `time_unix_secs`, its scalars, and its histograms as lists.
     ///
     /// # Errors
     /// If a file cannot be written.
@@ -86,6 +86,9 @@ impl RunLog {
         fields.insert("time_unix_secs".into(), unix_secs.into());
         for (name, value) in &snapshot.scalars {
             fields.insert(name.clone(), (*value).into());
+        }
+        for (name, values) in &snapshot.histograms {
+            fields.insert(name.clone(), values.clone().into());
         }
         // One write per line: a run that is killed leaves at most one line cut off.
         let line = format!("{}\n", Value::Object(fields));
@@ -174,7 +177,7 @@ mod tests {
         log.write(&snapshot(2)).unwrap();
         let lines = read(&run.join("log.jsonl")).unwrap();
         let keys: Vec<_> = lines[1].fields.keys().map(String::as_str).collect();
-        assert_eq!(keys, ["step", "time_unix_secs", "step_secs", "bad"]);
+        assert_eq!(keys, ["step", "time_unix_secs", "step_secs", "bad", "h"]);
         assert_eq!((lines[1].scalar("step_secs"), lines[1].scalar("bad")), (Some(1.0), None));
         assert_eq!(fs::read_dir(run.join("tensorboard")).unwrap().count(), 1);
     }

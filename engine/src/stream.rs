@@ -37,12 +37,7 @@ impl Queue {
     ///
     /// # Panics
     /// If the world has no [`Tensors`].
-    pub fn spawn_with_threads(
-        world: &mut World,
-        rank: u32,
-        name: &str,
-        num_threads: Option<usize>,
-    ) -> Result<Entity> {
+    pub fn spawn_with_threads(world: &mut World, rank: u32, name: &str, num_threads: Option<usize>) -> Result<Entity> {
         let tensors = world.resource::<Tensors>();
         let (memory, hazards) = (tensors.memory(), tensors.hazards());
         let stream = match num_threads.and_then(NonZero::new) {

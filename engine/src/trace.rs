@@ -229,7 +229,7 @@ mod tests {
                 bubble("warm_up", None),
                 bubble("cool_down", None),
                 bubble("warm_up", None),
-                bubble("dependency", Some("receive")),
+                bubble("cool_down", Some("receive")),
                 bubble("communication_copy", Some("receive")),
                 bubble("launch", None),
                 bubble("cool_down", None),

@@ -10,6 +10,8 @@ mod plan;
 mod plan_experts;
 mod run;
 
+pub use plan_experts::ExpertsArgs;
+
 use std::process::ExitCode;
 
 use crate::{

@@ -18,9 +18,9 @@ use crate::{
     hf::config::{ConfigDocument, HfConfig},
     model_config::ModelConfig,
     params::{num_activated_params, num_params},
-    setup::{Options, set_up},
     scene::Compute,
     session::SessionError,
+    setup::{Options, set_up},
     train::Training,
     work::{Work, turn_of},
 };

@@ -58,6 +58,7 @@ pub(crate) struct MoveTask {
     order: Option<permute::Order>,
     received: Received,
     tag: u64,
+    num_tokens: u64,
 }
 
 /// Emits dispatch; `num_experts` are those of the whole layer.
@@ -75,7 +76,11 @@ pub fn lower_dispatch(l: &mut Lowering, route: RouteActivations, num_experts: us
     };
     let what = Move::Dispatch { x: route.normed, indices: route.chosen() };
     let tag = l.tag(DISPATCH_F);
-    l.transfer(DISPATCH_F, Pass::Forward, MoveTask { what, order: Some(route.order), received, tag })?;
+    l.transfer(
+        DISPATCH_F,
+        Pass::Forward,
+        MoveTask { what, order: Some(route.order), received, tag, num_tokens: num_tokens(l) },
+    )?;
     Ok(Arrived { rows: received.rows, offsets: received.offsets, from: Some(received) })
 }
 
@@ -83,7 +88,8 @@ pub fn lower_dispatch(l: &mut Lowering, route: RouteActivations, num_experts: us
 pub fn lower_send(l: &mut Lowering, order: permute::Order, arrived: Arrived, rows: Tensor, out: Tensor) -> Result<()> {
     let Some(received) = arrived.from else { return Ok(()) };
     let tag = l.tag(SEND_I);
-    let task = MoveTask { what: Move::Send { rows, out }, order: Some(order), received, tag };
+    let task =
+        MoveTask { what: Move::Send { rows, out }, order: Some(order), received, tag, num_tokens: num_tokens(l) };
     l.transfer(SEND_I, Pass::InputGrad, task)
 }
 
@@ -97,14 +103,19 @@ pub fn lower_return(
     out: Tensor,
 ) -> Result<()> {
     let Some(received) = arrived.from else { return Ok(()) };
-    let tag = l.tag(kind);
-    l.transfer(kind, pass, MoveTask { what: Move::Return { rows, out }, order: None, received, tag })
+    let (tag, num_tokens) = (l.tag(kind), num_tokens(l));
+    l.transfer(kind, pass, MoveTask { what: Move::Return { rows, out }, order: None, received, tag, num_tokens })
+}
+
+fn num_tokens(l: &Lowering) -> u64 {
+    l.inputs.num_tokens() as u64
 }
 
 pub(crate) fn move_rows(In(id): In<Entity>, mut launch: Launch<MoveTask>, ranks: Res<Ranks>) -> Result {
-    let (_, &MoveTask { what, order, received, tag }, s) = launch.get(id)?;
+    let (_, &MoveTask { what, order, received, tag, num_tokens }, s) = launch.get(id)?;
     let (comm, group) = (ranks.comm.clone(), ranks.expert_group.clone());
-    let over = |wire| Exchange { comm, group, tag, wire };
+    let reduced = ranks.reduces_on_the_way.then_some((num_tokens, ranks.spread));
+    let over = |wire| Exchange { comm, group, tag, wire, reduced };
     match (what, order) {
         (Move::Dispatch { x, indices }, Some(order)) => {
             over(ranks.dispatch_wire).dispatch(s, x, indices, order, ranks.spread, received)?;

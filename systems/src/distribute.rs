@@ -18,7 +18,8 @@ use crate::{
     },
     problem::Problem,
     ranks::Ranks,
-    scene::{PipelineSchedule, Scene, WireFormat},
+    scene::{PipelineSchedule, Reduce, Scene, WireFormat},
+    session::SessionError,
 };
 
 /// How a scene's model and batch lie on its ranks.
@@ -34,6 +35,7 @@ pub struct Distribution {
     chunk_order: [Chunk; 10],
     wires: (Wire, Wire),
     spread: Spread,
+    reduce: Reduce,
 }
 
 impl Distribution {
@@ -59,7 +61,8 @@ impl Distribution {
         for (path, count) in counts.iter().filter(|(_, count)| count % mesh.num_data_ranks().max(1) as usize == 0) {
             let local = *count as u32 / mesh.num_data_ranks().max(1);
             if let Err(message) = schedule.build(mesh.pp, local) {
-                let message = format!("comes to {local} microbatches a rank, which the schedule does not take: {message}");
+                let message =
+                    format!("comes to {local} microbatches a rank, which the schedule does not take: {message}");
                 problems.push(Problem::new(path, message));
             }
         }
@@ -80,6 +83,7 @@ impl Distribution {
         };
         let expert_parallel = scene.expert_parallel.clone().unwrap_or_default();
         let wires = (wire(expert_parallel.dispatch), wire(expert_parallel.combine));
+        let reduce = expert_parallel.reduce;
         let spread = config.moe.as_ref().map_or_else(Spread::default, |moe| {
             let members_per_node = mesh.ranks_per_node.min(mesh.ep) as usize;
             Spread::expected(
@@ -91,7 +95,7 @@ impl Distribution {
                 members_per_node,
             )
         });
-        let distribution = Distribution { mesh, schedule, stages, stages_of, chunk_order, wires, spread };
+        let distribution = Distribution { mesh, schedule, stages, stages_of, chunk_order, wires, spread, reduce };
         if problems.is_empty() { Ok(distribution) } else { Err(problems) }
     }
 
@@ -103,8 +107,23 @@ impl Distribution {
             dispatch_wire: self.wires.0,
             combine_wire: self.wires.1,
             spread: self.spread,
+            reduces_on_the_way: self.reduce == Reduce::Node,
             ..Ranks::new(comm, layout, self.schedule.clone())
         }
+    }
+
+    /// The same under another schedule of as many stages.
+    ///
+    /// # Errors
+    /// If it is for another number of ranks or stages.
+    pub fn with_schedule(&self, schedule: ScheduleSource) -> Result<Self, SessionError> {
+        let stages_of = schedule.stages_of(self.mesh.pp).map_err(SessionError::input)?;
+        let num_stages = stages_of.iter().flatten().max().map_or(0, |last| *last as usize + 1);
+        if num_stages != self.stages.len() {
+            let message = format!("expected a schedule of {} stages, found {num_stages}", self.stages.len());
+            return Err(SessionError::input(message));
+        }
+        Ok(Distribution { schedule, stages_of, ..self.clone() })
     }
 
     /// All ranks in this process.
@@ -205,11 +224,7 @@ fn source(schedule: &PipelineSchedule) -> Result<ScheduleSource, Problem> {
     Ok(ScheduleSource::Kind(kind))
 }
 
-fn lay_stages(
-    config: &ModelConfig,
-    counts: Option<&[usize]>,
-    num_stages: usize,
-) -> Result<Vec<Range<usize>>, Problem> {
+fn lay_stages(config: &ModelConfig, counts: Option<&[usize]>, num_stages: usize) -> Result<Vec<Range<usize>>, Problem> {
     let num_layers = config.num_hidden_layers;
     if let Some(counts) = counts {
         return stages::explicit(counts, num_layers, num_stages)

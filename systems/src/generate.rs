@@ -22,8 +22,8 @@ use crate::{
     model::Model,
     model_config::{Attention, ModelConfig},
     pipeline::stage::Stages,
-    ranks::Ranks,
     probe::Checkpoint,
+    ranks::Ranks,
     session::{Session, SessionError},
     work::{Work, turn_of},
 };

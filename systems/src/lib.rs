@@ -25,6 +25,7 @@ pub mod optimizer;
 pub mod params;
 pub mod pipeline;
 pub mod placement;
+pub mod plan;
 pub mod probe;
 pub mod problem;
 pub mod ranks;

@@ -264,7 +264,10 @@ impl<'w> Lowering<'w> {
     pub fn tag(&self, kind: TaskKind) -> u64 {
         let kind = kind.0.bytes().fold(0u64, |hash, byte| hash.wrapping_mul(31).wrapping_add(u64::from(byte)));
         let (layer, microbatch) = (self.layer.unwrap_or(0xffff), self.microbatch.unwrap_or(0xffff));
-        (kind & 0xffff) << 48 | u64::from(self.stage & 0xff) << 40 | u64::from(layer & 0xffff) << 24 | u64::from(microbatch & 0xff_ffff)
+        (kind & 0xffff) << 48
+            | u64::from(self.stage & 0xff) << 40
+            | u64::from(layer & 0xffff) << 24
+            | u64::from(microbatch & 0xff_ffff)
     }
 
     /// Whether the backward pass computes `what` again.
@@ -307,7 +310,13 @@ impl<'w> Lowering<'w> {
     fn emit(&mut self, stream: Entity, kind: TaskKind, pass: Option<Pass>, args: impl Component) -> Result<()> {
         let label = self.label(kind);
         self.overlapped.push(self.overlapping);
-        let task = Task { pass, stage: self.stage, layer: self.layer, microbatch: self.microbatch, ..Task::new(kind, stream, label) };
+        let task = Task {
+            pass,
+            stage: self.stage,
+            layer: self.layer,
+            microbatch: self.microbatch,
+            ..Task::new(kind, stream, label)
+        };
         if !self.checking {
             self.graph.push_recorded(self.world, task, args)?;
             return Ok(());

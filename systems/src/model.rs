@@ -264,7 +264,9 @@ fn spawn_layer(
     });
     let layer = layer.id();
     world.spawn_batch(
-        layout.my_experts(moe.n_routed_experts).map(move |expert| ExpertKey { layer: index as u16, expert: expert as u16 }),
+        layout
+            .my_experts(moe.n_routed_experts)
+            .map(move |expert| ExpertKey { layer: index as u16, expert: expert as u16 }),
     );
     layer
 }

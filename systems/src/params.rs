@@ -94,8 +94,15 @@ pub fn param_specs_where(
     let (v, d) = (config.vocab_size, config.hidden_size);
     let num_layers = config.num_hidden_layers;
     let mtp_layers = num_layers..num_layers + config.num_nextn_predict_layers;
-    let mut list =
-        List { specs: Vec::new(), layer: None, prefix: String::new(), index: 0, last_held: false, experts, holds: &holds };
+    let mut list = List {
+        specs: Vec::new(),
+        layer: None,
+        prefix: String::new(),
+        index: 0,
+        last_held: false,
+        experts,
+        holds: &holds,
+    };
 
     list.one(ParamKind::Embedding, "model.embed_tokens.weight", &[v, d]);
     let mtp_embeddings = mtp_layers.clone().map(|layer| format!("model.layers.{layer}.embed_tokens.weight"));
@@ -162,7 +169,13 @@ fn decoder_layer(list: &mut List<'_>, config: &ModelConfig, layer: usize) {
             let gate_up = |i| ["gate", "up"].map(|part| format!("mlp.experts.{i}.{part}_proj.weight"));
             let (n, start) = (held.len(), held.start);
             let shape = [n, 2 * f, d];
-            list.packed(ParamKind::ExpertLinear, "mlp.experts.gate_up_proj", &shape, held.clone().flat_map(gate_up), &[f, d]);
+            list.packed(
+                ParamKind::ExpertLinear,
+                "mlp.experts.gate_up_proj",
+                &shape,
+                held.clone().flat_map(gate_up),
+                &[f, d],
+            );
             list.starting_at(start * 2 * f * d);
             let down = held.map(|i| format!("mlp.experts.{i}.down_proj.weight"));
             list.packed(ParamKind::ExpertLinear, "mlp.experts.down_proj", &[n, d, f], down, &[d, f]);

@@ -225,7 +225,8 @@ impl Probe {
     /// Mean loss of the last step.
     pub fn loss(&self, app: &App) -> f64 {
         let world = app.world();
-        world.resource::<Tensors>().memory().read::<f64>(world.resource::<LossSums>().0[0].main)[0] / self.num_targets as f64
+        world.resource::<Tensors>().memory().read::<f64>(world.resource::<LossSums>().0[0].main)[0]
+            / self.num_targets as f64
     }
 }
 

@@ -37,6 +37,8 @@ pub struct Ranks {
     pub combine_wire: Wire,
     /// Ranks and nodes that a token is expected to be sent to, for plans.
     pub spread: Spread,
+    /// Outputs of a token's experts are added up on their way back; for plans.
+    pub reduces_on_the_way: bool,
 }
 
 impl Ranks {
@@ -58,6 +60,7 @@ impl Ranks {
             dispatch_wire,
             combine_wire,
             spread: Spread::default(),
+            reduces_on_the_way: false,
         }
     }
 

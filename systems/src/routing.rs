@@ -288,13 +288,19 @@ fn mode(state: &RoutingState, ranks: &Ranks, task: &Task) -> gate::Mode {
         RoutingMode::Learned => gate::Mode::Learned,
         RoutingMode::Forced => gate::Mode::Forced,
         RoutingMode::Random => {
-            let place = u64::from(task.layer.unwrap_or(0)) << 32 | u64::from(ranks.global_microbatch(task.microbatch.unwrap_or(0)));
+            let place = u64::from(task.layer.unwrap_or(0)) << 32
+                | u64::from(ranks.global_microbatch(task.microbatch.unwrap_or(0)));
             gate::Mode::Random { seed: state.seed ^ place.wrapping_mul(0x9e37_79b9_7f4a_7c15), step: state.step }
         }
     }
 }
 
-pub(crate) fn route_forward(In(id): In<Entity>, mut launch: Launch<RouteTask>, state: Res<RoutingState>, ranks: Res<Ranks>) -> Result {
+pub(crate) fn route_forward(
+    In(id): In<Entity>,
+    mut launch: Launch<RouteTask>,
+    state: Res<RoutingState>,
+    ranks: Res<Ranks>,
+) -> Result {
     let (task, &RouteTask { moe, gate, eps, repeating, acts, .. }, s) = launch.get(id)?;
     let gate = Gate { mode: mode(&state, &ranks, task), ..gate };
     rms_norm::forward(s, acts.x, moe.norm.value, acts.normed, acts.rstd, eps)?;
@@ -314,7 +320,12 @@ pub(crate) fn route_forward(In(id): In<Entity>, mut launch: Launch<RouteTask>, s
     Ok(())
 }
 
-pub(crate) fn route_input_grad(In(id): In<Entity>, mut launch: Launch<RouteTask>, state: Res<RoutingState>, ranks: Res<Ranks>) -> Result {
+pub(crate) fn route_input_grad(
+    In(id): In<Entity>,
+    mut launch: Launch<RouteTask>,
+    state: Res<RoutingState>,
+    ranks: Res<Ranks>,
+) -> Result {
     let (task, &RouteTask { moe, gate, inputs, acts, grads, .. }, s) = launch.get(id)?;
     let gate = Gate { mode: mode(&state, &ranks, task), ..gate };
     let Some(g) = grads else { return Ok(()) };

@@ -77,11 +77,8 @@ pub fn run(request: RunRequest) -> Result<RunReport, SessionError> {
             Some(Arc::new(Mutex::new(writer)))
         }
     };
-    let ranks = if distribution.mesh.num_ranks() == 1 {
-        vec![distribution.ranks(Comm::solo())]
-    } else {
-        distribution.local()
-    };
+    let ranks =
+        if distribution.mesh.num_ranks() == 1 { vec![distribution.ranks(Comm::solo())] } else { distribution.local() };
     let num_threads = local::threads_per_rank(ranks.len());
     let mut outcomes = local::run_ranks(ranks, |ranks| {
         let progress = if ranks.is_first() { request.progress.clone() } else { Arc::new(Silent) };
@@ -100,7 +97,8 @@ pub fn run(request: RunRequest) -> Result<RunReport, SessionError> {
         (Some(Ok((report, _))), Some(_)) => report,
         (Some(Err(error)), _) => return Err(error),
         (None, _) => {
-            let reason: String = lost.as_ref().map_or_else(|| "the first rank ended without a report".into(), ToString::to_string);
+            let reason: String =
+                lost.as_ref().map_or_else(|| "the first rank ended without a report".into(), ToString::to_string);
             return Err(SessionError { message: reason, exit_code: 5 });
         }
     };
@@ -277,7 +275,8 @@ fn keep(world: &mut World) -> Result {
         // What follows the end: validation, then a sample, then nothing.
         if training.step >= total && *world.resource::<Work>() == Work::Train {
             let can_generate = world.contains_resource::<Generation>();
-            let next = if scene.sample.is_some() && can_generate && !run.finished { Work::Generate } else { Work::Rest };
+            let next =
+                if scene.sample.is_some() && can_generate && !run.finished { Work::Generate } else { Work::Rest };
             if next == Work::Generate {
                 let prompt = scene.sample.clone().unwrap_or_default();
                 let mut generation = world.resource_mut::<Generation>();

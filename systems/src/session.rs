@@ -125,13 +125,28 @@ impl Plugin for ModelPlugin {
     }
 }
 
+/// The type that activations and weights are kept in where products are computed in `format`.
+pub fn dtype_of(format: Format) -> DType {
+    match format {
+        Format::Fp8 | Format::Bf16 => DType::Bf16,
+        Format::F32 => DType::F32,
+        Format::F64 => DType::F64,
+    }
+}
+
+/// The format of a scene's products.
+pub fn format_of(compute: Compute) -> Format {
+    match compute {
+        Compute::F32 => Format::F32,
+        Compute::Bf16 => Format::Bf16,
+        Compute::Fp8 => Format::Fp8,
+        Compute::F64 => Format::F64,
+    }
+}
+
 /// The type of activations and weights.
 pub fn dtype(compute: Compute) -> DType {
-    match compute {
-        Compute::F32 => DType::F32,
-        Compute::Bf16 => DType::Bf16,
-        Compute::F64 => DType::F64,
-    }
+    dtype_of(format_of(compute))
 }
 
 /// How a session's model is set up.
@@ -168,9 +183,11 @@ pub fn app_with_model(
     app.add_plugins((EnginePlugin { clock: setup.clock.clone() }, ModelPlugin));
     let world = app.world_mut();
     let memory = world.resource::<Tensors>().memory().clone();
-    let ModelSetup { config, compute, max_positions, trainable, recompute, progress, ranks, num_threads, clock } = setup;
+    let ModelSetup { config, compute, max_positions, trainable, recompute, progress, ranks, num_threads, clock } =
+        setup;
     let rank = ranks.layout.rank;
-    let mut stream = |name, threads| Queue::spawn_with_threads(world, rank, name, threads).map_err(SessionError::runtime);
+    let mut stream =
+        |name, threads| Queue::spawn_with_threads(world, rank, name, threads).map_err(SessionError::runtime);
     let streams = Streams { compute: stream("compute", num_threads)?, comm: stream("comm", Some(1))? };
     let specs = ranks.layout.my_specs(config);
     let parameters = Parameters::allocate(specs, &memory, compute, trainable);

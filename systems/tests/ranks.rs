@@ -79,7 +79,7 @@ fn run(case: &Case) -> Step {
     let scene = Scene {
         mesh: Mesh { pp, ep, dp, ranks_per_node: 2 },
         pipeline: Some(Pipeline { schedule: case.schedule.clone(), ..Pipeline::default() }),
-        batch: Batch { num_microbatches: case.num_microbatches, microbatch_sequences: 2, ramp: Vec::new() },
+        batch: Batch { num_microbatches: case.num_microbatches, microbatch_sequences: 4, ramp: Vec::new() },
         expert_parallel: Some(ExpertParallel::default()),
         ..Scene::default()
     };
@@ -164,7 +164,7 @@ fn app(case: &Case, config: &ModelConfig, ranks: Ranks) -> App {
 
 /// This rank's microbatches of the step's text.
 fn microbatches(world: &mut World, case: &Case, num_local: usize) -> Vec<Inputs> {
-    let documents = (0..400u32).map(|i| {
+    let documents = (0..800u32).map(|i| {
         let len = 3 + i * 7 % 11;
         ((0..len).map(|j| 1 + (i * 31 + j * j * 17 + j) % 28).collect::<Vec<u32>>(), u64::from(len))
     });
@@ -177,13 +177,13 @@ fn microbatches(world: &mut World, case: &Case, num_local: usize) -> Vec<Inputs>
         end_targets: true,
     };
     let rows = Rows::new(Corpus::new([Arc::new(Shard::from_documents(documents))]), packing).unwrap();
-    let batches: Vec<_> = (0..case.num_microbatches as u64).map(|m| rows.batch(2 * m..2 * m + 2)).collect();
+    let batches: Vec<_> = (0..case.num_microbatches as u64).map(|m| rows.batch(4 * m..4 * m + 4)).collect();
     let num_targets: usize = batches.iter().map(|batch| batch.num_targets()).sum();
     world.insert_resource(LossScale { main: 1.0 / num_targets as f64, mtp: MTP_WEIGHT / num_targets as f64 });
     let memory = world.resource::<Tensors>().memory().clone();
     let ranks = world.resource::<Ranks>();
     let upload = |m: usize| {
-        let inputs = Inputs::allocate(&memory, 2, SEQ_LEN, case.num_mtp);
+        let inputs = Inputs::allocate(&memory, 4, SEQ_LEN, case.num_mtp);
         inputs.upload(&memory, &batches[ranks.global_microbatch(m as u32) as usize]);
         inputs
     };

@@ -60,6 +60,9 @@ pub struct Exchange {
     pub tag: u64,
     /// How rows are encoded.
     pub wire: Wire,
+    /// Recordings take the rows of a token to be added up on the way, one sum for each node and rank that has some: so many
+    /// tokens of this rank, spread so. Nothing that runs does this.
+    pub reduced: Option<(u64, Spread)>,
 }
 
 impl Exchange {
@@ -241,6 +244,9 @@ impl Exchange {
     fn rows_cost(&self, at: &Place, num_rows: usize, like: Tensor, row_bytes: u64) -> Cost {
         let (n, m) = (at.nodes.len(), at.node_members(at.nodes[at.me]).count());
         let plain = (num_rows * like.cols() * like.dtype.size_bytes()) as u64;
+        if let Some((num_tokens, spread)) = self.reduced {
+            return Cost::stream(0, plain, plain) + self.dispatch_wire(at, spread, num_tokens * row_bytes);
+        }
         let bytes = |members: usize| num_rows as u64 * row_bytes * members as u64 / n as u64;
         Cost::stream(0, plain, plain) + Cost::wire(bytes(m - 1), bytes(n - m))
     }

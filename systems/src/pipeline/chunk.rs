@@ -31,9 +31,7 @@ pub enum Chunk {
     AttentionW,
 }
 
-use Chunk::{
-    AttentionB, AttentionF, AttentionW, CombineB, CombineF, DispatchB, DispatchF, MlpB, MlpF, MlpW,
-};
+use Chunk::{AttentionB, AttentionF, AttentionW, CombineB, CombineF, DispatchB, DispatchF, MlpB, MlpF, MlpW};
 
 /// Launch order of an overlapped pair, per layer, as in DeepSeek's profile of a training step (profile-data, train.json).
 pub const ORDER: [Chunk; 10] =

@@ -33,9 +33,8 @@ impl ScheduleSource {
                 schedule.clone()
             }
         };
-        verify::verify(&schedule).map_err(|faults| {
-            faults.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n")
-        })?;
+        verify::verify(&schedule)
+            .map_err(|faults| faults.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))?;
         Ok(schedule)
     }
 

@@ -44,7 +44,13 @@ pub fn lower_send(l: &mut Lowering, direction: Direction, x: Tensor, peer: u32, 
 }
 
 /// Emits the arrival at stage `to` of a tensor [t, d] from rank `peer`.
-pub fn lower_receive(l: &mut Lowering, direction: Direction, (t, d): (usize, usize), peer: u32, to: u32) -> Result<Tensor> {
+pub fn lower_receive(
+    l: &mut Lowering,
+    direction: Direction,
+    (t, d): (usize, usize),
+    peer: u32,
+    to: u32,
+) -> Result<Tensor> {
     let (kind, pass) = match direction {
         Direction::Forward => (RECEIVE_F, Pass::Forward),
         Direction::Backward => (RECEIVE_B, Pass::InputGrad),

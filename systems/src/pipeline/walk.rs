@@ -45,7 +45,8 @@ impl Step {
 /// Steps of a forward through layers that are mixtures of experts or not, then, on the last stage, the head and the modules.
 pub(super) fn forward_steps(layers: &[bool], modules: Option<&[bool]>) -> VecDeque<Step> {
     use Chunk::{AttentionF, CombineF, DispatchF, MlpF};
-    let chunks = |is_moe: bool| if is_moe { &[AttentionF, DispatchF, MlpF, CombineF][..] } else { &[AttentionF, MlpF][..] };
+    let chunks =
+        |is_moe: bool| if is_moe { &[AttentionF, DispatchF, MlpF, CombineF][..] } else { &[AttentionF, MlpF][..] };
     let mut steps = VecDeque::from([Step::Enter]);
     for (i, &is_moe) in layers.iter().enumerate() {
         steps.extend(chunks(is_moe).iter().map(|&chunk| Step::Layer(i, chunk)));
@@ -66,7 +67,14 @@ pub(super) fn forward_steps(layers: &[bool], modules: Option<&[bool]>) -> VecDeq
 pub(super) fn backward_steps(layers: &[bool], modules: Option<&[bool]>, weights: bool) -> VecDeque<Step> {
     use Chunk::{AttentionB, AttentionW, CombineB, DispatchB, MlpB, MlpW};
     let chunks = move |is_moe: bool| {
-        let all = [(CombineB, is_moe), (MlpB, true), (DispatchB, is_moe), (MlpW, weights), (AttentionB, true), (AttentionW, weights)];
+        let all = [
+            (CombineB, is_moe),
+            (MlpB, true),
+            (DispatchB, is_moe),
+            (MlpW, weights),
+            (AttentionB, true),
+            (AttentionW, weights),
+        ];
         all.into_iter().filter(|(_, wanted)| *wanted).map(|(chunk, _)| chunk)
     };
     let mut steps = VecDeque::from([Step::Enter]);

@@ -4,7 +4,7 @@
 //! Ranks that differ only in their part of the batch or of the experts do the same, so one of each pipeline position stands for
 //! all. Where experts are not loaded alike, that one has the mean load, and waits for the busiest.
 
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 
 use engine::{
     bubbles::{Accounting, account, is_compute},
@@ -122,7 +122,12 @@ pub fn simulate(
     let mut accounting: Option<Accounting> = None;
     let mut spans = Vec::new();
     for (position, times) in positions.iter().zip(&times) {
-        let of_rank = position.graph.spans_at(times);
+        let mut of_rank = position.graph.spans_at(times);
+        if work.load > 1.0 {
+            let most = (1000.0 * work.load) as u64;
+            let waits = |span: &&mut Span| span.kind == RETURN_F || span.kind == RETURN_I;
+            of_rank.iter_mut().filter(waits).for_each(|span| span.load = Some((1000, most)));
+        }
         let account = account(&of_rank, is_compute, (0, end));
         match &mut accounting {
             None => accounting = Some(account),
@@ -137,7 +142,7 @@ pub fn simulate(
         step_secs: end as f64 * 1e-9,
         accounting: accounting.unwrap_or_default(),
         spans,
-        costs: positions.iter().map(|position| position.graph.costs().iter().copied().sum()).collect(),
+        costs: positions.iter().map(|position| position.graph.spans.iter().map(|span| span.cost).sum()).collect(),
         num_tasks: tasks.iter().map(RankTasks::len).sum(),
     })
 }
@@ -185,8 +190,7 @@ fn lower(
     // The busiest rank's rows need as much more room.
     let communication = (communication as f64 * work.load) as u64;
     let total = weights + gradients + optimizer_bytes + activations + communication;
-    let bytes =
-        RankBytes { rank, weights, gradients, optimizer: optimizer_bytes, activations, communication, total };
+    let bytes = RankBytes { rank, weights, gradients, optimizer: optimizer_bytes, activations, communication, total };
     Ok(Position { graph: lowered.graph, overlapped: lowered.overlapped, bytes })
 }
 
@@ -194,18 +198,18 @@ fn lower(
 fn durations(work: &Work, position: &Position, rank: u32) -> Result<RankTasks, SessionError> {
     let beside = work.device.beside_communication();
     let graph = &position.graph;
-    let spans = graph.spans();
     let mut nanos = Vec::with_capacity(graph.order.len());
-    let mut known: std::collections::HashMap<(TaskKind, Cost, bool), u64> = std::collections::HashMap::new();
-    for ((span, cost), &overlapped) in spans.iter().zip(graph.costs()).zip(&position.overlapped) {
-        let key = (span.kind, *cost, overlapped);
-        let duration = match known.get(&key) {
-            Some(duration) => *duration,
+    // Most tasks of a step are alike, but for their tensors.
+    let mut known: BTreeMap<(TaskKind, bool), Vec<(Cost, u64)>> = BTreeMap::new();
+    for (span, &overlapped) in graph.spans.iter().zip(&position.overlapped) {
+        let alike = known.entry((span.kind, overlapped)).or_default();
+        let found = alike.iter().find(|(cost, _)| *cost == span.cost).map(|(_, nanos)| *nanos);
+        let duration = match found {
+            Some(duration) => duration,
             None => {
                 let device = if overlapped { &beside } else { work.device };
-                let duration =
-                    device.task_nanos(span.kind.0, cost, work.format).map_err(SessionError::input)?;
-                known.insert(key, duration);
+                let duration = device.task_nanos(span.kind.0, &span.cost, work.format).map_err(SessionError::input)?;
+                alike.push((span.cost, duration));
                 duration
             }
         };
@@ -216,7 +220,7 @@ fn durations(work: &Work, position: &Position, rank: u32) -> Result<RankTasks, S
     if work.load > 1.0 {
         // Of the last experts' task before each way back, which waits for those that had more to do.
         let mut last = 0;
-        for (i, span) in spans.iter().enumerate() {
+        for (i, span) in graph.spans.iter().enumerate() {
             if span.kind == EXPERTS_F || span.kind == EXPERTS_I {
                 last = nanos[i];
             } else if span.kind == RETURN_F || span.kind == RETURN_I {

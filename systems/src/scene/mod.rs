@@ -26,9 +26,9 @@ pub use check::prefix;
 pub use diagnostic::{Place, SceneError, SceneErrors};
 pub use schedule::{Constant, Cosine, Schedule, WarmupStableDecay};
 pub use sections::{
-    AdamW, Batch, Checkpoint, Compute, Data, Eval, ExpertParallel, Mtp, Muon, Optimizer, Pipeline, PipelineSchedule, Precision, Ramp,
-    Recompute, RecomputeOp, Routing, RoutingMode, Sample, ScenePath, ScenePaths, Telemetry, Tokenizer, TraceSteps,
-    Train, Validation, WireFormat,
+    AdamW, Batch, Checkpoint, Compute, Data, Eval, ExpertParallel, Mtp, Muon, Optimizer, Pipeline, PipelineSchedule,
+    PlanSection, Precision, Ramp, Recompute, RecomputeOp, Reduce, Routing, RoutingMode, Sample, ScenePath, ScenePaths,
+    Telemetry, Tokenizer, TraceSteps, Train, Validation, WireFormat,
 };
 
 use crate::hf::config::HfConfig;
@@ -84,6 +84,9 @@ pub struct Scene {
     /// How rows travel to the ranks of their experts.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub expert_parallel: Option<ExpertParallel>,
+    /// What `hadal plan` takes the scene to run on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub plan: Option<PlanSection>,
     /// Number formats.
     #[serde(default)]
     pub precision: Precision,

@@ -6,6 +6,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::placement::load::RoutingLoad;
+
 /// A path. In a file it starts from that file's folder, also when another file extends it; in `--set`, from the working
 /// directory. The loader makes it absolute.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -304,6 +306,18 @@ pub struct ExpertParallel {
     pub dispatch: WireFormat,
     /// Format of outputs, and of gradients of tokens, on their way back.
     pub combine: WireFormat,
+    /// Where the outputs of a token's experts are added up.
+    pub reduce: Reduce,
+}
+
+/// Where the outputs of a token's experts are added up.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Reduce {
+    /// At the token's rank, in one order whatever the number of ranks: every output travels.
+    #[default]
+    Source,
+    /// On the way, so that one sum of each node travels, as in DeepSeek's kernels. It can be planned, not run yet.
+    Node,
 }
 
 /// Number format on a link.
@@ -316,6 +330,24 @@ pub enum WireFormat {
     Bf16,
     /// E4M3 with a power-of-two scale for each 128 numbers (DeepSeek-V3 report, section 3.3).
     Fp8,
+}
+
+/// What `hadal plan` takes the scene to run on, and for how long.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PlanSection {
+    /// File that describes the device; `--hardware` has the last word.
+    #[serde(default)]
+    pub hardware: Option<ScenePath>,
+    /// Tokens of a sequence; those of `data` if it is not given.
+    #[serde(default)]
+    pub seq_len: Option<usize>,
+    /// Tokens to train on; those of the steps of `train` if they are not given.
+    #[serde(default)]
+    pub num_tokens: Option<f64>,
+    /// How tokens spread over experts.
+    #[serde(default)]
+    pub load: RoutingLoad,
 }
 
 /// Number formats.
@@ -334,6 +366,8 @@ pub enum Compute {
     F32,
     /// bfloat16 with 32-bit accumulation.
     Bf16,
+    /// 8-bit floating point with a scale for each block, other work in bfloat16. It can be planned, not run yet.
+    Fp8,
     /// 64-bit floating point, for proofs.
     F64,
 }

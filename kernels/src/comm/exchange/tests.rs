@@ -93,7 +93,7 @@ fn check<T: Float>(n: usize, d: usize, (name, routing): (&str, Routing), wire: W
         let m = s.memory().clone();
         let cap = (0..n).map(tokens_of).sum::<usize>() * K.min(per_member);
         let (order, to) = (order(s, t * K), received(s, T::DTYPE, n, cap, d));
-        let exchange = Exchange { group: comm.everyone(), comm, tag: 4, wire };
+        let exchange = Exchange { group: comm.everyone(), comm, tag: 4, wire, reduced: None };
         let exact = Exchange { wire: Wire::Exact, ..exchange.clone() };
         let (x_td, indices) = (m.from_slice(&[t, d], &x), m.from_slice(&[t, K], &indices));
         permute::sort(s, indices, order).unwrap();
@@ -206,7 +206,7 @@ fn meters_are_what_counting_copies_gives() {
                     let (order, to) = (order(s, t * K), received(s, DType::F32, n, 2000, d));
                     let (x, indices) = (m.from_slice(&[t, d], &x), m.from_slice(&[t, K], &indices));
                     let back = m.alloc(DType::F32, &[t * K, d]);
-                    let exchange = Exchange { group: comm.everyone(), comm: comm.clone(), tag: 0, wire };
+                    let exchange = Exchange { group: comm.everyone(), comm: comm.clone(), tag: 0, wire, reduced: None };
                     permute::sort(s, indices, order).unwrap();
                     exchange.dispatch(s, x, indices, order, Spread::default(), to).unwrap();
                     exchange.return_rows(s, to.rows, to, back).unwrap();
@@ -229,7 +229,8 @@ fn a_plan_expects_the_bytes_that_random_routing_makes() {
         let (order, to) = (order(s, t * K), received(s, DType::F32, n, n * t, d));
         let (x, indices) = (m.alloc(DType::F32, &[t, d]), m.from_slice(&[t, K], &indices));
         let back = m.alloc(DType::F32, &[t * K, d]);
-        let exchange = Exchange { group: comm.everyone(), comm: comm.clone(), tag: 0, wire: Wire::Exact };
+        let exchange =
+            Exchange { group: comm.everyone(), comm: comm.clone(), tag: 0, wire: Wire::Exact, reduced: None };
         let spread = Spread::expected(E, K, 1, 1, n, per_node);
         permute::sort(s, indices, order).unwrap();
         s.start_recording();
@@ -264,7 +265,7 @@ fn more_rows_than_there_is_room_for_are_refused_on_all_ranks() {
         let (order, to) = (order(s, 4 * K), received(s, DType::F32, 2, 20, 1));
         let (x, indices) = (m.alloc(DType::F32, &[4, 1]), m.from_slice(&[4, K], &[0u32, 1, 2].repeat(4)));
         permute::sort(s, indices, order).unwrap();
-        Exchange { group: comm.everyone(), comm, tag: 31, wire: Wire::Exact }
+        Exchange { group: comm.everyone(), comm, tag: 31, wire: Wire::Exact, reduced: None }
             .dispatch(s, x, indices, order, Spread::default(), to)
             .unwrap();
         s.synchronize()
@@ -282,7 +283,7 @@ fn ranks_that_differ_in_wire_or_width_are_told() {
             let (order, to) = (order(s, K), received(s, DType::F32, 2, 9, d[me]));
             let (x, indices) = (m.alloc(DType::F32, &[1, d[me]]), m.from_slice(&[1, K], &[0u32, 1, 2]));
             permute::sort(s, indices, order).unwrap();
-            Exchange { group: comm.everyone(), comm, tag: 2, wire: wire[me] }
+            Exchange { group: comm.everyone(), comm, tag: 2, wire: wire[me], reduced: None }
                 .dispatch(s, x, indices, order, Spread::default(), to)
                 .unwrap();
             s.synchronize().unwrap_err().to_string()
@@ -298,7 +299,7 @@ fn contracts_are_checked() {
     let m = s.memory().clone();
     let (order, to) = (order(&s, 2 * K), received(&s, DType::F32, 2, 12, 4));
     let (x, indices) = (m.alloc(DType::F32, &[2, 4]), m.alloc(DType::U32, &[2, K]));
-    let exchange = Exchange { group: comm.everyone(), comm, tag: 0, wire: Wire::Exact };
+    let exchange = Exchange { group: comm.everyone(), comm, tag: 0, wire: Wire::Exact, reduced: None };
     let spread = Spread::default();
     exchange.dispatch(&mut s, x, indices, order, spread, to).unwrap();
     let wide = Received { rows: m.alloc(DType::F32, &[12, 5]), ..to };

@@ -1,0 +1,44 @@
+//! `hadal plan SCENE --compare`: what a schedule and what overlapping is worth, at the scene's layout and over numbers of
+//! microbatches. Every line is a plan; nothing else differs between lines.
+
+use std::process::ExitCode;
+
+use serde::Serialize;
+use systems::plan::{
+    PlanRequest,
+    compare::{Line, compare},
+};
+
+use crate::{failure::Failure, report::Output, units};
+
+#[derive(Serialize)]
+struct Report {
+    lines: Vec<Line>,
+}
+
+/// Compares.
+///
+/// # Errors
+/// If a plan fails.
+pub fn run(request: &PlanRequest, output: &Output) -> Result<ExitCode, Failure> {
+    let lines = compare(request)?;
+    let mut text = String::from(
+        "idle: share of a step in which a device computes nothing, mean over the ranks\n\n\
+         microbatches  schedule    overlap   step s     idle   of it waiting for transfers   tokens/s       peak\n",
+    );
+    for line in &lines {
+        text += &format!(
+            "{:>12}  {:<10} {:>8} {:>8.3} {:>7.1}% {:>29.1}% {:>10} {:>10}\n",
+            line.num_microbatches_per_rank,
+            line.schedule,
+            if line.overlap { "yes" } else { "no" },
+            line.step_secs,
+            100.0 * line.idle_fraction,
+            100.0 * line.transfer_fraction,
+            units::grouped(line.tokens_per_sec as u64),
+            units::bytes(line.peak_bytes),
+        );
+    }
+    output.result(&Report { lines }, &text)?;
+    Ok(ExitCode::SUCCESS)
+}
