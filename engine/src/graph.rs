@@ -14,7 +14,7 @@ use bevy_ecs::prelude::*;
 use kernels::{
     cost::Cost,
     stream::{Recording, Rendezvous},
-    tensor::BufferId,
+    tensor::{BufferId, Tensor},
 };
 
 use crate::{
@@ -101,6 +101,32 @@ struct Users {
     readers: Vec<u32>,
 }
 
+/// A task that is in no graph yet, with what it uses.
+pub struct Recorded {
+    entity: Entity,
+    span: (TaskKind, Entity, Span),
+    recording: Recording,
+}
+
+impl Recorded {
+    /// Spawns `task` with what its handler needs, and records it.
+    ///
+    /// # Errors
+    /// The handler's.
+    pub fn new(world: &mut World, task: Task, arguments: impl Bundle) -> bevy_ecs::error::Result<Self> {
+        let mut span = (task.kind, task.stream, Span::of(&task));
+        let entity = world.spawn((task, arguments)).id();
+        let recording = dispatch::record(world, entity)?;
+        span.2.role = Role::of(&recording.rendezvous);
+        Ok(Recorded { entity, span, recording })
+    }
+
+    /// Tensors that it reads or writes.
+    pub fn uses(&self) -> impl Iterator<Item = &Tensor> {
+        self.recording.reads.iter().chain(&self.recording.writes)
+    }
+}
+
 /// Collects tasks in launch order.
 #[derive(Default)]
 pub struct GraphBuilder {
@@ -145,16 +171,19 @@ impl GraphBuilder {
         task: Task,
         arguments: impl Bundle,
     ) -> bevy_ecs::error::Result<Entity> {
-        let mut span = (task.kind, task.stream, Span::of(&task));
-        let entity = world.spawn((task, arguments)).id();
-        let recording = dispatch::record(world, entity)?;
-        span.2.role = Role::of(&recording.rendezvous);
+        let recorded = Recorded::new(world, task, arguments)?;
+        Ok(self.push_ready(world, recorded))
+    }
+
+    /// The same for a task that was recorded before: its place in the order is here.
+    pub fn push_ready(&mut self, world: &mut World, recorded: Recorded) -> Entity {
+        let Recorded { entity, span, recording } = recorded;
         self.link(entity, span, &recording);
         if let Some(mut task) = world.get_mut::<Task>(entity) {
             (task.reads, task.writes, task.cost) = (recording.reads, recording.writes, recording.cost);
             task.rendezvous = recording.rendezvous;
         }
-        Ok(entity)
+        entity
     }
 
     fn link(&mut self, entity: Entity, mut span: (TaskKind, Entity, Span), recording: &Recording) {

@@ -232,10 +232,11 @@ impl<'a> Lookup<'a> {
 impl DeviceSpec {
     /// Seconds that a task of `kind` and `cost` takes alone, with products in `format`:
     ///
-    /// `launch + factor(kind) * (max(compute, memory, intra-node link, inter-node link) + casts)`
+    /// `launch + factor(kind) * (max(compute, memory, intra-node link, inter-node link) + streamed + casts)`
     ///
     /// - compute: each class of operations over its peak and efficiency, one after the other
-    /// - memory: bytes read and written over bandwidth and efficiency
+    /// - memory: bytes that products and transfers read and write, over bandwidth and efficiency; computing hides them
+    /// - streamed: bytes of ops without products, likewise; nothing hides them
     /// - a link that is used: its latency, and bytes over its bandwidth
     /// - casts, in fp8 only: 2 bytes read and 1 written per element, by kernels of their own before the products
     ///
@@ -247,7 +248,9 @@ impl DeviceSpec {
         let mut lookup = Lookup::new(self);
         let compute_secs = self.compute_secs(cost, format, &mut lookup);
         let memory = self.memory_bytes_per_sec.value;
-        let memory_secs = cost.memory_bytes() as f64 / (memory * self.memory_efficiency.value);
+        let bandwidth = memory * self.memory_efficiency.value;
+        let streamed_secs = cost.streamed_bytes as f64 / bandwidth;
+        let memory_secs = cost.memory_bytes().saturating_sub(cost.streamed_bytes) as f64 / bandwidth;
         let mut link_secs = |bytes: u64, link: &Option<Link>, name: &str| {
             if bytes == 0 {
                 return 0.0;
@@ -264,7 +267,7 @@ impl DeviceSpec {
             let share = lookup.figure(share, || "cast_efficiency".to_owned());
             cast_secs = cost.cast_elements as f64 * BYTES_PER_ELEMENT / (memory * share);
         }
-        let work_secs = compute_secs.max(memory_secs).max(intra_secs).max(inter_secs) + cast_secs;
+        let work_secs = compute_secs.max(memory_secs).max(intra_secs).max(inter_secs) + streamed_secs + cast_secs;
         lookup.finish(self.launch_secs() + self.corrections.factor(kind) * work_secs)
     }
 

@@ -30,7 +30,7 @@ pub mod prelude {
     pub use crate::{
         app::{AppTaskExt as _, EnginePlugin, Exit, ExitReason},
         clock::Clock,
-        graph::{Graph, GraphBuilder, PlanKey, Plans},
+        graph::{Graph, GraphBuilder, PlanKey, Plans, Recorded},
         hardware::{DeviceSpec, Format},
         step::{Finish, Step, StepIndex, StepSystems},
         stream::Queue,

@@ -21,6 +21,8 @@ pub struct Cost {
     pub read_bytes: u64,
     /// Bytes written to device memory.
     pub written_bytes: u64,
+    /// Of the bytes read and written, those of ops without products: no computation hides them. Recordings fill it in.
+    pub streamed_bytes: u64,
     /// Elements of activations and their gradients that products read: what a device that multiplies in a narrower
     /// format than it stores has to convert. Each product counts its own, also where two read the same tensor.
     pub cast_elements: u64,
@@ -58,6 +60,15 @@ impl Cost {
         Cost { cast_elements: self.cast_elements + elements as u64, ..self }
     }
 
+    /// As the cost of one op: if it has no products and uses no link, all its bytes are streamed.
+    #[must_use]
+    pub fn of_one_op(self) -> Self {
+        let has_products = self.product_flops + self.core_flops + self.core_grad_flops > 0;
+        let uses_links = self.intra_node_bytes + self.inter_node_bytes > 0;
+        let streamed_bytes = if has_products || uses_links { 0 } else { self.memory_bytes() };
+        Cost { streamed_bytes, ..self }
+    }
+
     /// Operations of all classes.
     pub fn flops(&self) -> u64 {
         self.product_flops + self.core_flops + self.core_grad_flops + self.vector_flops
@@ -69,7 +80,7 @@ impl Cost {
     }
 
     /// Fields by name, in the order they are declared; for files.
-    pub fn fields(&self) -> [(&'static str, u64); 9] {
+    pub fn fields(&self) -> [(&'static str, u64); 10] {
         [
             ("product_flops", self.product_flops),
             ("core_flops", self.core_flops),
@@ -77,6 +88,7 @@ impl Cost {
             ("vector_flops", self.vector_flops),
             ("read_bytes", self.read_bytes),
             ("written_bytes", self.written_bytes),
+            ("streamed_bytes", self.streamed_bytes),
             ("cast_elements", self.cast_elements),
             ("intra_node_bytes", self.intra_node_bytes),
             ("inter_node_bytes", self.inter_node_bytes),
@@ -92,6 +104,7 @@ impl Cost {
             "vector_flops" => &mut self.vector_flops,
             "read_bytes" => &mut self.read_bytes,
             "written_bytes" => &mut self.written_bytes,
+            "streamed_bytes" => &mut self.streamed_bytes,
             "cast_elements" => &mut self.cast_elements,
             "intra_node_bytes" => &mut self.intra_node_bytes,
             "inter_node_bytes" => &mut self.inter_node_bytes,
@@ -110,6 +123,7 @@ impl Add for Cost {
             vector_flops: self.vector_flops + o.vector_flops,
             read_bytes: self.read_bytes + o.read_bytes,
             written_bytes: self.written_bytes + o.written_bytes,
+            streamed_bytes: self.streamed_bytes + o.streamed_bytes,
             cast_elements: self.cast_elements + o.cast_elements,
             intra_node_bytes: self.intra_node_bytes + o.intra_node_bytes,
             inter_node_bytes: self.inter_node_bytes + o.inter_node_bytes,

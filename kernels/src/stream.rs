@@ -341,7 +341,7 @@ impl Stream {
     /// Adds an op's cost to a recording; ops call it beside `launch`.
     pub fn account(&mut self, cost: Cost) {
         if let Some(recording) = &mut self.recording {
-            recording.cost += cost;
+            recording.cost += cost.of_one_op();
         }
     }
 

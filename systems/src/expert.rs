@@ -117,7 +117,9 @@ pub(crate) struct ExpertTask {
     moe: Moe,
     acts: ExpertActivations,
     grads: Option<ExpertGradients>,
+    /// Compute SwiGLU, and the norm with this epsilon, again.
     recompute: bool,
+    norm_again: Option<f64>,
 }
 
 impl Moe {
@@ -147,7 +149,11 @@ impl Moe {
             shared,
             out: l.alloc("mlp out", &[t, d]),
         };
-        l.task(EXPERTS_F, Pass::Forward, ExpertTask { moe: *self, acts, grads: None, recompute: false })?;
+        l.task(
+            EXPERTS_F,
+            Pass::Forward,
+            ExpertTask { moe: *self, acts, grads: None, recompute: false, norm_again: None },
+        )?;
         Ok(acts)
     }
 
@@ -158,14 +164,28 @@ impl Moe {
 
     /// Emits the weighted sum of a token's experts, onto the residual and the shared experts.
     pub fn lower_combine(&self, l: &mut Lowering, acts: ExpertActivations) -> Result<()> {
-        l.task(COMBINE_F, Pass::Forward, ExpertTask { moe: *self, acts, grads: None, recompute: false })?;
+        l.task(
+            COMBINE_F,
+            Pass::Forward,
+            ExpertTask { moe: *self, acts, grads: None, recompute: false, norm_again: None },
+        )?;
         l.drop_recomputable(Saved::Swiglu, acts.a);
         if let Some(shared) = acts.shared {
             l.drop_recomputable(Saved::Swiglu, shared.a);
+            l.keep_narrow(shared.h, 4);
         }
+        acts.route.drop_norm(l);
         if !acts.arrived.is_local() {
             l.release(acts.y);
+            // Sums of a node's outputs are for the tokens; no row is kept for the gradient of its weight, which the experts
+            // that put the weight before their last product have of themselves.
+            if l.reduces_on_the_way {
+                l.release(acts.returned);
+            }
         }
+        // The inputs of products: 1 byte of 2.
+        l.keep_narrow(acts.arrived.rows, 4);
+        l.keep_narrow(acts.h, 4);
         Ok(())
     }
 
@@ -177,6 +197,10 @@ impl Moe {
         d_out: Tensor,
     ) -> Result<(ExpertActivations, ExpertGradients)> {
         acts.a = l.alloc_again(Saved::Swiglu, acts.a);
+        acts.route = acts.route.with_norm_again(l);
+        if l.reduces_on_the_way && !acts.arrived.is_local() {
+            acts.returned = l.alloc_like_wire("returned rows", acts.returned);
+        }
         if let Some(shared) = &mut acts.shared {
             shared.a = l.alloc_again(Saved::Swiglu, shared.a);
         }
@@ -228,7 +252,8 @@ impl Moe {
     }
 
     fn task(&self, l: &Lowering, acts: ExpertActivations, grads: ExpertGradients) -> ExpertTask {
-        ExpertTask { moe: *self, acts, grads: Some(grads), recompute: l.recomputes(Saved::Swiglu) }
+        let norm_again = l.recomputes(Saved::Norm).then_some(l.eps);
+        ExpertTask { moe: *self, acts, grads: Some(grads), recompute: l.recomputes(Saved::Swiglu), norm_again }
     }
 }
 
@@ -262,9 +287,12 @@ pub(crate) fn combine_forward(In(id): In<Entity>, mut launch: Launch<ExpertTask>
 }
 
 pub(crate) fn combine_input_grad(In(id): In<Entity>, mut launch: Launch<ExpertTask>) -> Result {
-    let (_, &ExpertTask { acts, grads, .. }, s) = launch.get(id)?;
+    let (_, &ExpertTask { moe, acts, grads, norm_again, .. }, s) = launch.get(id)?;
     let Some(g) = grads else { return Ok(()) };
     let route = &acts.route;
+    if let Some(eps) = norm_again {
+        route.norm(s, moe.norm.value, eps)?;
+    }
     permute::combine_grad(s, g.d_out, acts.returned, route.weights(), route.order, g.d_returned, g.d_weights)?;
     if let (Some(shared), Some(g_shared)) = (acts.shared, g.shared) {
         gemm::input_grad(s, g.d_out, shared.down.value, g_shared.da, false)?;
@@ -273,7 +301,7 @@ pub(crate) fn combine_input_grad(In(id): In<Entity>, mut launch: Launch<ExpertTa
 }
 
 pub(crate) fn experts_input_grad(In(id): In<Entity>, mut launch: Launch<ExpertTask>) -> Result {
-    let (_, &ExpertTask { moe, acts, grads, recompute }, s) = launch.get(id)?;
+    let (_, &ExpertTask { moe, acts, grads, recompute, .. }, s) = launch.get(id)?;
     let Some(g) = grads else { return Ok(()) };
     let offsets = acts.arrived.offsets;
     let again = recompute.then_some(acts.a);

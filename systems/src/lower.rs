@@ -61,6 +61,10 @@ pub struct Lowering<'w> {
     pub repeating: bool,
     /// The tasks emitted now overlap with those of another microbatch.
     pub overlapping: bool,
+    /// What products read again for weight gradients is kept in 8 bits; for plans, which only count it.
+    pub keeps_narrow: bool,
+    /// Outputs of a token's experts are added up on their way back; for plans.
+    pub reduces_on_the_way: bool,
     /// Rows that come to this rank's experts, over those that would if each had its share; for plans. `None`: room for all.
     pub expert_load: Option<f64>,
     recompute: Recompute,
@@ -71,6 +75,10 @@ pub struct Lowering<'w> {
     scope: Vec<Tensor>,
     overlapped: Vec<bool>,
     wire_buffers: BTreeSet<BufferId>,
+    /// Bytes that are counted for a buffer, where they are not its own.
+    counted: BTreeMap<BufferId, u64>,
+    /// Tasks that are recorded now and launched later.
+    later: Option<Vec<Recorded>>,
     live: ActivationBytes,
     peak: ActivationBytes,
 }
@@ -136,6 +144,8 @@ impl<'w> Lowering<'w> {
             checking: false,
             repeating: false,
             overlapping: false,
+            keeps_narrow: false,
+            reduces_on_the_way: false,
             expert_load: None,
             recompute,
             memory,
@@ -145,6 +155,8 @@ impl<'w> Lowering<'w> {
             scope: Vec::new(),
             overlapped: Vec::new(),
             wire_buffers: BTreeSet::new(),
+            counted: BTreeMap::new(),
+            later: None,
             live: ActivationBytes::default(),
             peak: ActivationBytes::default(),
         }
@@ -185,6 +197,41 @@ impl<'w> Lowering<'w> {
         self.alloc_wire(name, other.dim(0), other.dim(1))
     }
 
+    /// Counts a tensor at `eighths` of its size from here on, if the plan is to keep products' operands in a narrow format.
+    pub fn keep_narrow(&mut self, tensor: Tensor, eighths: u64) {
+        if !self.keeps_narrow {
+            return;
+        }
+        let full = self.counted.get(&tensor.buffer).copied().unwrap_or(tensor.size_bytes());
+        let narrow = tensor.size_bytes() * eighths / 8;
+        self.counted.insert(tensor.buffer, narrow);
+        let live = if self.wire_buffers.contains(&tensor.buffer) {
+            &mut self.live.communication
+        } else {
+            &mut self.live.activations
+        };
+        *live = *live + narrow - full;
+    }
+
+    /// Records the tasks that `emit` emits, for [`Lowering::launch_later`].
+    ///
+    /// # Errors
+    /// Those of `emit`.
+    pub fn record_for_later(&mut self, emit: impl FnOnce(&mut Self) -> Result<()>) -> Result<Vec<Recorded>> {
+        self.later = Some(Vec::new());
+        let emitted = emit(self);
+        let later = self.later.take().unwrap_or_default();
+        emitted.map(|()| later)
+    }
+
+    /// Puts recorded tasks here in the launch order.
+    pub fn launch_later(&mut self, tasks: Vec<Recorded>) {
+        for task in tasks {
+            self.overlapped.push(self.overlapping);
+            self.graph.push_ready(self.world, task);
+        }
+    }
+
     fn note_peak(&mut self) {
         if self.live.total() > self.peak.total() {
             self.peak = self.live;
@@ -192,7 +239,7 @@ impl<'w> Lowering<'w> {
     }
 
     fn give_back(&mut self, tensor: Tensor) {
-        let bytes = tensor.size_bytes();
+        let bytes = self.counted.remove(&tensor.buffer).unwrap_or(tensor.size_bytes());
         if self.wire_buffers.remove(&tensor.buffer) {
             self.live.communication -= bytes;
         } else {
@@ -309,7 +356,9 @@ impl<'w> Lowering<'w> {
 
     fn emit(&mut self, stream: Entity, kind: TaskKind, pass: Option<Pass>, args: impl Component) -> Result<()> {
         let label = self.label(kind);
-        self.overlapped.push(self.overlapping);
+        if self.later.is_none() {
+            self.overlapped.push(self.overlapping);
+        }
         let task = Task {
             pass,
             stage: self.stage,
@@ -317,6 +366,10 @@ impl<'w> Lowering<'w> {
             microbatch: self.microbatch,
             ..Task::new(kind, stream, label)
         };
+        if let Some(later) = &mut self.later {
+            later.push(Recorded::new(self.world, task, args)?);
+            return Ok(());
+        }
         if !self.checking {
             self.graph.push_recorded(self.world, task, args)?;
             return Ok(());

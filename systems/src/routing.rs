@@ -18,13 +18,14 @@ use kernels::{
         gate::{self, Gate},
         gemm, permute, rms_norm,
     },
+    stream::Stream,
     tensor::Tensor,
 };
 
 use crate::{
     expert::Moe,
     layout::Layout,
-    lower::Lowering,
+    lower::{Lowering, Saved},
     microbatch::Inputs,
     model::Model,
     model_config::{self, ModelConfig},
@@ -140,6 +141,7 @@ pub struct RouteActivations {
     rstd: Tensor,
     /// Normed input [t, d].
     pub normed: Tensor,
+    /// The same in the router's type.
     wide: Tensor,
     logits: Tensor,
     chosen: gate::Outputs,
@@ -196,6 +198,33 @@ pub(crate) struct RouteTask {
     repeating: bool,
     acts: RouteActivations,
     grads: Option<RouteGradients>,
+}
+
+impl RouteActivations {
+    /// Gives back what the norm makes again, if the backward pass is to do that.
+    pub fn drop_norm(&self, l: &mut Lowering) {
+        l.drop_recomputable(Saved::Norm, self.normed);
+        if self.wide.buffer != self.normed.buffer {
+            l.drop_recomputable(Saved::Norm, self.wide);
+        }
+    }
+
+    /// With room for what [`RouteActivations::drop_norm`] gave back.
+    pub fn with_norm_again(mut self, l: &mut Lowering) -> Self {
+        let is_one = self.wide.buffer == self.normed.buffer;
+        self.normed = l.alloc_again(Saved::Norm, self.normed);
+        self.wide = if is_one { self.normed } else { l.alloc_again(Saved::Norm, self.wide) };
+        self
+    }
+
+    /// The norm, and its output in the router's type.
+    pub(crate) fn norm(&self, s: &mut Stream, weight: Tensor, eps: f64) -> Result {
+        rms_norm::forward(s, self.x, weight, self.normed, self.rstd, eps)?;
+        if self.wide.buffer != self.normed.buffer {
+            elementwise::copy(s, self.normed, self.wide)?;
+        }
+        Ok(())
+    }
 }
 
 impl Moe {
@@ -303,10 +332,7 @@ pub(crate) fn route_forward(
 ) -> Result {
     let (task, &RouteTask { moe, gate, eps, repeating, acts, .. }, s) = launch.get(id)?;
     let gate = Gate { mode: mode(&state, &ranks, task), ..gate };
-    rms_norm::forward(s, acts.x, moe.norm.value, acts.normed, acts.rstd, eps)?;
-    if acts.wide.buffer != acts.normed.buffer {
-        elementwise::copy(s, acts.normed, acts.wide)?;
-    }
+    acts.norm(s, moe.norm.value, eps)?;
     gemm::forward(s, acts.wide, moe.gate.value, None, acts.logits)?;
     let bias = moe.bias.map(|b| b.value);
     gate::forward(s, gate, acts.logits, bias, acts.chosen)?;

@@ -192,7 +192,7 @@ fn plan(world: &mut World) -> Result {
         return Ok(());
     }
     let inputs = world.resource::<Training>().microbatches[..num_microbatches].to_vec();
-    let lowered = lower_step(world, inputs, Options { checking, expert_load: None })?;
+    let lowered = lower_step(world, inputs, Options { checking, ..Options::default() })?;
     world.resource_mut::<Plans>().insert(key, lowered.graph);
     Ok(())
 }
@@ -204,6 +204,8 @@ pub struct Options {
     pub checking: bool,
     /// As [`Lowering::expert_load`].
     pub expert_load: Option<f64>,
+    /// As [`Lowering::keeps_narrow`].
+    pub keeps_narrow: bool,
 }
 
 /// The graph of one optimizer step over `inputs`.
@@ -218,7 +220,8 @@ pub fn lower_step(world: &mut World, inputs: Vec<Inputs>, options: Options) -> R
     let Some(&first) = inputs.first() else { return Err("a step has no microbatch".into()) };
     let mut stages = Stages::new(model, ranks.layout.clone(), &schedule, ranks.chunk_order, inputs);
     let mut l = Lowering::for_session(world, first, true)?;
-    (l.checking, l.expert_load) = (options.checking, options.expert_load);
+    (l.checking, l.expert_load, l.keeps_narrow) = (options.checking, options.expert_load, options.keeps_narrow);
+    l.reduces_on_the_way = ranks.reduces_on_the_way;
     optimizer::lower_zero(&mut l)?;
     for &action in &schedule.ranks[position] {
         stages.lower(&mut l, action)?;

@@ -22,7 +22,7 @@ use crate::{
 /// Exit code of a plan that does not fit.
 const INFEASIBLE: u8 = 3;
 /// Layouts looked at for one that fits.
-const LAYOUTS_FOR_ADVICE: usize = 60;
+const LAYOUTS_FOR_ADVICE: usize = 48;
 
 /// Plans the step of a scene.
 ///

@@ -167,6 +167,8 @@ impl Mla {
         l.task(MLA_F, Pass::Forward, task)?;
         l.release(acts.kv);
         l.drop_recomputable(Saved::Norm, acts.normed);
+        // The input of the last product, in E5M6 (DeepSeek-V3 report, section 3.3.3): 12 bits of 16.
+        l.keep_narrow(acts.o, 6);
         for tensor in [acts.q, acts.k, acts.v] {
             l.drop_recomputable(Saved::MlaUp, tensor);
         }

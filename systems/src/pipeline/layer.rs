@@ -278,8 +278,11 @@ impl LayerBackward {
 
     /// Gives all of the layer's memory back, except `keep`.
     pub fn release(self, l: &mut Lowering, keep: Option<Tensor>) {
-        for scope in std::iter::once(self.forward.scope).chain(self.scopes) {
-            l.release_scope(scope, keep);
-        }
+        l.release_scope(self.into_scope(), keep);
+    }
+
+    /// All of the layer's memory.
+    pub fn into_scope(self) -> Vec<Tensor> {
+        std::iter::once(self.forward.scope).chain(self.scopes).flatten().collect()
     }
 }

@@ -3,7 +3,11 @@
 //! The same code lowers one rank with the whole model and one of sixteen with two stages: stages differ in where a walk's input
 //! comes from and where its output goes.
 
-use std::{collections::BTreeMap, ops::Range, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::Range,
+    sync::Arc,
+};
 
 use bevy_ecs::prelude::*;
 use engine::prelude::*;
@@ -449,11 +453,33 @@ impl Stages {
             if walk.weights {
                 layer.release(l, walk.d);
             } else {
-                walk.deferred.push(Deferred::Layer(layer));
+                walk.deferred.push(self.defer_weights(l, layer, walk.d)?);
             }
         }
         l.layer = None;
         Ok(())
+    }
+
+    /// Weight gradients for later. Of the layer's memory only what they read is kept, and `next`, which the stage goes on with.
+    fn defer_weights(&self, l: &mut Lowering, layer: LayerBackward, next: Option<Tensor>) -> Result<Deferred> {
+        // A check behind each task needs the task's place in the order.
+        if l.checking {
+            return Ok(Deferred::Layer(layer));
+        }
+        let tasks = l.record_for_later(|l| {
+            layer.mlp_weights(l)?;
+            layer.attention_weights(l, self.router)
+        })?;
+        let used: BTreeSet<_> = tasks.iter().flat_map(Recorded::uses).map(|tensor| tensor.buffer).collect();
+        let is_kept =
+            |tensor: &Tensor| used.contains(&tensor.buffer) || next.is_some_and(|n| n.buffer == tensor.buffer);
+        let (kept, free): (Vec<_>, Vec<_>) = layer.into_scope().into_iter().partition(is_kept);
+        l.release_scope(free, None);
+        // What products read is [t, x]; what norms read has the width of the model.
+        let is_operand = |t: &&Tensor| t.dtype == l.compute && t.cols() != self.model.config.hidden_size;
+        let operands: Vec<Tensor> = kept.iter().filter(is_operand).copied().collect();
+        operands.into_iter().for_each(|tensor| l.keep_narrow(tensor, 4));
+        Ok(Deferred::Tasks(tasks, kept))
     }
 
     fn finish_or_defer(
@@ -486,6 +512,11 @@ impl Stages {
                 layer.attention_weights(l, self.router)?;
                 layer.release(l, keep);
                 l.layer = None;
+                Ok(())
+            }
+            Deferred::Tasks(tasks, scope) => {
+                l.launch_later(tasks);
+                l.release_scope(scope, keep);
                 Ok(())
             }
             Deferred::Join(k, acts, grads) => {

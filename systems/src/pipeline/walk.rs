@@ -3,6 +3,7 @@
 
 use std::collections::VecDeque;
 
+use engine::prelude::*;
 use kernels::tensor::Tensor;
 
 use super::{
@@ -126,6 +127,7 @@ pub(super) struct ForwardWalk {
 #[expect(clippy::large_enum_variant, reason = "a few are made per plan, and handles are copied freely")]
 pub(super) enum Deferred {
     Layer(LayerBackward),
+    Tasks(Vec<Recorded>, Vec<Tensor>),
     Join(usize, JoinActivations, JoinGradients),
     Embedding(Tensor, Tensor),
     Scope(Vec<Tensor>),

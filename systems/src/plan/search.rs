@@ -1,5 +1,8 @@
 //! Search: layouts of a scene's model on its number of ranks, ranked by time and by money; those that do not fit are said to.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use rayon::prelude::*;
 use serde::Serialize;
 
 use super::{
@@ -110,7 +113,7 @@ fn layouts(scene: &Scene, num_ranks: u32, num_layers: usize, num_experts: usize)
 pub fn search(
     request: &PlanRequest,
     most: usize,
-    mut progress: impl FnMut(usize, usize),
+    progress: impl Fn(usize, usize) + Sync,
 ) -> Result<SearchReport, SessionError> {
     let scene = &request.loaded.scene;
     let num_experts = request.config.moe.as_ref().map_or(1, |moe| moe.n_routed_experts);
@@ -124,13 +127,18 @@ pub fn search(
     let step = possible.len().div_ceil(most.max(1)).max(1);
     let chosen: Vec<_> = possible.into_iter().step_by(step).collect();
     let num_planned = chosen.len();
-    let (mut candidates, mut too_large) = (Vec::new(), Vec::new());
-    for (done, (scene, distribution)) in chosen.into_iter().enumerate() {
-        progress(done, num_planned);
-        let candidate = candidate(request, scene, &distribution)?;
-        if candidate.fits { candidates.push(candidate) } else { too_large.push(candidate) }
-    }
-    progress(num_planned, num_planned);
+    let done = AtomicUsize::new(0);
+    progress(0, num_planned);
+    let planned: Vec<Result<Candidate, SessionError>> = chosen
+        .into_par_iter()
+        .map(|(scene, distribution)| {
+            let candidate = candidate(request, scene, &distribution);
+            progress(done.fetch_add(1, Ordering::Relaxed) + 1, num_planned);
+            candidate
+        })
+        .collect();
+    let planned = planned.into_iter().collect::<Result<Vec<_>, _>>()?;
+    let (mut candidates, mut too_large): (Vec<_>, Vec<_>) = planned.into_iter().partition(|candidate| candidate.fits);
     candidates.sort_by(|a, b| b.tokens_per_sec.total_cmp(&a.tokens_per_sec));
     too_large.sort_by_key(|candidate| candidate.peak_bytes);
     Ok(SearchReport { num_planned, num_impossible, candidates, too_large })
@@ -143,7 +151,7 @@ fn step(
     num_microbatches: usize,
 ) -> Result<(Simulated, f64, f64), SessionError> {
     let pp = distribution.mesh.pp as usize;
-    let (few, more) = (4 * pp, 6 * pp);
+    let (few, more) = (2 * pp, 3 * pp + pp % 2);
     if num_microbatches <= more {
         let simulated = simulate(work, distribution, num_microbatches, false)?;
         let (secs, idle_secs) = (simulated.step_secs, simulated.accounting.mean_idle_secs());

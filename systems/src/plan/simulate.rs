@@ -20,13 +20,14 @@ use crate::{
     dispatch::{RETURN_F, RETURN_I},
     distribute::Distribution,
     expert::{EXPERTS_F, EXPERTS_I},
-    head::LossSums,
+    head::{HEAD_F, LossSums},
     local::Silent,
     lower::ActivationBytes,
     microbatch::Inputs,
     model::Parameters,
     model_config::ModelConfig,
     optimizer::OptimizerState,
+    routing::{ROUTE_F, ROUTE_I, ROUTE_W},
     scene::{AdamW, Optimizer, Recompute},
     session::{ModelSetup, SessionError, app_with_model, dtype_of},
     train,
@@ -181,7 +182,7 @@ fn lower(
     let inputs =
         (0..num_microbatches).map(|_| Inputs::allocate(&memory, work.microbatch_sequences, work.seq_len, num_mtp));
     let inputs = inputs.collect();
-    let options = train::Options { checking: false, expert_load: Some(1.0) };
+    let options = train::Options { checking: false, expert_load: Some(1.0), keeps_narrow: work.format == Format::Fp8 };
     let lowered = train::lower_step(world, inputs, options).map_err(SessionError::input)?;
     let parameters = world.resource::<Parameters>();
     let weights = parameters.weights.iter().map(|w| w.value.size_bytes()).sum();
@@ -192,6 +193,11 @@ fn lower(
     let total = weights + gradients + optimizer_bytes + activations + communication;
     let bytes = RankBytes { rank, weights, gradients, optimizer: optimizer_bytes, activations, communication, total };
     Ok(Position { graph: lowered.graph, overlapped: lowered.overlapped, bytes })
+}
+
+/// Products that stay in the high-precision format beside 8-bit ones: head and router (DeepSeek-V3 report, section 3.3.1).
+fn keeps_high(kind: TaskKind) -> bool {
+    [HEAD_F, ROUTE_F, ROUTE_I, ROUTE_W].contains(&kind)
 }
 
 /// How long each task takes: beside communication, a device has fewer multiprocessors left.
@@ -208,7 +214,8 @@ fn durations(work: &Work, position: &Position, rank: u32) -> Result<RankTasks, S
             Some(duration) => duration,
             None => {
                 let device = if overlapped { &beside } else { work.device };
-                let duration = device.task_nanos(span.kind.0, &span.cost, work.format).map_err(SessionError::input)?;
+                let format = if keeps_high(span.kind) { work.format.high() } else { work.format };
+                let duration = device.task_nanos(span.kind.0, &span.cost, format).map_err(SessionError::input)?;
                 alike.push((span.cost, duration));
                 duration
             }
