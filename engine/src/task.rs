@@ -218,7 +218,7 @@ mod tests {
         let receive = Rendezvous::Receive { from: 1, tag: 0 };
         let collective = Rendezvous::Collective { group: Arc::from([0, 1]), tag: 0 };
         assert_eq!(Role::of(&[]), Role::Compute);
-        assert_eq!(Role::of(&[send.clone()]), Role::Send);
+        assert_eq!(Role::of(std::slice::from_ref(&send)), Role::Send);
         assert_eq!(Role::of(&[receive.clone(), send.clone()]), Role::Receive);
         assert_eq!(Role::of(&[send, collective, receive]), Role::Collective);
     }

@@ -139,19 +139,13 @@ pub(crate) fn mlp_input_grad(In(id): In<Entity>, mut launch: Launch<MlpTask>) ->
     swiglu::input_grad(s, acts.h, g.da, g.dh)?;
     gemm::input_grad(s, g.dh, dense.gate_up.value, g.d_normed, false)?;
     elementwise::copy(s, g.d_out, g.dx)?;
-    rms_norm::input_grad(s, acts.x, dense.norm.value, acts.rstd, g.d_normed, g.dx, true)?;
-    Ok(())
+    Ok(dense.norm.norm_grads(s, acts.x, acts.rstd, g.d_normed, g.dx, true)?)
 }
 
 pub(crate) fn mlp_weight_grad(In(id): In<Entity>, mut launch: Launch<MlpTask>) -> Result {
     let (_, &MlpTask { dense, acts, grads, .. }, s) = launch.get(id)?;
-    let (Some(g), Some(d_down), Some(d_gate_up), Some(d_norm)) =
-        (grads, dense.down.grad, dense.gate_up.grad, dense.norm.grad)
-    else {
-        return Ok(());
-    };
+    let (Some(g), Some(d_down), Some(d_gate_up)) = (grads, dense.down.grad, dense.gate_up.grad) else { return Ok(()) };
     gemm::weight_grad(s, g.d_out, acts.a, d_down, None)?;
     gemm::weight_grad(s, g.dh, acts.normed, d_gate_up, None)?;
-    rms_norm::weight_grad(s, acts.x, acts.rstd, g.d_normed, d_norm)?;
     Ok(())
 }

@@ -99,11 +99,7 @@ pub(crate) fn norm_forward(In(id): In<Entity>, mut launch: Launch<NormTask>) -> 
 pub(crate) fn norm_backward(In(id): In<Entity>, mut launch: Launch<NormTask>) -> Result {
     let (_, &NormTask { weight, acts, grads, .. }, s) = launch.get(id)?;
     let Some((dy, dx)) = grads else { return Ok(()) };
-    rms_norm::input_grad(s, acts.x, weight.value, acts.rstd, dy, dx, false)?;
-    if let Some(dw) = weight.grad {
-        rms_norm::weight_grad(s, acts.x, acts.rstd, dy, dw)?;
-    }
-    Ok(())
+    Ok(weight.norm_grads(s, acts.x, acts.rstd, dy, dx, false)?)
 }
 
 /// Which of a step's losses.

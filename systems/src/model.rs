@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use bevy_ecs::prelude::*;
-use kernels::{dtype::DType, memory::Memory, tensor::Tensor};
+use kernels::{dtype::DType, memory::Memory, ops::rms_norm, stream::Stream, tensor::Tensor};
 use rand::{RngExt as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
 
@@ -29,6 +29,29 @@ pub struct Weight {
     pub value: Tensor,
     /// Gradient in the compute type's accumulator type; `None` when nothing is trained.
     pub grad: Option<Tensor>,
+}
+
+impl Weight {
+    /// I and W of the RMSNorm that this is the weight of, from the gradient `dy` of its output. Both are one pass over the same
+    /// rows, and what waits for W need not keep them.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    pub fn norm_grads(
+        &self,
+        s: &mut Stream,
+        x: Tensor,
+        rstd: Tensor,
+        dy: Tensor,
+        dx: Tensor,
+        accumulate: bool,
+    ) -> Result<(), kernels::error::Error> {
+        rms_norm::input_grad(s, x, self.value, rstd, dy, dx, accumulate)?;
+        match self.grad {
+            Some(dw) => rms_norm::weight_grad(s, x, rstd, dy, dw),
+            None => Ok(()),
+        }
+    }
 }
 
 /// The parameters that this rank holds.

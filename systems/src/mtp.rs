@@ -11,7 +11,6 @@ use bevy_ecs::prelude::*;
 use engine::prelude::*;
 use kernels::{
     ops::{elementwise, gemm, rms_norm},
-    stream::Stream,
     tensor::Tensor,
 };
 
@@ -131,24 +130,13 @@ pub(crate) fn join_input_grad(In(id): In<Entity>, mut launch: Launch<JoinTask>) 
     for (i, x, norm) in task.halves() {
         elementwise::copy_columns(s, (g.d_joined, i * d), (g.d_normed[i], 0), d, false)?;
         let dx = [g.d_embedded, g.d_hidden][i];
-        rms_norm::input_grad(s, x, norm.value, a.rstd[i], g.d_normed[i], dx, false)?;
+        norm.norm_grads(s, x, a.rstd[i], g.d_normed[i], dx, false)?;
     }
     Ok(())
 }
 
 pub(crate) fn join_weight_grad(In(id): In<Entity>, mut launch: Launch<JoinTask>) -> Result {
     let (_, &task, s) = launch.get(id)?;
-    let a = &task.acts;
-    let Some(g) = task.grads else { return Ok(()) };
-    if let Some(dw) = task.module.eh_proj.grad {
-        gemm::weight_grad(s, g.d_out, a.joined, dw, None)?;
-    }
-    let norm = |s: &mut Stream, i: usize, x: Tensor, w: Weight| match w.grad {
-        Some(dw) => rms_norm::weight_grad(s, x, a.rstd[i], g.d_normed[i], dw),
-        None => Ok(()),
-    };
-    for (i, x, w) in task.halves() {
-        norm(s, i, x, w)?;
-    }
-    Ok(())
+    let (Some(g), Some(dw)) = (task.grads, task.module.eh_proj.grad) else { return Ok(()) };
+    Ok(gemm::weight_grad(s, g.d_out, task.acts.joined, dw, None)?)
 }

@@ -376,16 +376,13 @@ pub(crate) fn route_input_grad(
         elementwise::add_acc(s, g.narrow, g.d_normed)?;
     }
     elementwise::copy(s, g.d_out, g.dx)?;
-    rms_norm::input_grad(s, acts.x, moe.norm.value, acts.rstd, g.d_normed, g.dx, true)?;
-    Ok(())
+    Ok(moe.norm.norm_grads(s, acts.x, acts.rstd, g.d_normed, g.dx, true)?)
 }
 
 pub(crate) fn route_weight_grad(In(id): In<Entity>, mut launch: Launch<RouteTask>) -> Result {
     let (_, &RouteTask { moe, acts, grads, .. }, s) = launch.get(id)?;
-    let (Some(g), Some(d_gate), Some(d_norm)) = (grads, moe.gate.grad, moe.norm.grad) else { return Ok(()) };
-    gemm::weight_grad(s, g.d_logits, acts.wide, d_gate, None)?;
-    rms_norm::weight_grad(s, acts.x, acts.rstd, g.d_normed, d_norm)?;
-    Ok(())
+    let (Some(g), Some(d_gate)) = (grads, moe.gate.grad) else { return Ok(()) };
+    Ok(gemm::weight_grad(s, g.d_logits, acts.wide, d_gate, None)?)
 }
 
 #[derive(Component, Clone, Copy)]

@@ -171,7 +171,7 @@ pub fn set_up_rank(
     let held_out = prepared.held_out.clone();
     let validation = Validation::new(held_out, Packing { num_mtp: 0, ..packing }).map_err(SessionError::input)?;
 
-    let folder = prepared.init.as_ref().map(|path| HfFolder::open(path)).transpose().map_err(SessionError::input)?;
+    let folder = prepared.init.as_ref().map(HfFolder::open).transpose().map_err(SessionError::input)?;
     let max_positions = config.max_position_embeddings.max(data_section.seq_len);
     let is_solo = ranks.layout.is_solo();
     let layout = ranks.layout.clone();

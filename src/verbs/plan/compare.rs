@@ -39,6 +39,25 @@ pub fn run(request: &PlanRequest, output: &Output) -> Result<ExitCode, Failure> 
             units::bytes(line.peak_bytes),
         );
     }
+    text += "\n";
+    text += &named(&lines, "30% idle or more", |line| line.idle_fraction >= 0.30);
+    text += &named(&lines, "less than 5% idle", |line| line.idle_fraction < 0.05);
     output.result(&Report { lines }, &text)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// The plans for which something holds; where it holds for none, the nearest at both ends.
+fn named(lines: &[Line], what: &str, holds: impl Fn(&Line) -> bool) -> String {
+    let name = |line: &Line| {
+        let overlap = if line.overlap { " overlapped" } else { "" };
+        format!("{}{overlap} at {} ({:.1}%)", line.schedule, line.num_microbatches_per_rank, 100.0 * line.idle_fraction)
+    };
+    let found: Vec<String> = lines.iter().filter(|line| holds(line)).map(name).collect();
+    if !found.is_empty() {
+        return format!("{what}: {}\n", found.join(", "));
+    }
+    let by_idle = |a: &&Line, b: &&Line| a.idle_fraction.total_cmp(&b.idle_fraction);
+    let least = lines.iter().min_by(by_idle).map(name).unwrap_or_default();
+    let most = lines.iter().max_by(by_idle).map(name).unwrap_or_default();
+    format!("{what}: none here; from {least} to {most}\n")
 }

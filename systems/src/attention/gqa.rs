@@ -222,8 +222,7 @@ pub(crate) fn gqa_input_grad(In(id): In<Entity>, mut launch: Launch<GqaTask>, ro
         gemm::input_grad(s, flat(dy), w.value, g.d_normed, accumulate)?;
     }
     elementwise::copy(s, g.d_out, g.dx)?;
-    rms_norm::input_grad(s, a.x, gqa.norm.value, a.rstd, g.d_normed, g.dx, true)?;
-    Ok(())
+    Ok(gqa.norm.norm_grads(s, a.x, a.rstd, g.d_normed, g.dx, true)?)
 }
 
 pub(crate) fn gqa_weight_grad(In(id): In<Entity>, mut launch: Launch<GqaTask>) -> Result {
@@ -237,9 +236,6 @@ pub(crate) fn gqa_weight_grad(In(id): In<Entity>, mut launch: Launch<GqaTask>) -
     linear(s, g.d_out, flat(a.o), (gqa.out, None))?;
     for (projection, dy) in [(gqa.query, g.dq), (gqa.key, g.dk), (gqa.value, g.dv)] {
         linear(s, dy, a.normed, projection)?;
-    }
-    if let Some(dw) = gqa.norm.grad {
-        rms_norm::weight_grad(s, a.x, a.rstd, g.d_normed, dw)?;
     }
     Ok(())
 }

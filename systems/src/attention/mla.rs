@@ -330,20 +330,19 @@ pub(crate) fn mla_input_grad(In(id): In<Entity>, mut launch: Launch<MlaTask>, ro
     let latents = mla::Projections { kv_a: g.d_kv_latent, kv_b: g.dkv };
     mla::assemble_grad(s, g.dk, g.dv, task.inputs.positions, &rotary.0, latents)?;
     gemm::input_grad(s, g.dkv, mla.kv_up.value, g.d_kv_normed, false)?;
-    rms_norm::input_grad(s, a.kv_latent, mla.kv_norm.value, a.kv_rstd, g.d_kv_normed, g.d_kv_latent, false)?;
+    mla.kv_norm.norm_grads(s, a.kv_latent, a.kv_rstd, g.d_kv_normed, g.d_kv_latent, false)?;
     gemm::input_grad(s, g.d_kv_latent, mla.kv_down.value, g.d_normed, false)?;
     match (mla.query, a.latent_query, g.d_query) {
         (MlaQuery::LowRank { down, norm, up }, Some(q), Some((d_normed, d_latent))) => {
             gemm::input_grad(s, flat(g.dq), up.value, d_normed, false)?;
-            rms_norm::input_grad(s, q.latent, norm.value, q.rstd, d_normed, d_latent, false)?;
+            norm.norm_grads(s, q.latent, q.rstd, d_normed, d_latent, false)?;
             gemm::input_grad(s, d_latent, down.value, g.d_normed, true)?;
         }
         (MlaQuery::Full(w), ..) => gemm::input_grad(s, flat(g.dq), w.value, g.d_normed, true)?,
         _ => {}
     }
     elementwise::copy(s, g.d_out, g.dx)?;
-    rms_norm::input_grad(s, a.x, mla.norm.value, a.rstd, g.d_normed, g.dx, true)?;
-    Ok(())
+    Ok(mla.norm.norm_grads(s, a.x, a.rstd, g.d_normed, g.dx, true)?)
 }
 
 pub(crate) fn mla_weight_grad(In(id): In<Entity>, mut launch: Launch<MlaTask>) -> Result {
@@ -354,24 +353,17 @@ pub(crate) fn mla_weight_grad(In(id): In<Entity>, mut launch: Launch<MlaTask>) -
         Some(dw) => gemm::weight_grad(s, dy, x, dw, None),
         None => Ok(()),
     };
-    let norm = |s: &mut Stream, x: Tensor, rstd: Tensor, dy: Tensor, w: Weight| match w.grad {
-        Some(dw) => rms_norm::weight_grad(s, x, rstd, dy, dw),
-        None => Ok(()),
-    };
     linear(s, g.d_out, flat(a.o), mla.out)?;
     linear(s, g.dkv, a.kv_normed, mla.kv_up)?;
-    norm(s, a.kv_latent, a.kv_rstd, g.d_kv_normed, mla.kv_norm)?;
     linear(s, g.d_kv_latent, a.normed, mla.kv_down)?;
     match (mla.query, a.latent_query, g.d_query) {
-        (MlaQuery::LowRank { down, norm: w, up }, Some(q), Some((d_normed, d_latent))) => {
+        (MlaQuery::LowRank { down, up, .. }, Some(q), Some((_, d_latent))) => {
             linear(s, flat(g.dq), q.normed, up)?;
-            norm(s, q.latent, q.rstd, d_normed, w)?;
             linear(s, d_latent, a.normed, down)?;
         }
         (MlaQuery::Full(w), ..) => linear(s, flat(g.dq), a.normed, w)?,
         _ => {}
     }
-    norm(s, a.x, a.rstd, g.d_normed, mla.norm)?;
     Ok(())
 }
 

@@ -59,6 +59,7 @@ pub struct Stages {
     handed: BTreeMap<(Direction, u32, u32), Tensor>,
 }
 
+#[expect(clippy::large_enum_variant, reason = "one or two at a time")]
 enum Walk {
     Forward(ForwardWalk),
     Backward(BackwardWalk),
@@ -282,7 +283,9 @@ impl Stages {
                 } else if let Some(peer) = self.neighbour(cell.stage - 1, cell.microbatch)? {
                     self.receive(l, Direction::Forward, peer, cell.stage)?
                 } else {
-                    self.take_handed(Direction::Forward, cell)?
+                    let x = self.take_handed(Direction::Forward, cell)?;
+                    l.adopt(x);
+                    x
                 });
                 walk.forward.scope = l.take_scope();
             }
@@ -331,7 +334,10 @@ impl Stages {
             Step::Leave => match self.neighbour(cell.stage + 1, cell.microbatch)? {
                 Some(peer) => transfer::lower_send(l, Direction::Forward, x()?, peer, cell.stage + 1)?,
                 None => {
-                    self.handed.insert((Direction::Forward, cell.stage + 1, cell.microbatch), x()?);
+                    // Weight gradients of the stage that takes it may come after all of this one's.
+                    let x = x()?;
+                    walk.forward.disown(x);
+                    self.handed.insert((Direction::Forward, cell.stage + 1, cell.microbatch), x);
                 }
             },
         }
@@ -453,15 +459,22 @@ impl Stages {
             if walk.weights {
                 layer.release(l, walk.d);
             } else {
-                walk.deferred.push(self.defer_weights(l, layer, walk.d)?);
+                let deferred = self.defer_weights(l, layer, &walk.deferred, walk.d)?;
+                walk.deferred.push(deferred);
             }
         }
         l.layer = None;
         Ok(())
     }
 
-    /// Weight gradients for later. Of the layer's memory only what they read is kept, and `next`, which the stage goes on with.
-    fn defer_weights(&self, l: &mut Lowering, layer: LayerBackward, next: Option<Tensor>) -> Result<Deferred> {
+    /// Weight gradients for later. Of the layer's memory only what they read is kept, what those of the layers after it read, and `next`, which the stage goes on with.
+    fn defer_weights(
+        &self,
+        l: &mut Lowering,
+        layer: LayerBackward,
+        after: &[Deferred],
+        next: Option<Tensor>,
+    ) -> Result<Deferred> {
         // A check behind each task needs the task's place in the order.
         if l.checking {
             return Ok(Deferred::Layer(layer));
@@ -470,7 +483,8 @@ impl Stages {
             layer.mlp_weights(l)?;
             layer.attention_weights(l, self.router)
         })?;
-        let used: BTreeSet<_> = tasks.iter().flat_map(Recorded::uses).map(|tensor| tensor.buffer).collect();
+        let later = after.iter().flat_map(Deferred::tasks).chain(&tasks);
+        let used: BTreeSet<_> = later.flat_map(Recorded::uses).map(|tensor| tensor.buffer).collect();
         let is_kept =
             |tensor: &Tensor| used.contains(&tensor.buffer) || next.is_some_and(|n| n.buffer == tensor.buffer);
         let (kept, free): (Vec<_>, Vec<_>) = layer.into_scope().into_iter().partition(is_kept);

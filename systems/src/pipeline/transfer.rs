@@ -69,5 +69,10 @@ fn tag(l: &Lowering, direction: Direction, to: u32) -> u64 {
 
 pub(crate) fn transfer(In(id): In<Entity>, mut launch: Launch<TransferTask>, ranks: Res<Ranks>) -> Result {
     let (_, &TransferTask { x, peer, tag, is_send }, s) = launch.get(id)?;
-    Ok(if is_send { ranks.comm.send(s, x, peer, tag)? } else { ranks.comm.receive(s, x, peer, tag)? })
+    if is_send {
+        ranks.comm.send(s, x, peer, tag)?
+    } else {
+        ranks.comm.receive(s, x, peer, tag)?
+    }
+    Ok(())
 }

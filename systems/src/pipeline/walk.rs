@@ -104,6 +104,14 @@ pub(super) struct Forward {
     pub scope: Vec<Tensor>,
 }
 
+impl Forward {
+    /// Takes `tensor` out of the memory that is given back with this forward.
+    pub fn disown(&mut self, tensor: Tensor) {
+        let scopes = self.layers.iter_mut().map(|layer| &mut layer.scope).chain([&mut self.scope]);
+        scopes.for_each(|scope| scope.retain(|t| t.buffer != tensor.buffer));
+    }
+}
+
 /// A module for multi-token prediction on its way forward.
 pub(super) struct ModuleForward {
     pub join: JoinActivations,
@@ -131,6 +139,16 @@ pub(super) enum Deferred {
     Join(usize, JoinActivations, JoinGradients),
     Embedding(Tensor, Tensor),
     Scope(Vec<Tensor>),
+}
+
+impl Deferred {
+    /// Tasks that are already made.
+    pub fn tasks(&self) -> &[Recorded] {
+        match self {
+            Deferred::Tasks(tasks, _) => tasks,
+            _ => &[],
+        }
+    }
 }
 
 /// A backward under way.

@@ -35,8 +35,8 @@ pub struct Line {
     pub peak_bytes: u64,
 }
 
-/// 1F1B and ZB1P, which have no pairs, then DualPipe without and with overlap; at the scene's microbatches and at 2, 4 and 8 for
-/// each pipeline rank.
+/// 1F1B and ZB1P, which have no pairs, then DualPipe without and with overlap; at the scene's microbatches and at 2, 4 and 16
+/// for each pipeline rank.
 ///
 /// # Errors
 /// If a plan fails.
@@ -44,7 +44,7 @@ pub fn compare(request: &PlanRequest) -> Result<Vec<Line>, SessionError> {
     let scene = &request.loaded.scene;
     let mesh = scene.mesh;
     let own = scene.batch.max_microbatches() / mesh.num_data_ranks() as usize;
-    let mut counts: Vec<usize> = [2, 4, 8].map(|times| times * mesh.pp as usize).to_vec();
+    let mut counts: Vec<usize> = [2, 4, 16].map(|times| times * mesh.pp as usize).to_vec();
     counts.push(own);
     counts.sort_unstable();
     counts.dedup();
