@@ -62,6 +62,7 @@ impl Verb {
             Verb::Doctor(args) => &args.json,
             Verb::Bench(BenchArgs { what: Bench::Train(args) }) => &args.json,
             Verb::Bench(BenchArgs { what: Bench::Hardware(args) }) => &args.json,
+            Verb::Bench(BenchArgs { what: Bench::Schedules(args) }) => &args.json,
         };
         json.json.as_deref()
     }
@@ -294,6 +295,30 @@ pub enum Bench {
     Train(BenchTrainArgs),
     /// What this machine's processors do, as a description of hardware
     Hardware(BenchHardwareArgs),
+    /// Steps under each pipeline schedule on local ranks, beside what a plan predicts that was calibrated on one of them
+    Schedules(BenchSchedulesArgs),
+}
+
+/// Arguments of `bench schedules`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  hadal bench hardware --threads 1 --save this_core.ron
+  hadal bench schedules --scene scenes/pipeline.ron --set mesh.pp=2 --hardware this_core.ron")]
+pub struct BenchSchedulesArgs {
+    /// Scene file
+    #[arg(long)]
+    pub scene: PathBuf,
+    #[command(flatten)]
+    pub overrides: Overrides,
+    /// This machine, as `hadal bench hardware` with the threads of one rank describes it; calibration corrects it
+    #[arg(long, value_name = "FILE")]
+    pub hardware: PathBuf,
+    /// Steps to measure of each schedule, after two that are not; the last 10 are kept
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = at_least::<1>)]
+    pub steps: usize,
+    #[command(flatten)]
+    pub json: Json,
 }
 
 /// Arguments of `bench hardware`.

@@ -177,7 +177,9 @@ fn sample(event: &Value) -> Option<Sample> {
         *cost.field_mut(name)? = value.as_u64()?;
     }
     let kind = event["args"]["kind"].as_str()?.to_owned();
-    Some(Sample { kind, cost, secs: event["dur"].as_f64()? * 1e-6 })
+    // Waiting for another rank is not the task's own time.
+    let micros = event["dur"].as_f64()? - event["args"]["wait_us"].as_f64().unwrap_or(0.0);
+    Some(Sample { kind, cost, secs: micros.max(0.0) * 1e-6 })
 }
 
 #[cfg(test)]

@@ -9,12 +9,13 @@ use std::{
 use systems::{
     api::{BenchReport, BenchRequest},
     bench::bench,
+    bench_schedules::{self, SchedulesReport, SchedulesRequest},
     hardware::{HardwareRequest, measure},
-    scene::hardware::to_ron,
+    scene::{self, hardware::to_ron},
 };
 
 use crate::{
-    cli::{BenchHardwareArgs, BenchTrainArgs},
+    cli::{BenchHardwareArgs, BenchSchedulesArgs, BenchTrainArgs},
     failure::Failure,
     load, machine,
     progress::TrainingProgress,
@@ -70,6 +71,49 @@ pub fn hardware(args: BenchHardwareArgs, output: &Output) -> Result<ExitCode, Fa
         None => output.result(&spec, &text)?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Compares predicted with measured steps of all schedules.
+///
+/// # Errors
+/// If scene or hardware are not valid, or a step fails.
+pub fn schedules(args: &BenchSchedulesArgs, output: &Output) -> Result<ExitCode, Failure> {
+    let checked = load::scene(&args.scene, &args.overrides.set, &["model", "data", "train"])?;
+    let device = scene::hardware::load(&args.hardware, &[])?;
+    let progress = Arc::new(TrainingProgress::new(1, Arc::new(AtomicUsize::new(0))));
+    let report = bench_schedules::bench(&SchedulesRequest {
+        loaded: checked.loaded,
+        device,
+        num_steps: args.steps as u64,
+        progress: Arc::clone(&progress) as _,
+    });
+    progress.finish();
+    let report = report?;
+    output.result(&report, &schedules_text(&report))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn schedules_text(report: &SchedulesReport) -> String {
+    let mut text = format!(
+        "{} ranks of {} threads, {} microbatches each; median of {} steps\n\n\
+         schedule        predicted s   measured s  (from    to)    error   predicted idle   measured idle   difference\n",
+        report.pp, report.num_threads_per_rank, report.num_microbatches_per_rank, report.num_steps
+    );
+    for line in &report.lines {
+        let (from, to) = line.measured_step_secs_range;
+        text += &format!(
+            "{:<14} {:>12.4} {:>12.4}  ({from:.4} {to:.4}) {:>+6.1}% {:>15.1}% {:>14.1}% {:>+10.1} points{}\n",
+            line.schedule,
+            line.predicted_step_secs,
+            line.measured_step_secs,
+            100.0 * line.step_error(),
+            100.0 * line.predicted_idle_fraction,
+            100.0 * line.measured_idle_fraction,
+            100.0 * line.idle_error(),
+            if line.is_calibrated_on { "  calibrated on" } else { "" },
+        );
+    }
+    text
 }
 
 fn table(report: &BenchReport) -> Table {

@@ -35,5 +35,6 @@ pub fn perform(verb: Verb, output: &Output) -> Result<ExitCode, Failure> {
         Verb::Doctor(_) => doctor::doctor(output),
         Verb::Bench(BenchArgs { what: Bench::Train(args) }) => bench::train(args, output),
         Verb::Bench(BenchArgs { what: Bench::Hardware(args) }) => bench::hardware(args, output),
+        Verb::Bench(BenchArgs { what: Bench::Schedules(args) }) => bench::schedules(&args, output),
     }
 }

@@ -41,7 +41,8 @@ pub fn run(args: &RunArgs, output: &Output) -> Result<ExitCode, Failure> {
     let report = training::run(request);
     progress.finish();
     let report = report?;
-    output.result(&report, &summary(&name, has_experts, &report))?;
+    let idle = report.idle.as_ref().map(|idle| format!("\n{}", idle.table())).unwrap_or_default();
+    output.result(&report, &format!("{}{idle}", summary(&name, has_experts, &report)))?;
     if (1..=5).contains(&report.exit_code) {
         eprintln!("error: {}", report.exit_reason);
     }

@@ -9,7 +9,7 @@ use std::{
 
 use serde::Serialize;
 
-use crate::{evaluate::EvaluationResult, scene::Loaded};
+use crate::{evaluate::EvaluationResult, measure::Comparison, scene::Loaded};
 
 /// Where a run tells what it does. All calls come from the run's thread, between steps.
 pub trait Progress: Send + Sync {
@@ -93,6 +93,8 @@ pub struct RunReport {
     pub num_dead_experts: u64,
     /// Mean share of step time in which no stream was busy.
     pub overhead_share: f64,
+    /// Idle time of the last steps, by cause, beside what the tasks' times predict.
+    pub idle: Option<Comparison>,
     /// Most bytes of tensors live at once.
     pub peak_tensor_bytes: u64,
     /// Text generated at the end.

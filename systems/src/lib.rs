@@ -2,6 +2,7 @@
 pub mod api;
 pub mod attention;
 pub mod bench;
+pub mod bench_schedules;
 pub mod data;
 pub mod dense;
 pub mod dispatch;
@@ -16,6 +17,7 @@ pub mod hf;
 pub mod layout;
 pub mod local;
 pub mod lower;
+pub mod measure;
 pub mod mesh;
 pub mod microbatch;
 pub mod model;

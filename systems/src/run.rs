@@ -27,6 +27,7 @@ use crate::{
     evaluate::Evaluation,
     generate::Generation,
     local::{self, Silent},
+    measure::{Comparison, MeasurePlugin, RankSteps},
     model_config::ModelConfig,
     params::{num_activated_params, num_params},
     ranks::Ranks,
@@ -91,10 +92,13 @@ pub fn run(request: RunRequest) -> Result<RunReport, SessionError> {
         request.progress.note(&format!("the trace is not whole: {error}"));
     }
     let lost = local::cause(&outcomes);
+    let steps: Vec<RankSteps> =
+        outcomes.iter_mut().flatten().flatten().filter_map(|((_, steps), _)| steps.take()).collect();
+    let idle = if steps.len() == outcomes.len() { Comparison::of(&steps)? } else { None };
     let first = if outcomes.is_empty() { None } else { outcomes.swap_remove(0) };
     let mut report = match (first, &lost) {
-        (Some(Ok((report, _))), None) => return with_sample(report, &request),
-        (Some(Ok((report, _))), Some(_)) => report,
+        (Some(Ok(((report, _), _))), None) => return with_sample(RunReport { idle, ..report }, &request),
+        (Some(Ok(((report, _), _))), Some(_)) => report,
         (Some(Err(error)), _) => return Err(error),
         (None, _) => {
             let reason: String =
@@ -131,6 +135,9 @@ fn with_sample(mut report: RunReport, request: &RunRequest) -> Result<RunReport,
     Ok(report)
 }
 
+/// What a rank ends with.
+type Ran = (RunReport, Option<RankSteps>);
+
 /// What a rank starts from.
 struct RankSetup<'a> {
     prepared: &'a Prepared,
@@ -140,7 +147,7 @@ struct RankSetup<'a> {
     trace: Option<SharedTrace>,
 }
 
-fn run_rank(request: &RunRequest, setup: RankSetup) -> Result<(RunReport, ExitReason), SessionError> {
+fn run_rank(request: &RunRequest, setup: RankSetup) -> Result<(Ran, ExitReason), SessionError> {
     let RankSetup { prepared, ranks, num_threads, progress, trace } = setup;
     let RunRequest { loaded, resume, stop, .. } = request;
     let mut app = set_up_rank(loaded, prepared, ranks.clone(), num_threads, &progress)?;
@@ -182,6 +189,7 @@ fn run_rank(request: &RunRequest, setup: RankSetup) -> Result<(RunReport, ExitRe
     })
     .insert_resource(StopFlag(stop.clone()))
     .insert_resource(Work::Train)
+    .add_plugins(MeasurePlugin)
     .add_systems(Step, (agree_to_stop, keep).chain().in_set(StepSystems::Keep))
     .add_systems(Finish, last_checkpoint);
     if ranks.layout.is_solo() {
@@ -195,7 +203,8 @@ fn run_rank(request: &RunRequest, setup: RankSetup) -> Result<(RunReport, ExitRe
     if reason.is_failure() {
         ranks.comm.abort(ranks.layout.rank, &reason.to_string());
     }
-    Ok((report(&mut app, &prepared.config, reason.clone()), reason))
+    let report = report(&app, &prepared.config, reason.clone());
+    Ok(((report, RankSteps::of(app.world())), reason))
 }
 
 fn watch_stop(flag: Res<StopFlag>, mut exit: ResMut<Exit>) {
@@ -341,7 +350,7 @@ fn exit_code(reason: &ExitReason) -> u8 {
     }
 }
 
-fn report(app: &mut App, config: &ModelConfig, reason: ExitReason) -> RunReport {
+fn report(app: &App, config: &ModelConfig, reason: ExitReason) -> RunReport {
     let world = app.world();
     let (training, run) = (world.resource::<Training>(), world.resource::<RunDir>());
     let without_mtp = ModelConfig { num_nextn_predict_layers: 0, ..config.clone() };
@@ -359,6 +368,7 @@ fn report(app: &mut App, config: &ModelConfig, reason: ExitReason) -> RunReport 
         max_vio: training.last.as_ref().map_or(0.0, |s| s.max_vio),
         num_dead_experts: training.num_dead_experts(),
         overhead_share: training.overhead.get(),
+        idle: None,
         peak_tensor_bytes: world.resource::<Tensors>().memory().peak_bytes(),
         sample: text.filter(|text| !text.is_empty()),
         run_dir: run.dir.clone(),

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use serde::Serialize;
 use systems::plan::{
     PlanRequest,
-    compare::{Line, compare},
+    compare::{Limit, Line, compare, limits},
 };
 
 use crate::{failure::Failure, report::Output, units};
@@ -14,6 +14,7 @@ use crate::{failure::Failure, report::Output, units};
 #[derive(Serialize)]
 struct Report {
     lines: Vec<Line>,
+    limits: Vec<Limit>,
 }
 
 /// Compares.
@@ -39,10 +40,16 @@ pub fn run(request: &PlanRequest, output: &Output) -> Result<ExitCode, Failure> 
             units::bytes(line.peak_bytes),
         );
     }
+    let limits = limits(&lines);
+    for Limit { schedule, overlap, idle_fraction } in &limits {
+        let overlap = if *overlap { "yes" } else { "no" };
+        text +=
+            &format!("{:>12}  {schedule:<10} {overlap:>8} {:>8} {:>7.1}%\n", "ever more", "", 100.0 * idle_fraction);
+    }
     text += "\n";
     text += &named(&lines, "30% idle or more", |line| line.idle_fraction >= 0.30);
     text += &named(&lines, "less than 5% idle", |line| line.idle_fraction < 0.05);
-    output.result(&Report { lines }, &text)?;
+    output.result(&Report { lines, limits }, &text)?;
     Ok(ExitCode::SUCCESS)
 }
 

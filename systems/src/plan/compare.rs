@@ -35,6 +35,35 @@ pub struct Line {
     pub peak_bytes: u64,
 }
 
+/// Where the idle share of a schedule goes with ever more microbatches: what one more adds to idle time, over what it adds to
+/// the step.
+#[derive(Clone, Debug, Serialize)]
+pub struct Limit {
+    /// Schedule.
+    pub schedule: String,
+    /// Whether forward and backward of pairs overlap.
+    pub overlap: bool,
+    /// Idle share of all further time.
+    pub idle_fraction: f64,
+}
+
+/// The limit of each schedule in `lines`, from the two plans of most microbatches.
+pub fn limits(lines: &[Line]) -> Vec<Limit> {
+    let mut limits: Vec<Limit> = Vec::new();
+    let is_same = |line: &&Line, of: &Line| line.schedule == of.schedule && line.overlap == of.overlap;
+    for more in lines.iter().rev() {
+        let known = limits.iter().any(|limit| limit.schedule == more.schedule && limit.overlap == more.overlap);
+        let fewer = lines.iter().rev().filter(|line| is_same(line, more)).nth(1);
+        if let (false, Some(fewer)) = (known, fewer) {
+            let idle = |line: &Line| line.idle_fraction * line.step_secs;
+            let idle_fraction = (idle(more) - idle(fewer)) / (more.step_secs - fewer.step_secs);
+            limits.push(Limit { schedule: more.schedule.clone(), overlap: more.overlap, idle_fraction });
+        }
+    }
+    limits.reverse();
+    limits
+}
+
 /// 1F1B and ZB1P, which have no pairs, then DualPipe without and with overlap; at the scene's microbatches and at 2, 4 and 16
 /// for each pipeline rank.
 ///

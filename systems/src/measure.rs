@@ -1,0 +1,154 @@
+//! The last steps of a run as they were on each rank, and beside them the step that their tasks would make by themselves: each
+//! task takes its median time, ranks meet as the schedule says, and nothing else happens. What differs is what the plan does
+//! not know: noise, and ranks that are in each other's way.
+
+use std::{collections::VecDeque, sync::Arc};
+
+use bevy_app::prelude::*;
+use bevy_ecs::prelude::*;
+use engine::{
+    bubbles::{Accounting, account, is_compute},
+    bubbles_table::{self, IdleReport},
+    durations::median_durations,
+    joint::{RankTasks, simulate_ranks},
+    prelude::*,
+};
+use serde::Serialize;
+
+use crate::{
+    ranks::Ranks,
+    session::SessionError,
+    work::{Work, turn_of},
+};
+
+/// Steps that are kept.
+const MAX_STEPS: usize = 10;
+
+/// Keeps training steps.
+pub struct MeasurePlugin;
+
+impl Plugin for MeasurePlugin {
+    fn build(&self, app: &mut App) {
+        app.init_resource::<Kept>().add_systems(Step, keep.in_set(StepSystems::Keep).run_if(turn_of(Work::Train)));
+    }
+}
+
+#[derive(Resource, Default)]
+struct Kept {
+    graph: Option<Arc<Graph>>,
+    steps: VecDeque<(Arc<Snapshot>, Accounting)>,
+}
+
+fn keep(mut kept: ResMut<Kept>, telemetry: Res<Telemetry>, plans: Res<Plans>) -> Result {
+    let (Some(graph), Some(snapshot)) = (plans.active_graph()?, telemetry.last()) else { return Ok(()) };
+    if !kept.graph.as_ref().is_some_and(|known| Arc::ptr_eq(known, graph)) {
+        *kept = Kept { graph: Some(graph.clone()), steps: VecDeque::new() };
+    }
+    if kept.steps.len() == MAX_STEPS {
+        kept.steps.pop_front();
+    }
+    kept.steps.push_back((snapshot.clone(), telemetry.bubbles().clone()));
+    Ok(())
+}
+
+/// The last steps of one rank, all of one graph.
+pub struct RankSteps {
+    rank: u32,
+    graph: Arc<Graph>,
+    steps: Vec<(Arc<Snapshot>, Accounting)>,
+}
+
+impl RankSteps {
+    /// Those of an app with [`MeasurePlugin`]; none if it made no step.
+    pub fn of(world: &World) -> Option<Self> {
+        let kept = world.get_resource::<Kept>().filter(|kept| !kept.steps.is_empty())?;
+        let rank = world.resource::<Ranks>().layout.rank;
+        Some(RankSteps { rank, graph: kept.graph.clone()?, steps: kept.steps.iter().cloned().collect() })
+    }
+
+    /// The newest `num_steps` of them.
+    pub fn newest(mut self, num_steps: usize) -> Self {
+        self.steps.drain(..self.steps.len().saturating_sub(num_steps));
+        self
+    }
+
+    /// What each kept step's tasks were, and when.
+    pub fn snapshots(&self) -> impl Iterator<Item = &Snapshot> {
+        self.steps.iter().map(|(snapshot, _)| &**snapshot)
+    }
+}
+
+/// Each kept step over all ranks, oldest first; only those that all ranks kept.
+pub fn steps(ranks: &[RankSteps]) -> Vec<Accounting> {
+    let num_steps = ranks.iter().map(|rank| rank.steps.len()).min().unwrap_or(0);
+    let newest = |rank: &RankSteps, back: usize| rank.steps[rank.steps.len() - back].1.clone();
+    let step = |back: usize| {
+        let mut all = newest(&ranks[0], back);
+        ranks[1..].iter().for_each(|rank| all.beside(newest(rank, back).ranks));
+        all
+    };
+    (1..=num_steps).rev().map(step).collect()
+}
+
+/// Idle time of compute streams, predicted and measured.
+#[derive(Clone, Debug, Serialize)]
+#[serde(into = "ComparisonReport")]
+pub struct Comparison {
+    /// From the tasks' median times.
+    pub predicted: Accounting,
+    /// As it was.
+    pub measured: Accounting,
+}
+
+/// The same as a document.
+#[derive(Clone, Debug, Serialize)]
+pub struct ComparisonReport {
+    /// Steps that were measured.
+    pub num_steps: u64,
+    /// From the tasks' median times.
+    pub predicted: Option<IdleReport>,
+    /// As it was.
+    pub measured: Option<IdleReport>,
+}
+
+impl Comparison {
+    /// Simulates the step that the ranks' tasks make; none without steps.
+    ///
+    /// # Errors
+    /// If the ranks' graphs do not belong together.
+    pub fn of(ranks: &[RankSteps]) -> Result<Option<Self>, SessionError> {
+        let steps = steps(ranks);
+        let Some((first, rest)) = steps.split_first() else { return Ok(None) };
+        let mut measured = first.clone();
+        rest.iter().for_each(|step| measured.then(step));
+        let tasks: Vec<RankTasks> = ranks
+            .iter()
+            .map(|rank| {
+                let spans: Vec<&[Span]> = rank.snapshots().map(|snapshot| &*snapshot.spans).collect();
+                RankTasks::of(rank.rank, &rank.graph, &median_durations(&spans))
+            })
+            .collect();
+        let times = simulate_ranks(&tasks).map_err(SessionError::runtime)?;
+        let end = times.iter().flatten().map(|time| time.end_nanos).max().unwrap_or(0);
+        let mut predicted = Accounting { num_steps: 1, total_nanos: end, ranks: Vec::new() };
+        for (rank, times) in ranks.iter().zip(&times) {
+            predicted.beside(account(&rank.graph.spans_at(times), is_compute, (0, end)).ranks);
+        }
+        Ok(Some(Comparison { predicted, measured }))
+    }
+
+    /// For a person: causes by line.
+    pub fn table(&self) -> String {
+        bubbles_table::table(&self.measured, Some(&self.predicted))
+    }
+}
+
+impl From<Comparison> for ComparisonReport {
+    fn from(Comparison { predicted, measured }: Comparison) -> Self {
+        ComparisonReport {
+            num_steps: measured.num_steps,
+            predicted: IdleReport::of(&predicted),
+            measured: IdleReport::of(&measured),
+        }
+    }
+}
