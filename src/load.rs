@@ -5,6 +5,7 @@ use std::path::Path;
 
 use systems::{
     data::tokenizer::Tokenizer,
+    distribute::Distribution,
     hf::config::{ConfigDocument, HfConfig},
     model_config::ModelConfig,
     problem::Problem,
@@ -67,6 +68,9 @@ pub fn scene(path: &Path, overrides: &[String], needs: &[&str]) -> Result<Checke
     let limits = Limits::of(scene, model.as_ref());
     problems.extend(vocab.as_ref().and_then(|vocab| limits.vocab_problem(vocab)));
     problems.extend(scene.data.as_ref().and_then(|data| limits.length_problem(data)));
+    if let Some(model) = model.as_ref().filter(|_| is_sound("batch", &problems)) {
+        problems.extend(Distribution::new(scene, model).err().into_iter().flatten());
+    }
     if problems.is_empty() { Ok(Checked { model, vocab, loaded }) } else { Err(loaded.errors(&problems)) }
 }
 

@@ -116,6 +116,26 @@ fn all_that_is_wrong_with_a_scene_is_said_at_once() {
 }
 
 #[test]
+fn ranks_that_do_not_fit_are_refused_with_what_would() {
+    let sets = "--set mesh.pp=8 --set mesh.ep=3 --set mesh.dp=5 --set batch.num_microbatches=7";
+    for verb in ["check", "run", "plan"] {
+        hadal(&format!("{verb} scenes/pipeline.ron {sets}")).exits(2).says(&[
+            "`mesh.pp` comes to 8 stages, more than the 6 layers of the model",
+            "mesh.pp: 6 or fewer",
+            "`mesh.ep` is 3, which does not divide the 32 routed experts",
+            "mesh.ep: 2 or 4",
+            "`batch.num_microbatches` is 7, which the 15 data ranks (mesh.ep 3 x mesh.dp 5) do not divide",
+            "batch.num_microbatches: 15",
+            "3 errors in the scene",
+        ]);
+    }
+    hadal("check scenes/pipeline.ron --set batch.num_microbatches=6")
+        .exits(2)
+        .says(&["the number of microbatches must be at least twice the ranks (2 * 4), but is 6", "nearest: 8"]);
+    hadal("plan scenes/deepseek_v3.ron --hardware scenes/tiny.ron").exits(2).says(&["the hardware lacks the field"]);
+}
+
+#[test]
 fn errors_name_file_line_and_column() {
     let folder = scratch();
     let scene = folder.path().join("wrong.ron");

@@ -123,6 +123,71 @@ fn a_run_is_interrupted_resumed_read_and_measured() {
 }
 
 #[test]
+fn a_run_of_several_ranks_says_where_idle_time_and_bytes_went() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let report_path = dir.path().join("report.json");
+    let sets = [
+        "mesh=(pp: 2, ep: 2, dp: 1, ranks_per_node: 2)",
+        "pipeline=(schedule: DualPipe)",
+        "batch.num_microbatches=8",
+        "expert_parallel=(dispatch: Fp8, combine: Bf16)",
+        "telemetry.trace_steps=(start: 3, count: 1)",
+    ];
+    let mut args = run_args(dir.path(), &sets);
+    args.extend(["--json".into(), report_path.to_str().expect("UTF-8").into()]);
+    let (code, stdout, stderr) = output(&strs(&args));
+    assert_eq!(code, 0, "{stderr}");
+    assert!(stdout.contains("predicted s") && stdout.contains("measured s") && stdout.contains("sent to others"));
+    let report = json(&report_path);
+    for side in ["predicted", "measured"] {
+        let idle = &report["idle"][side];
+        let number = |key: &str| idle[key].as_f64().expect("a number");
+        let causes = idle["idle_secs_by_cause"].as_object().expect("causes");
+        let sum: f64 = causes.values().map(|secs| secs.as_f64().expect("seconds")).sum();
+        let all = number("idle_fraction") * number("step_secs");
+        assert!(number("step_secs") > 0.0 && causes.len() == 8);
+        assert!((sum - all).abs() < 0.01 * all.max(1e-6), "{side}: causes {sum}, idle {all}");
+    }
+    let bytes = |key: &str| report["idle"]["links"][key].as_f64().expect("bytes");
+    for class in ["intra_node_bytes", "inter_node_bytes"] {
+        let (predicted, measured) = (bytes(&format!("predicted_{class}")), bytes(&format!("measured_{class}")));
+        assert!(measured > 0.0 && (predicted / measured - 1.0).abs() < 0.2, "{class}: {predicted}, {measured}");
+    }
+    // The trace has all ranks, and each gap of their compute streams has a cause.
+    let trace = fs::read_to_string(dir.path().join("runs/tiny/trace.json")).expect("a trace");
+    let events: Vec<Value> = serde_json::from_str(&trace).expect("JSON");
+    let ranks: std::collections::BTreeSet<_> = events.iter().filter_map(|event| event["pid"].as_u64()).collect();
+    assert_eq!(ranks.len(), 4);
+    let mut bubbles = events.iter().filter(|event| event["name"] == "bubble");
+    assert!(bubbles.all(|bubble| bubble["args"]["cause"].is_string()));
+}
+
+#[test]
+fn schedules_are_measured_beside_their_plans() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| dir.path().join(name).to_str().expect("UTF-8").to_owned();
+    let (code, _, stderr) = output(&["bench", "hardware", "--threads", "1", "--save", &path("core.ron")]);
+    assert_eq!(code, 0, "{stderr}");
+    let sets = ["mesh.pp=2", "batch.num_microbatches=4"].map(|set| format!("--set={set}"));
+    let runs = format!("--set=telemetry.dir={:?}", path("runs"));
+    let (hardware, result) = (path("core.ron"), path("result.json"));
+    let mut args = vec!["bench", "schedules", "--scene", "scenes/tiny.ron", "--hardware", &hardware, "--steps", "3"];
+    args.extend([&*runs, &*sets[0], &*sets[1], "--json", &*result]);
+    let (code, stdout, stderr) = output(&args);
+    assert_eq!(code, 0, "{stderr}");
+    let report = json(Path::new(&result));
+    let lines = report["lines"].as_array().expect("lines");
+    // Three layers are too few for schedules of four stages, and that is told.
+    assert_eq!(lines.len(), 6, "{stdout}");
+    assert!(stderr.contains("Zbv is left out") && stderr.contains("more than the 3 layers"), "{stderr}");
+    for line in lines {
+        let number = |key: &str| line[key].as_f64().expect("a number");
+        assert!(number("predicted_step_secs") > 0.0 && number("measured_step_secs") > 0.0, "{line}");
+        assert!((0.0..1.0).contains(&number("predicted_idle_fraction")), "{line}");
+    }
+}
+
+#[test]
 fn runs_that_go_wrong_say_where_and_exit_as_documented() {
     let dir = tempfile::tempdir().expect("a folder");
     let bad_text = dir.path().join("bad.txt");

@@ -9,6 +9,7 @@ use std::{
 
 use systems::{
     api::{RunReport, RunRequest},
+    measure::Links,
     run as training,
     scene::Scene,
 };
@@ -41,7 +42,7 @@ pub fn run(args: &RunArgs, output: &Output) -> Result<ExitCode, Failure> {
     let report = training::run(request);
     progress.finish();
     let report = report?;
-    let idle = report.idle.as_ref().map(|idle| format!("\n{}", idle.table())).unwrap_or_default();
+    let idle = report.idle.as_ref().map(|idle| format!("\n{}{}", idle.table(), links(&idle.links))).unwrap_or_default();
     output.result(&report, &format!("{}{idle}", summary(&name, has_experts, &report)))?;
     if (1..=5).contains(&report.exit_code) {
         eprintln!("error: {}", report.exit_reason);
@@ -52,6 +53,16 @@ pub fn run(args: &RunArgs, output: &Output) -> Result<ExitCode, Failure> {
         eprintln!("try: {program} generate {} --prompt 'Once'", report.run_dir.join("latest").display());
     }
     Ok(ExitCode::from(report.exit_code))
+}
+
+/// What a rank sends in a step, if it sends anything.
+fn links(links: &Links) -> String {
+    let line = |name: &str, predicted: u64, measured: u64| match predicted + measured {
+        0 => String::new(),
+        _ => format!("  {name:18}  {:>12}  {:11}  {:>12}\n", units::bytes(predicted), "", units::bytes(measured)),
+    };
+    line("sent in its node", links.predicted_intra_node_bytes, links.measured_intra_node_bytes)
+        + &line("sent to others", links.predicted_inter_node_bytes, links.measured_inter_node_bytes)
 }
 
 fn run_dir(scene: &Scene) -> PathBuf {

@@ -74,7 +74,7 @@ impl Distribution {
             }
         };
         let num_stages = stages_of.iter().flatten().max().map_or(1, |last| *last as usize + 1);
-        let stages = match lay_stages(config, pipeline.stages.as_deref(), num_stages) {
+        let stages = match lay_stages(config, pipeline.stages.as_deref(), num_stages, mesh.pp as usize) {
             Ok(stages) => stages,
             Err(problem) => {
                 problems.push(problem);
@@ -224,7 +224,12 @@ fn source(schedule: &PipelineSchedule) -> Result<ScheduleSource, Problem> {
     Ok(ScheduleSource::Kind(kind))
 }
 
-fn lay_stages(config: &ModelConfig, counts: Option<&[usize]>, num_stages: usize) -> Result<Vec<Range<usize>>, Problem> {
+fn lay_stages(
+    config: &ModelConfig,
+    counts: Option<&[usize]>,
+    num_stages: usize,
+    pp: usize,
+) -> Result<Vec<Range<usize>>, Problem> {
     let num_layers = config.num_hidden_layers;
     if let Some(counts) = counts {
         return stages::explicit(counts, num_layers, num_stages)
@@ -232,7 +237,7 @@ fn lay_stages(config: &ModelConfig, counts: Option<&[usize]>, num_stages: usize)
     }
     if num_stages > num_layers {
         let message = format!("comes to {num_stages} stages, more than the {num_layers} layers of the model");
-        let help = format!("mesh.pp: so that there are {num_layers} stages or fewer");
+        let help = format!("mesh.pp: {} or fewer", (num_layers * pp / num_stages).max(1));
         return Err(Problem::new("mesh.pp", message).help(help));
     }
     let weights = StageWeights::new(config);

@@ -54,7 +54,8 @@ pub fn measure(request: &HardwareRequest) -> Result<DeviceSpec, SessionError> {
     }
     let num_threads = rayon::current_num_threads();
     let by = &request.measured_by;
-    let given = |value: f64, what: &str| Sourced::new(value, format!("{by}: {what}"));
+    // Four digits are more than a second measurement would agree on.
+    let given = |value: f64, what: &str| Sourced::new(four_digits(value), format!("{by}: {what}"));
     let told = |what: &str| format!("the system of this machine: {what}");
 
     let [bf16, f32, f64] = [products::<half::bf16>(), products::<f32>(), products::<f64>()];
@@ -100,6 +101,10 @@ pub fn measure(request: &HardwareRequest) -> Result<DeviceSpec, SessionError> {
         price_per_hour: None,
         corrections: Corrections::default(),
     })
+}
+
+fn four_digits(value: f64) -> f64 {
+    format!("{value:.3e}").parse().unwrap_or(value)
 }
 
 /// Best and median of `amount` per second over some runs, the first of which is not counted.

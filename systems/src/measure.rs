@@ -13,6 +13,7 @@ use engine::{
     joint::{RankTasks, simulate_ranks},
     prelude::*,
 };
+use kernels::{comm::meter::LinkBytes, cost::Cost};
 use serde::Serialize;
 
 use crate::{
@@ -29,25 +30,48 @@ pub struct MeasurePlugin;
 
 impl Plugin for MeasurePlugin {
     fn build(&self, app: &mut App) {
-        app.init_resource::<Kept>().add_systems(Step, keep.in_set(StepSystems::Keep).run_if(turn_of(Work::Train)));
+        app.init_resource::<Kept>().add_systems(
+            Step,
+            (
+                begin.in_set(StepSystems::Admit).run_if(turn_of(Work::Train)),
+                keep.in_set(StepSystems::Keep).run_if(turn_of(Work::Train)),
+            ),
+        );
     }
 }
 
 #[derive(Resource, Default)]
 struct Kept {
     graph: Option<Arc<Graph>>,
-    steps: VecDeque<(Arc<Snapshot>, Accounting)>,
+    steps: VecDeque<StepOfRank>,
+    /// What the rank had sent when the step began.
+    sent_before: LinkBytes,
 }
 
-fn keep(mut kept: ResMut<Kept>, telemetry: Res<Telemetry>, plans: Res<Plans>) -> Result {
+/// A step of a rank.
+#[derive(Clone)]
+struct StepOfRank {
+    snapshot: Arc<Snapshot>,
+    bubbles: Accounting,
+    sent: LinkBytes,
+}
+
+fn begin(mut kept: ResMut<Kept>, ranks: Res<Ranks>) {
+    kept.sent_before = ranks.comm.meter().total();
+}
+
+fn keep(mut kept: ResMut<Kept>, telemetry: Res<Telemetry>, plans: Res<Plans>, ranks: Res<Ranks>) -> Result {
     let (Some(graph), Some(snapshot)) = (plans.active_graph()?, telemetry.last()) else { return Ok(()) };
     if !kept.graph.as_ref().is_some_and(|known| Arc::ptr_eq(known, graph)) {
-        *kept = Kept { graph: Some(graph.clone()), steps: VecDeque::new() };
+        (kept.graph, kept.steps) = (Some(graph.clone()), VecDeque::new());
     }
     if kept.steps.len() == MAX_STEPS {
         kept.steps.pop_front();
     }
-    kept.steps.push_back((snapshot.clone(), telemetry.bubbles().clone()));
+    let (now, before) = (ranks.comm.meter().total(), kept.sent_before);
+    let sent =
+        LinkBytes { intra_node: now.intra_node - before.intra_node, inter_node: now.inter_node - before.inter_node };
+    kept.steps.push_back(StepOfRank { snapshot: snapshot.clone(), bubbles: telemetry.bubbles().clone(), sent });
     Ok(())
 }
 
@@ -55,7 +79,7 @@ fn keep(mut kept: ResMut<Kept>, telemetry: Res<Telemetry>, plans: Res<Plans>) ->
 pub struct RankSteps {
     rank: u32,
     graph: Arc<Graph>,
-    steps: Vec<(Arc<Snapshot>, Accounting)>,
+    steps: Vec<StepOfRank>,
 }
 
 impl RankSteps {
@@ -74,14 +98,14 @@ impl RankSteps {
 
     /// What each kept step's tasks were, and when.
     pub fn snapshots(&self) -> impl Iterator<Item = &Snapshot> {
-        self.steps.iter().map(|(snapshot, _)| &**snapshot)
+        self.steps.iter().map(|step| &*step.snapshot)
     }
 }
 
 /// Each kept step over all ranks, oldest first; only those that all ranks kept.
 pub fn steps(ranks: &[RankSteps]) -> Vec<Accounting> {
     let num_steps = ranks.iter().map(|rank| rank.steps.len()).min().unwrap_or(0);
-    let newest = |rank: &RankSteps, back: usize| rank.steps[rank.steps.len() - back].1.clone();
+    let newest = |rank: &RankSteps, back: usize| rank.steps[rank.steps.len() - back].bubbles.clone();
     let step = |back: usize| {
         let mut all = newest(&ranks[0], back);
         ranks[1..].iter().for_each(|rank| all.beside(newest(rank, back).ranks));
@@ -98,6 +122,37 @@ pub struct Comparison {
     pub predicted: Accounting,
     /// As it was.
     pub measured: Accounting,
+    /// Bytes on links in a step, the mean over ranks: as the tasks were planned, with experts chosen uniformly under the node
+    /// limit, and as they were sent.
+    pub links: Links,
+}
+
+/// Bytes on links, predicted and measured.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Links {
+    /// To ranks of the same node, predicted.
+    pub predicted_intra_node_bytes: u64,
+    /// To ranks of the same node.
+    pub measured_intra_node_bytes: u64,
+    /// To ranks of other nodes, predicted.
+    pub predicted_inter_node_bytes: u64,
+    /// To ranks of other nodes.
+    pub measured_inter_node_bytes: u64,
+}
+
+impl Links {
+    fn of(ranks: &[RankSteps]) -> Self {
+        let num_steps: usize = ranks.iter().map(|rank| rank.steps.len()).sum();
+        let sent: LinkBytes = ranks.iter().flat_map(|rank| &rank.steps).map(|step| step.sent).sum();
+        let planned: Cost = ranks.iter().flat_map(|rank| &rank.graph.spans).map(|span| span.cost).sum();
+        let mean = |sum: u64, count: usize| sum / count.max(1) as u64;
+        Links {
+            predicted_intra_node_bytes: mean(planned.intra_node_bytes, ranks.len()),
+            measured_intra_node_bytes: mean(sent.intra_node, num_steps),
+            predicted_inter_node_bytes: mean(planned.inter_node_bytes, ranks.len()),
+            measured_inter_node_bytes: mean(sent.inter_node, num_steps),
+        }
+    }
 }
 
 /// The same as a document.
@@ -109,6 +164,8 @@ pub struct ComparisonReport {
     pub predicted: Option<IdleReport>,
     /// As it was.
     pub measured: Option<IdleReport>,
+    /// Bytes on links in a step, the mean over ranks.
+    pub links: Links,
 }
 
 impl Comparison {
@@ -134,7 +191,7 @@ impl Comparison {
         for (rank, times) in ranks.iter().zip(&times) {
             predicted.beside(account(&rank.graph.spans_at(times), is_compute, (0, end)).ranks);
         }
-        Ok(Some(Comparison { predicted, measured }))
+        Ok(Some(Comparison { predicted, measured, links: Links::of(ranks) }))
     }
 
     /// For a person: causes by line.
@@ -144,11 +201,12 @@ impl Comparison {
 }
 
 impl From<Comparison> for ComparisonReport {
-    fn from(Comparison { predicted, measured }: Comparison) -> Self {
+    fn from(Comparison { predicted, measured, links }: Comparison) -> Self {
         ComparisonReport {
             num_steps: measured.num_steps,
             predicted: IdleReport::of(&predicted),
             measured: IdleReport::of(&measured),
+            links,
         }
     }
 }
