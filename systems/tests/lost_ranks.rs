@@ -3,11 +3,14 @@
 
 use std::{
     path::PathBuf,
-    sync::{Arc, Mutex, atomic::AtomicUsize},
-    time::{Duration, Instant},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
 };
 
 use engine::{checkpoint, prelude::*};
+use kernels::clock::now_nanos;
 use systems::{
     api::{Progress, RunRequest, StepReport},
     distribute::Distribution,
@@ -19,18 +22,21 @@ use systems::{
     scene::Scene,
 };
 
+/// In nanoseconds.
+const SECOND: u64 = 1_000_000_000;
+
 /// Panics in the first rank's report of a step.
 #[derive(Default)]
 struct PanicsAt {
     step: u64,
-    when: Mutex<Option<Instant>>,
+    at_nanos: AtomicU64,
 }
 
 impl Progress for PanicsAt {
     fn note(&self, _: &str) {}
     fn step(&self, step: &StepReport) {
         if step.step == self.step {
-            *self.when.lock().unwrap() = Some(Instant::now());
+            self.at_nanos.store(now_nanos(), Ordering::Relaxed);
             panic!("a cosmic ray");
         }
     }
@@ -52,21 +58,20 @@ fn a_run_ends_within_a_second_and_keeps_its_checkpoint() {
         "sample=None",
     ];
     let loaded = Scene::load(&scene, &sets.map(str::to_owned)).unwrap();
-    let progress = Arc::new(PanicsAt { step: 6, when: Mutex::default() });
+    let progress = Arc::new(PanicsAt { step: 6, ..PanicsAt::default() });
     let stop = Arc::new(AtomicUsize::new(0));
     let report = run(RunRequest { loaded, resume: false, stop, progress: progress.clone() }).unwrap();
-    let since = progress.when.lock().unwrap().unwrap().elapsed();
+    let nanos = now_nanos() - progress.at_nanos.load(Ordering::Relaxed);
     assert_eq!(report.exit_code, 5, "{}", report.exit_reason);
     assert!(report.exit_reason.contains("rank 0") && report.exit_reason.contains("a cosmic ray"), "{report:?}");
-    assert!(since < Duration::from_secs(1), "{since:?}");
+    assert!(nanos < SECOND, "{nanos} ns");
     let found = checkpoint::latest_valid(&report.run_dir).unwrap();
     assert_eq!((found.step, found.skipped.len()), (4, 0));
 }
 
 #[test]
 fn any_rank_may_be_the_one() {
-    let scene = Scene { mesh: Mesh { pp: 1, ep: 1, dp: 4, ranks_per_node: 4 }, ..Scene::default() };
-    let mut scene = scene;
+    let mut scene = Scene { mesh: Mesh { pp: 1, ep: 1, dp: 4, ranks_per_node: 4 }, ..Scene::default() };
     scene.batch.num_microbatches = 4;
     let config = serde_json::from_str::<systems::hf::config::HfConfig>(
         r#"{"model_type": "qwen2", "vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
@@ -75,7 +80,7 @@ fn any_rank_may_be_the_one() {
     );
     let distribution = Distribution::new(&scene, &config.unwrap().resolve().unwrap()).unwrap();
     for culprit in 0..4 {
-        let begin = Instant::now();
+        let begin = now_nanos();
         let outcomes = local::run_ranks(distribution.local(), |ranks: Ranks| {
             assert_ne!(ranks.layout.rank, culprit, "the culprit panics, the others wait for it");
             let reason = match ranks.exchange(&0u32) {
@@ -84,7 +89,7 @@ fn any_rank_may_be_the_one() {
             };
             Ok(((), reason))
         });
-        assert!(begin.elapsed() < Duration::from_secs(1));
+        assert!(now_nanos() - begin < SECOND);
         let reason = local::cause(&outcomes).unwrap();
         let ExitReason::PeerLost(message) = &reason else { panic!("{reason:?}") };
         assert!(message.contains(&format!("rank {culprit}")) && message.contains("the culprit panics"), "{message}");
