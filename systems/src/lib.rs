@@ -14,6 +14,7 @@ pub mod hardware;
 pub mod head;
 pub mod hf;
 pub mod layout;
+pub mod live;
 pub mod local;
 pub mod lower;
 pub mod mesh;

@@ -15,6 +15,7 @@ use crate::{
     data::cursor::Loader,
     expert::{ExpertKey, ExpertLoad},
     head::{LossScale, LossSums},
+    live::Live,
     lower::{Lowered, Lowering},
     microbatch::Inputs,
     model::Model,
@@ -128,7 +129,7 @@ impl Training {
 
 impl Plugin for TrainPlugin {
     fn build(&self, app: &mut App) {
-        app.init_resource::<LossScale>().init_resource::<UpdateScalars>().add_systems(
+        app.init_resource::<LossScale>().init_resource::<UpdateScalars>().init_resource::<Live>().add_systems(
             Step,
             (
                 admit.in_set(StepSystems::Admit).run_if(turn_of(Work::Train)),
@@ -147,9 +148,10 @@ fn admit(
     tensors: Res<Tensors>,
     (model, ranks): (Res<Model>, Res<Ranks>),
     (mut scale, mut scalars, mut routing): (ResMut<LossScale>, ResMut<UpdateScalars>, ResMut<RoutingState>),
+    live: Res<Live>,
 ) {
     training.begin_nanos = kernels::clock::now_nanos();
-    let (step, total) = (training.step, training.train.steps);
+    let step = training.step;
     let (num_microbatches, num_sequences) = (training.num_microbatches(), training.scene.batch.microbatch_sequences);
     let num_mtp_modules = model.config.num_nextn_predict_layers;
     let (mut num_targets, mut num_mtp) = (0, 0);
@@ -171,13 +173,11 @@ fn admit(
         mtp: mtp_weight / num_mtp_modules.max(1) as f64 / num_mtp.max(1) as f64,
     };
     *scalars = UpdateScalars {
-        lr: training.schedule.lr_at(step, total),
+        lr: live.lr_at(&training, step),
         update: step + 1,
         max_grad_norm: training.train.max_grad_norm.unwrap_or(f64::INFINITY),
     };
-    if let Some(section) = &training.scene.routing {
-        routing.bias_speed = section.bias_speed_at(step, total);
-    }
+    routing.bias_speed = live.bias_speed_at(&training, step);
     (routing.step, routing.num_microbatches) = (step, num_microbatches);
 }
 
