@@ -112,6 +112,8 @@ pub struct Request {
     pub method: String,
     /// Its parameters by name; null for none.
     pub params: Value,
+    /// Whether who asks may change the run.
+    pub may_change: bool,
     /// Where the answer goes.
     pub reply: Reply,
 }
@@ -121,6 +123,7 @@ pub struct Request {
 pub struct ControlHandle {
     requests: Sender<Request>,
     feed: Feed,
+    may_change: bool,
 }
 
 impl ControlHandle {
@@ -141,7 +144,7 @@ impl ControlHandle {
         params: Value,
         take: impl FnOnce(RpcResult) + Send + Sync + 'static,
     ) {
-        let request = Request { method: method.into(), params, reply: Reply::new(take) };
+        let request = Request { method: method.into(), params, may_change: self.may_change, reply: Reply::new(take) };
         match self.requests.try_send(request) {
             Ok(()) => {}
             Err(TrySendError::Full(request)) => request.reply.send(Err(RpcError::new(
@@ -150,6 +153,12 @@ impl ControlHandle {
             ))),
             Err(TrySendError::Disconnected(request)) => request.reply.send(Err(RpcError::over())),
         }
+    }
+
+    /// The same end for somebody who may look, and change nothing.
+    #[must_use]
+    pub fn read_only(&self) -> Self {
+        ControlHandle { may_change: false, ..self.clone() }
     }
 
     /// Listens to the run's snapshots from the next one on; at most `capacity` (at least one) wait.
@@ -207,7 +216,10 @@ impl Inbox {
 pub fn channel() -> (ControlHandle, Inbox) {
     let (sender, receiver) = channel::bounded(MAX_REQUESTS);
     let feed = Feed::default();
-    (ControlHandle { requests: sender, feed: feed.clone() }, Inbox(Arc::new(Ends { requests: receiver, feed })))
+    (
+        ControlHandle { requests: sender, feed: feed.clone(), may_change: true },
+        Inbox(Arc::new(Ends { requests: receiver, feed })),
+    )
 }
 
 #[cfg(test)]

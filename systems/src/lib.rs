@@ -30,6 +30,7 @@ pub mod plan;
 pub mod probe;
 pub mod problem;
 pub mod ranks;
+mod remote;
 pub mod routing;
 pub mod run;
 pub mod save;

@@ -29,7 +29,7 @@ use crate::{
     model_config::ModelConfig,
     params::{num_activated_params, num_params},
     ranks::Ranks,
-    save,
+    remote, save,
     session::SessionError,
     setup::{Prepared, prepare, set_up_rank},
     train::Training,
@@ -78,12 +78,15 @@ pub fn run(mut request: RunRequest) -> Result<RunReport, SessionError> {
         if distribution.mesh.num_ranks() == 1 { vec![distribution.ranks(Comm::solo())] } else { distribution.local() };
     let num_threads = local::threads_per_rank(ranks.len());
     inbox.feed().set_num_ranks(ranks.len());
+    let server = remote::start(scene, &dir, &handle, &request.progress)?;
     let mut outcomes = local::run_ranks(ranks, |ranks| {
         let progress = if ranks.is_first() { request.progress.clone() } else { Arc::new(Silent) };
         let (trace, inbox) = (trace.clone(), inbox.clone());
         run_rank(&request, RankSetup { prepared: &prepared, ranks, num_threads, progress, trace, inbox })
     });
+    // In this order: who listens is told of the end, and then left.
     drop((handle, inbox));
+    drop(server);
     // The last one to hold the trace closes its document.
     if let Some(trace) = trace.and_then(Arc::into_inner)
         && let Err(error) = trace.into_inner().unwrap_or_else(PoisonError::into_inner).finish()

@@ -182,7 +182,7 @@ fn lead(world: &mut World) -> Result {
     Ok(())
 }
 
-fn answer(world: &mut World, Request { method, params, reply }: Request) -> Result {
+fn answer(world: &mut World, Request { method, params, may_change, reply }: Request) -> Result {
     let method = match methods::find(world, &method) {
         Ok(method) => method,
         Err(error) => {
@@ -190,6 +190,11 @@ fn answer(world: &mut World, Request { method, params, reply }: Request) -> Resu
             return Ok(());
         }
     };
+    if method.access != Access::Reads && !may_change {
+        let message = format!("`{}` changes the run, which needs its token", method.name);
+        reply.send(Err(RpcError::new(RpcError::NO_TOKEN, message)));
+        return Ok(());
+    }
     if method.name == RUN_STEP {
         let mut control = world.resource_mut::<Control>();
         (control.paused, control.steps) = (true, control.steps + 1);
