@@ -22,6 +22,7 @@ pub mod microbatch;
 pub mod model;
 pub mod model_config;
 pub mod mtp;
+pub mod observe;
 pub mod optimizer;
 pub mod params;
 pub mod pipeline;

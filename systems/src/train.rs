@@ -19,6 +19,7 @@ use crate::{
     lower::{Lowered, Lowering},
     microbatch::Inputs,
     model::Model,
+    observe::{Figures, PlannedBytes},
     optimizer::{self, OptimizerState, UpdateScalars},
     pipeline::stage::Stages,
     ranks::Ranks,
@@ -151,6 +152,8 @@ fn admit(
     live: Res<Live>,
 ) {
     training.begin_nanos = kernels::clock::now_nanos();
+    // What was sent since the last step, to evaluate or to save, is not this step's.
+    ranks.comm.take_meter();
     let step = training.step;
     let (num_microbatches, num_sequences) = (training.num_microbatches(), training.scene.batch.microbatch_sequences);
     let num_mtp_modules = model.config.num_nextn_predict_layers;
@@ -193,6 +196,7 @@ fn plan(world: &mut World) -> Result {
     }
     let inputs = world.resource::<Training>().microbatches[..num_microbatches].to_vec();
     let lowered = lower_step(world, inputs, Options { checking, ..Options::default() })?;
+    PlannedBytes::keep(world, &key, &lowered);
     world.resource_mut::<Plans>().insert(key, lowered.graph);
     Ok(())
 }
@@ -254,6 +258,7 @@ struct RankStep {
     sum_squares: u64,
     step_secs: f64,
     overhead_share: f64,
+    figures: Figures,
 }
 
 impl RankStep {
@@ -283,6 +288,7 @@ impl RankStep {
             sum_squares: bits(world.resource::<OptimizerState>().sum_squares),
             step_secs,
             overhead_share: world.resource::<Telemetry>().times().overhead_secs / step_secs.max(1e-9),
+            figures: Figures::of(world, speaks_for),
         }
     }
 }
@@ -309,6 +315,7 @@ fn record(world: &mut World) -> Result {
     let mut rows: Vec<_> = all.iter().flat_map(|rank| rank.counts.iter().cloned()).collect();
     rows.sort_unstable_by_key(|(layer, _)| *layer);
     let lr = world.resource::<UpdateScalars>().lr;
+    let bias_speed = world.resource::<RoutingState>().bias_speed;
     let (step_secs, overhead_share) = (all[0].step_secs, all[0].overhead_share);
 
     let mut training = world.resource_mut::<Training>();
@@ -349,6 +356,9 @@ fn record(world: &mut World) -> Result {
         telemetry.histogram(format!("load/layer {layer}"), counts.iter().map(|&c| f64::from(c)).collect());
     }
     tell(&mut telemetry, &report);
+    telemetry.scalar("bias_speed", bias_speed);
+    telemetry.scalar("train_step", step as f64);
+    Figures::tell(world, &all.iter().map(|rank| &rank.figures).collect::<Vec<_>>());
     let mut loads = world.query::<(&ExpertKey, &mut ExpertLoad)>();
     for (key, mut load) in loads.iter_mut(world) {
         if let Some((_, row)) = rows.iter().find(|(layer, _)| *layer == usize::from(key.layer)) {
