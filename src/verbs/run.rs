@@ -38,7 +38,7 @@ pub fn run(args: &RunArgs, output: &Output) -> Result<ExitCode, Failure> {
     let log_every_steps = loaded.scene.telemetry.clone().unwrap_or_default().log_every_steps;
     let progress = Arc::new(TrainingProgress::new(log_every_steps, Arc::clone(&stop)));
     let name = loaded.scene.name.clone();
-    let request = RunRequest { loaded, resume: args.resume, stop, progress: Arc::clone(&progress) as _ };
+    let request = RunRequest { loaded, resume: args.resume, stop, progress: Arc::clone(&progress) as _, control: None };
     let report = training::run(request);
     progress.finish();
     let report = report?;

@@ -81,6 +81,7 @@ pub struct Lowering<'w> {
     later: Option<Vec<Recorded>>,
     live: ActivationBytes,
     peak: ActivationBytes,
+    live_bytes: Vec<u64>,
 }
 
 /// The streams of a rank.
@@ -110,6 +111,8 @@ pub struct Lowered {
     pub peak: ActivationBytes,
     /// For each task, whether it is part of an overlapped pair.
     pub overlapped: Vec<bool>,
+    /// For each task, activations and communication that are allocated when it is launched.
+    pub live_bytes: Vec<u64>,
 }
 
 impl ActivationBytes {
@@ -159,6 +162,7 @@ impl<'w> Lowering<'w> {
             later: None,
             live: ActivationBytes::default(),
             peak: ActivationBytes::default(),
+            live_bytes: Vec::new(),
         }
     }
 
@@ -227,9 +231,14 @@ impl<'w> Lowering<'w> {
     /// Puts recorded tasks here in the launch order.
     pub fn launch_later(&mut self, tasks: Vec<Recorded>) {
         for task in tasks {
-            self.overlapped.push(self.overlapping);
+            self.note_launch();
             self.graph.push_ready(self.world, task);
         }
+    }
+
+    fn note_launch(&mut self) {
+        self.overlapped.push(self.overlapping);
+        self.live_bytes.push(self.live.total());
     }
 
     fn note_peak(&mut self) {
@@ -357,7 +366,7 @@ impl<'w> Lowering<'w> {
     fn emit(&mut self, stream: Entity, kind: TaskKind, pass: Option<Pass>, args: impl Component) -> Result<()> {
         let label = self.label(kind);
         if self.later.is_none() {
-            self.overlapped.push(self.overlapping);
+            self.note_launch();
         }
         let task = Task {
             pass,
@@ -406,8 +415,8 @@ impl<'w> Lowering<'w> {
 
     /// Ends the graph of a step, with what is known of it beside the tasks; not for one that is checked.
     pub fn finish_step(self) -> Result<Lowered> {
-        let (peak, overlapped) = (self.peak, self.overlapped);
-        Ok(Lowered { graph: self.graph.build(self.world)?, peak, overlapped })
+        let (peak, overlapped, live_bytes) = (self.peak, self.overlapped, self.live_bytes);
+        Ok(Lowered { graph: self.graph.build(self.world)?, peak, overlapped, live_bytes })
     }
 
     /// Ends the graph.

@@ -15,9 +15,11 @@ use crate::{
     data::cursor::Loader,
     expert::{ExpertKey, ExpertLoad},
     head::{LossScale, LossSums},
+    live::Live,
     lower::{Lowered, Lowering},
     microbatch::Inputs,
     model::Model,
+    observe::{Figures, PlannedBytes},
     optimizer::{self, OptimizerState, UpdateScalars},
     pipeline::stage::Stages,
     ranks::Ranks,
@@ -128,7 +130,7 @@ impl Training {
 
 impl Plugin for TrainPlugin {
     fn build(&self, app: &mut App) {
-        app.init_resource::<LossScale>().init_resource::<UpdateScalars>().add_systems(
+        app.init_resource::<LossScale>().init_resource::<UpdateScalars>().init_resource::<Live>().add_systems(
             Step,
             (
                 admit.in_set(StepSystems::Admit).run_if(turn_of(Work::Train)),
@@ -147,9 +149,12 @@ fn admit(
     tensors: Res<Tensors>,
     (model, ranks): (Res<Model>, Res<Ranks>),
     (mut scale, mut scalars, mut routing): (ResMut<LossScale>, ResMut<UpdateScalars>, ResMut<RoutingState>),
+    live: Res<Live>,
 ) {
     training.begin_nanos = kernels::clock::now_nanos();
-    let (step, total) = (training.step, training.train.steps);
+    // What was sent since the last step, to evaluate or to save, is not this step's.
+    ranks.comm.take_meter();
+    let step = training.step;
     let (num_microbatches, num_sequences) = (training.num_microbatches(), training.scene.batch.microbatch_sequences);
     let num_mtp_modules = model.config.num_nextn_predict_layers;
     let (mut num_targets, mut num_mtp) = (0, 0);
@@ -171,13 +176,11 @@ fn admit(
         mtp: mtp_weight / num_mtp_modules.max(1) as f64 / num_mtp.max(1) as f64,
     };
     *scalars = UpdateScalars {
-        lr: training.schedule.lr_at(step, total),
+        lr: live.lr_at(&training, step),
         update: step + 1,
         max_grad_norm: training.train.max_grad_norm.unwrap_or(f64::INFINITY),
     };
-    if let Some(section) = &training.scene.routing {
-        routing.bias_speed = section.bias_speed_at(step, total);
-    }
+    routing.bias_speed = live.bias_speed_at(&training, step);
     (routing.step, routing.num_microbatches) = (step, num_microbatches);
 }
 
@@ -193,6 +196,7 @@ fn plan(world: &mut World) -> Result {
     }
     let inputs = world.resource::<Training>().microbatches[..num_microbatches].to_vec();
     let lowered = lower_step(world, inputs, Options { checking, ..Options::default() })?;
+    PlannedBytes::keep(world, &key, &lowered);
     world.resource_mut::<Plans>().insert(key, lowered.graph);
     Ok(())
 }
@@ -254,6 +258,7 @@ struct RankStep {
     sum_squares: u64,
     step_secs: f64,
     overhead_share: f64,
+    figures: Figures,
 }
 
 impl RankStep {
@@ -283,6 +288,7 @@ impl RankStep {
             sum_squares: bits(world.resource::<OptimizerState>().sum_squares),
             step_secs,
             overhead_share: world.resource::<Telemetry>().times().overhead_secs / step_secs.max(1e-9),
+            figures: Figures::of(world, speaks_for),
         }
     }
 }
@@ -309,6 +315,7 @@ fn record(world: &mut World) -> Result {
     let mut rows: Vec<_> = all.iter().flat_map(|rank| rank.counts.iter().cloned()).collect();
     rows.sort_unstable_by_key(|(layer, _)| *layer);
     let lr = world.resource::<UpdateScalars>().lr;
+    let bias_speed = world.resource::<RoutingState>().bias_speed;
     let (step_secs, overhead_share) = (all[0].step_secs, all[0].overhead_share);
 
     let mut training = world.resource_mut::<Training>();
@@ -349,6 +356,9 @@ fn record(world: &mut World) -> Result {
         telemetry.histogram(format!("load/layer {layer}"), counts.iter().map(|&c| f64::from(c)).collect());
     }
     tell(&mut telemetry, &report);
+    telemetry.scalar("bias_speed", bias_speed);
+    telemetry.scalar("train_step", step as f64);
+    Figures::tell(world, &all.iter().map(|rank| &rank.figures).collect::<Vec<_>>());
     let mut loads = world.query::<(&ExpertKey, &mut ExpertLoad)>();
     for (key, mut load) in loads.iter_mut(world) {
         if let Some((_, row)) = rows.iter().find(|(layer, _)| *layer == usize::from(key.layer)) {

@@ -10,6 +10,7 @@ mod de;
 mod diagnostic;
 mod fault;
 pub mod hardware;
+mod remote;
 mod schedule;
 mod sections;
 mod source;
@@ -24,6 +25,7 @@ use sha2::{Digest, Sha256};
 
 pub use check::prefix;
 pub use diagnostic::{Place, SceneError, SceneErrors};
+pub use remote::Remote;
 pub use schedule::{Constant, Cosine, Schedule, WarmupStableDecay};
 pub use sections::{
     AdamW, Batch, Checkpoint, Compute, Data, Eval, ExpertParallel, Mtp, Muon, Optimizer, Pipeline, PipelineSchedule,
@@ -105,6 +107,9 @@ pub struct Scene {
     /// What the run writes about itself.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub telemetry: Option<Telemetry>,
+    /// Watching and steering the run from elsewhere.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub remote: Option<Remote>,
 }
 
 fn default_seed() -> u64 {
