@@ -17,6 +17,7 @@ use kernels::{comm::meter::LinkBytes, cost::Cost};
 use serde::Serialize;
 
 use crate::{
+    observe::Sent,
     ranks::Ranks,
     session::SessionError,
     work::{Work, turn_of},
@@ -30,13 +31,7 @@ pub struct MeasurePlugin;
 
 impl Plugin for MeasurePlugin {
     fn build(&self, app: &mut App) {
-        app.init_resource::<Kept>().add_systems(
-            Step,
-            (
-                begin.in_set(StepSystems::Admit).run_if(turn_of(Work::Train)),
-                keep.in_set(StepSystems::Keep).run_if(turn_of(Work::Train)),
-            ),
-        );
+        app.init_resource::<Kept>().add_systems(Step, keep.in_set(StepSystems::Keep).run_if(turn_of(Work::Train)));
     }
 }
 
@@ -44,8 +39,6 @@ impl Plugin for MeasurePlugin {
 struct Kept {
     graph: Option<Arc<Graph>>,
     steps: VecDeque<StepOfRank>,
-    /// What the rank had sent when the step began.
-    sent_before: LinkBytes,
 }
 
 /// A step of a rank.
@@ -56,11 +49,7 @@ struct StepOfRank {
     sent: LinkBytes,
 }
 
-fn begin(mut kept: ResMut<Kept>, ranks: Res<Ranks>) {
-    kept.sent_before = ranks.comm.meter().total();
-}
-
-fn keep(mut kept: ResMut<Kept>, telemetry: Res<Telemetry>, plans: Res<Plans>, ranks: Res<Ranks>) -> Result {
+fn keep(mut kept: ResMut<Kept>, telemetry: Res<Telemetry>, plans: Res<Plans>, sent: Res<Sent>) -> Result {
     let (Some(graph), Some(snapshot)) = (plans.active_graph()?, telemetry.last()) else { return Ok(()) };
     if !kept.graph.as_ref().is_some_and(|known| Arc::ptr_eq(known, graph)) {
         (kept.graph, kept.steps) = (Some(graph.clone()), VecDeque::new());
@@ -68,9 +57,7 @@ fn keep(mut kept: ResMut<Kept>, telemetry: Res<Telemetry>, plans: Res<Plans>, ra
     if kept.steps.len() == MAX_STEPS {
         kept.steps.pop_front();
     }
-    let (now, before) = (ranks.comm.meter().total(), kept.sent_before);
-    let sent =
-        LinkBytes { intra_node: now.intra_node - before.intra_node, inter_node: now.inter_node - before.inter_node };
+    let sent = sent.0.total();
     kept.steps.push_back(StepOfRank { snapshot: snapshot.clone(), bubbles: telemetry.bubbles().clone(), sent });
     Ok(())
 }

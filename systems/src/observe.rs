@@ -19,7 +19,6 @@ use crate::{
     lower::Lowered,
     model::{Layer, Model, Parameters, Weight},
     optimizer::OptimizerState,
-    ranks::Ranks,
 };
 
 /// Classes of bytes, as they are called in scalars.
@@ -59,6 +58,10 @@ impl PlannedBytes {
     }
 }
 
+/// What this rank sent in the last training step.
+#[derive(Resource, Clone, Copy, Debug, Default)]
+pub struct Sent(pub Meter);
+
 /// What a rank tells the others of its step.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Figures {
@@ -73,10 +76,10 @@ pub struct Figures {
 const KINDS: [&str; 4] = ["p2p", "dispatch", "combine", "reduce"];
 
 impl Figures {
-    /// Of the step that this rank has just done. The links' meters start again.
+    /// Of the step that this rank has just done.
     pub fn of(world: &World, speaks_for: impl Fn(usize) -> bool) -> Self {
-        let ranks = world.resource::<Ranks>();
-        let Meter { p2p, dispatch, combine, reduce } = ranks.comm.take_meter();
+        let Meter { p2p, dispatch, combine, reduce } =
+            world.get_resource::<Sent>().map_or_else(Meter::default, |s| s.0);
         let pair = |bytes: LinkBytes| (bytes.intra_node, bytes.inter_node);
         let memory = world.resource::<Tensors>().memory();
         let bias = |entity: Entity| {

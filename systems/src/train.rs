@@ -19,7 +19,7 @@ use crate::{
     lower::{Lowered, Lowering},
     microbatch::Inputs,
     model::Model,
-    observe::{Figures, PlannedBytes},
+    observe::{Figures, PlannedBytes, Sent},
     optimizer::{self, OptimizerState, UpdateScalars},
     pipeline::stage::Stages,
     ranks::Ranks,
@@ -295,6 +295,7 @@ impl RankStep {
 
 fn record(world: &mut World) -> Result {
     let ranks = world.resource::<Ranks>().clone();
+    world.insert_resource(Sent(ranks.comm.take_meter()));
     let all = ranks.exchange(&RankStep::of(world))?;
     let mut losses: Vec<_> = all.iter().flat_map(|rank| rank.losses.iter().cloned()).collect();
     losses.sort_unstable_by_key(|(microbatch, _)| *microbatch);
