@@ -42,7 +42,10 @@ pub(super) struct Methods(pub(super) Vec<Method>);
 
 /// What the run's status has beside what the engine knows.
 #[derive(Resource, Default)]
-pub(super) struct StatusFields(Vec<(&'static str, fn(&World) -> Value)>);
+pub(super) struct StatusFields(Vec<StatusField>);
+
+/// Name, and how its value is found.
+type StatusField = (&'static str, fn(&World) -> Value);
 
 /// The methods that every run has. `run.step` is answered after the step, so its answer is the plugin's.
 pub(super) const METHODS: [Method; 12] = [
