@@ -158,22 +158,22 @@ pub struct PlanArgs {
     #[arg(long, requires = "schedule", conflicts_with = "scene")]
     pub print: bool,
     /// Device to plan for, as in scenes/hardware/; without it the scene's `plan.hardware`
-    #[arg(long, value_name = "FILE", requires = "scene")]
+    #[arg(long, value_name = "FILE", requires = "scene", conflicts_with_all = ["schedule", "experts"])]
     pub hardware: Option<PathBuf>,
     /// Correct the device's model by a trace of a run on it
-    #[arg(long, value_name = "TRACE", requires = "scene")]
+    #[arg(long, value_name = "TRACE", requires = "scene", conflicts_with_all = ["schedule", "experts"])]
     pub calibrate: Option<PathBuf>,
     /// How tokens spread over experts: balanced, zipf:EXPONENT, or a run's log or folder
-    #[arg(long, value_name = "LOAD", requires = "scene")]
+    #[arg(long, value_name = "LOAD", requires = "scene", conflicts_with_all = ["schedule", "experts"])]
     pub load: Option<String>,
     /// Write the step's timeline as a Chrome trace
-    #[arg(long, value_name = "FILE", requires = "scene")]
+    #[arg(long, value_name = "FILE", requires = "scene", conflicts_with_all = ["schedule", "experts", "search", "compare"])]
     pub trace: Option<PathBuf>,
     /// Rank layouts of as many ranks, at most N of them
-    #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "200", requires = "scene")]
+    #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "200", value_parser = at_least::<1>, requires = "scene", conflicts_with_all = ["schedule", "experts"])]
     pub search: Option<usize>,
     /// Compare schedules: without and with overlap, at the scene's layout and over numbers of microbatches
-    #[arg(long, requires = "scene", conflicts_with = "search")]
+    #[arg(long, requires = "scene", conflicts_with_all = ["search", "schedule", "experts"])]
     pub compare: bool,
     #[command(flatten)]
     pub placement: ExpertsArgs,
@@ -456,6 +456,11 @@ mod tests {
         check(false, "hadal run s.ron --resume --fresh");
         check(false, "hadal plan s.ron --schedule dualpipe");
         check(false, "hadal plan s.ron --pp 8");
+        check(false, "hadal plan --schedule dualpipe --pp 8 --microbatches 16 --search 5");
+        check(false, "hadal plan --schedule dualpipe --pp 8 --microbatches 16 --trace t.json");
+        check(false, "hadal plan --experts l.json --load zipf:1");
+        check(false, "hadal plan s.ron --search --trace t.json");
+        check(false, "hadal plan s.ron --search 0");
         check(false, "hadal eval c");
         check(false, "hadal eval c --data d --tokens t");
         check(false, "hadal eval c --data d --logits l");

@@ -9,7 +9,7 @@ use systems::{
     hf::config::{ConfigDocument, HfConfig},
     model_config::ModelConfig,
     problem::Problem,
-    scene::{self, Data, Loaded, Scene, SceneErrors, ScenePath},
+    scene::{self, Compute, Data, Loaded, Reduce, Scene, SceneErrors, ScenePath},
 };
 
 /// A scene that is valid.
@@ -48,6 +48,9 @@ pub fn scene(path: &Path, overrides: &[String], needs: &[&str]) -> Result<Checke
     let scene = &loaded.scene;
     let mut problems = scene.check(Path::new(""));
     problems.extend(missing_sections(scene, needs));
+    if needs.contains(&"train") {
+        problems.extend(not_run_yet(scene));
+    }
     let model = match model(scene) {
         Ok(model) => model,
         Err(found) => {
@@ -67,7 +70,9 @@ pub fn scene(path: &Path, overrides: &[String], needs: &[&str]) -> Result<Checke
     };
     let limits = Limits::of(scene, model.as_ref());
     problems.extend(vocab.as_ref().and_then(|vocab| limits.vocab_problem(vocab)));
-    problems.extend(scene.data.as_ref().and_then(|data| limits.length_problem(data)));
+    problems.extend(scene.data.as_ref().and_then(|data| limits.length_problem("data.seq_len", data.seq_len)));
+    let planned_len = scene.plan.as_ref().and_then(|plan| plan.seq_len);
+    problems.extend(planned_len.and_then(|seq_len| limits.length_problem("plan.seq_len", seq_len)));
     if let Some(model) = model.as_ref().filter(|_| is_sound("batch", &problems)) {
         problems.extend(Distribution::new(scene, model).err().into_iter().flatten());
     }
@@ -88,6 +93,20 @@ fn missing_sections(scene: &Scene, needs: &[&str]) -> Vec<Problem> {
             .help(format!("add a section `{section}`"))
     };
     missing.map(problem).collect()
+}
+
+/// What can be planned only.
+fn not_run_yet(scene: &Scene) -> Vec<Problem> {
+    let mut problems = Vec::new();
+    if scene.precision.compute == Compute::Fp8 {
+        let problem = Problem::new("precision.compute", "is Fp8, which can be planned but not run yet");
+        problems.push(problem.help("precision.compute: Bf16"));
+    }
+    if scene.expert_parallel.as_ref().is_some_and(|experts| experts.reduce == Reduce::Node) {
+        let problem = Problem::new("expert_parallel.reduce", "is Node, which can be planned but not run yet");
+        problems.push(problem.help("expert_parallel.reduce: Source"));
+    }
+    problems
 }
 
 fn model(scene: &Scene) -> Result<Option<ModelConfig>, Vec<Problem>> {
@@ -143,9 +162,9 @@ impl Limits {
         Some(Problem::new(path, message).help(format!("model.vocab_size: {} or more", vocab.size())))
     }
 
-    fn length_problem(&self, data: &Data) -> Option<Problem> {
-        let most = self.max_position_embeddings.filter(|most| data.seq_len > *most)?;
-        let message = format!("is {}, but the model has max_position_embeddings = {most}", data.seq_len);
-        Some(Problem::new("data.seq_len", message).help(format!("{most} or fewer")))
+    fn length_problem(&self, path: &str, seq_len: usize) -> Option<Problem> {
+        let most = self.max_position_embeddings.filter(|most| seq_len > *most)?;
+        let message = format!("is {seq_len}, but the model has max_position_embeddings = {most}");
+        Some(Problem::new(path, message).help(format!("{most} or fewer")))
     }
 }

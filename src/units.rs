@@ -21,6 +21,12 @@ pub fn count(value: u64) -> String {
     }
 }
 
+/// A value of a unit with a decimal prefix, with one decimal: `250.5 GFLOP`.
+pub fn metric(value: f64, unit: &str) -> String {
+    let (value, prefix) = scaled(value, &["", "k", "M", "G", "T", "P"], 1000.0);
+    format!("{value:.1} {prefix}{unit}")
+}
+
 /// Bytes in powers of 1024, with one decimal: `1.5 GiB`.
 pub fn bytes(value: u64) -> String {
     match scaled(value as f64, &["B", "KiB", "MiB", "GiB", "TiB"], 1024.0) {

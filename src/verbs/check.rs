@@ -4,6 +4,7 @@ use std::{path::PathBuf, process::ExitCode};
 
 use serde::Serialize;
 use systems::{
+    mesh::Mesh,
     model_config::{Attention, ModelConfig, ModelType},
     params::{ParamKind, num_activated_params, num_params, param_specs},
     scene::{Compute, Data, Optimizer, Scene, Validation},
@@ -127,6 +128,13 @@ fn table(checked: &Checked, report: &Report) -> Table {
         table.row("model", "none");
     }
     let scene = &checked.loaded.scene;
+    if scene.mesh.num_ranks() > 1 {
+        let Mesh { pp, ep, dp, ranks_per_node } = scene.mesh;
+        let schedule = scene.pipeline.clone().unwrap_or_default().schedule;
+        let num = scene.mesh.num_ranks();
+        let ranks = format!("{num}: pp {pp}, ep {ep}, dp {dp}, {} a node; {schedule:?}", ranks_per_node.min(num));
+        table.row("ranks", ranks);
+    }
     table.maybe("data", scene.data.as_ref().map(describe_data));
     table.maybe("tokenizer", checked.vocab.as_ref().map(describe_vocab));
     if let Some(training) = &report.training {

@@ -88,6 +88,8 @@ fn steps(text: &str) -> Result<(u64, u64), String> {
     if first <= last { Ok((first, last)) } else { Err(format!("{first} comes after {last}")) }
 }
 
+const LOADS_HELP: &str = "a run's log or folder, or JSON with `layers`: counts or shares of each layer's experts";
+
 /// A placement, and how even it is.
 #[derive(Serialize)]
 struct Document<'a> {
@@ -128,7 +130,7 @@ pub fn run(args: &ExpertsArgs, output: &Output) -> Result<ExitCode, Failure> {
     // The parser sees to this, or whoever calls.
     let missing = || Failure::usage("no loads to place experts for", "give --experts");
     let experts = args.experts.as_deref().ok_or_else(missing)?;
-    let measured = load::read(experts, args.load_steps).map_err(Failure::runtime)?;
+    let measured = load::read(experts, args.load_steps).map_err(|error| Failure::usage(error, LOADS_HELP))?;
     let num_experts = measured.shares.first().map_or(0, Vec::len);
     let sizes = sizes(args, num_experts);
     let anew = policy::place(&measured.shares, sizes, args.policy.into()).map_err(refused)?;

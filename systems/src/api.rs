@@ -99,7 +99,7 @@ pub struct RunReport {
     pub overhead_share: f64,
     /// Idle time of the last steps, by cause, beside what the tasks' times predict.
     pub idle: Option<Comparison>,
-    /// Most bytes of tensors live at once.
+    /// Most bytes of tensors live at once, on the rank of most.
     pub peak_tensor_bytes: u64,
     /// Text generated at the end.
     pub sample: Option<String>,

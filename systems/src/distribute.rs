@@ -15,6 +15,7 @@ use crate::{
         chunk::{self, Chunk},
         source::ScheduleSource,
         stages,
+        verify::verify,
     },
     problem::Problem,
     ranks::Ranks,
@@ -57,6 +58,14 @@ impl Distribution {
         };
         let schedule = source(&pipeline.schedule).map_err(|problem| problems.push(problem)).ok();
         let Some(schedule) = schedule.filter(|_| mesh.pp > 0) else { return Err(problems) };
+        let stages_of = match schedule.stages_of(mesh.pp) {
+            Ok(stages_of) => stages_of,
+            Err(message) => {
+                let message = format!("does not go with mesh.pp = {}: {message}", mesh.pp);
+                problems.push(Problem::new("pipeline.schedule", message));
+                return Err(problems);
+            }
+        };
         let counts = microbatch_counts(scene);
         for (path, count) in counts.iter().filter(|(_, count)| count % mesh.num_data_ranks().max(1) as usize == 0) {
             let local = *count as u32 / mesh.num_data_ranks().max(1);
@@ -66,13 +75,6 @@ impl Distribution {
                 problems.push(Problem::new(path, message));
             }
         }
-        let stages_of = match schedule.stages_of(mesh.pp) {
-            Ok(stages_of) => stages_of,
-            Err(message) => {
-                problems.push(Problem::new("mesh.pp", message));
-                return Err(problems);
-            }
-        };
         let num_stages = stages_of.iter().flatten().max().map_or(1, |last| *last as usize + 1);
         let stages = match lay_stages(config, pipeline.stages.as_deref(), num_stages, mesh.pp as usize) {
             Ok(stages) => stages,
@@ -81,6 +83,10 @@ impl Distribution {
                 return Err(problems);
             }
         };
+        // What follows takes numbers that divide each other.
+        if !problems.is_empty() {
+            return Err(problems);
+        }
         let expert_parallel = scene.expert_parallel.clone().unwrap_or_default();
         let wires = (wire(expert_parallel.dispatch), wire(expert_parallel.combine));
         let reduce = expert_parallel.reduce;
@@ -95,8 +101,7 @@ impl Distribution {
                 members_per_node,
             )
         });
-        let distribution = Distribution { mesh, schedule, stages, stages_of, chunk_order, wires, spread, reduce };
-        if problems.is_empty() { Ok(distribution) } else { Err(problems) }
+        Ok(Distribution { mesh, schedule, stages, stages_of, chunk_order, wires, spread, reduce })
     }
 
     /// The rank at the other end of `comm`.
@@ -218,6 +223,10 @@ fn source(schedule: &PipelineSchedule) -> Result<ScheduleSource, Problem> {
             let name = path.0.display();
             let text = std::fs::read_to_string(&path.0).map_err(|e| at(format!("cannot read {name}: {e}")))?;
             let schedule = Schedule::from_text(&text).map_err(|e| at(format!("{name}: {e}")))?;
+            verify(&schedule).map_err(|faults| {
+                let faults: Vec<String> = faults.iter().take(20).map(|fault| format!("\n  {fault}")).collect();
+                at(format!("{name} cannot run:{}", faults.concat()))
+            })?;
             return Ok(ScheduleSource::Text(Arc::new(schedule)));
         }
     };

@@ -45,7 +45,6 @@ struct Kept {
 #[derive(Clone)]
 struct StepOfRank {
     snapshot: Arc<Snapshot>,
-    bubbles: Accounting,
     sent: LinkBytes,
 }
 
@@ -58,7 +57,7 @@ fn keep(mut kept: ResMut<Kept>, telemetry: Res<Telemetry>, plans: Res<Plans>, se
         kept.steps.pop_front();
     }
     let sent = sent.0.total();
-    kept.steps.push_back(StepOfRank { snapshot: snapshot.clone(), bubbles: telemetry.bubbles().clone(), sent });
+    kept.steps.push_back(StepOfRank { snapshot: snapshot.clone(), sent });
     Ok(())
 }
 
@@ -89,14 +88,17 @@ impl RankSteps {
     }
 }
 
-/// Each kept step over all ranks, oldest first; only those that all ranks kept.
+/// Each kept step over all ranks, oldest first; only those that all ranks kept. A step is from the first rank's begin to the last
+/// one's end.
 pub fn steps(ranks: &[RankSteps]) -> Vec<Accounting> {
     let num_steps = ranks.iter().map(|rank| rank.steps.len()).min().unwrap_or(0);
-    let newest = |rank: &RankSteps, back: usize| rank.steps[rank.steps.len() - back].bubbles.clone();
     let step = |back: usize| {
-        let mut all = newest(&ranks[0], back);
-        ranks[1..].iter().for_each(|rank| all.beside(newest(rank, back).ranks));
-        all
+        let all: Vec<&Snapshot> = ranks.iter().map(|rank| &*rank.steps[rank.steps.len() - back].snapshot).collect();
+        let begin = all.iter().map(|snapshot| snapshot.interval_nanos.0).min().unwrap_or(0);
+        let end = all.iter().map(|snapshot| snapshot.interval_nanos.1).max().unwrap_or(begin);
+        let mut accounting = Accounting { num_steps: 1, total_nanos: end - begin, ranks: Vec::new() };
+        all.iter().for_each(|snapshot| accounting.beside(account(&snapshot.spans, is_compute, (begin, end)).ranks));
+        accounting
     };
     (1..=num_steps).rev().map(step).collect()
 }

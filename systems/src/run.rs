@@ -99,9 +99,16 @@ pub fn run(mut request: RunRequest) -> Result<RunReport, SessionError> {
     let steps: Vec<RankSteps> =
         outcomes.iter_mut().flatten().flatten().filter_map(|((_, steps), _)| steps.take()).collect();
     let idle = if steps.len() == outcomes.len() { Comparison::of(&steps)? } else { None };
+    let peak_of = |outcome: &local::Outcome<Ran>| match outcome {
+        Some(Ok(((report, _), _))) => report.peak_tensor_bytes,
+        _ => 0,
+    };
+    let peak_tensor_bytes = outcomes.iter().map(peak_of).max().unwrap_or(0);
     let first = if outcomes.is_empty() { None } else { outcomes.swap_remove(0) };
     let mut report = match (first, &lost) {
-        (Some(Ok(((report, _), _))), None) => return with_sample(RunReport { idle, ..report }, &request),
+        (Some(Ok(((report, _), _))), None) => {
+            return with_sample(RunReport { idle, peak_tensor_bytes, ..report }, &request);
+        }
         (Some(Ok(((report, _), _))), Some(_)) => report,
         (Some(Err(error)), _) => return Err(error),
         (None, _) => {
@@ -361,7 +368,8 @@ struct NoParams {}
 fn last_checkpoint(world: &mut World) -> Result {
     let step = world.resource::<Training>().step;
     world.resource_scope(|world, mut run: Mut<RunDir>| {
-        if run.saved_step == Some(step) || step == 0 {
+        let saves = world.resource::<Training>().scene.checkpoint.is_some();
+        if !saves || run.saved_step == Some(step) || step == 0 {
             return Ok(());
         }
         save_checkpoint(world, &mut run)

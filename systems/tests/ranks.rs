@@ -238,6 +238,7 @@ fn all_schedules(pp: u32, compute: DType) {
 #[test]
 fn every_schedule_on_one_rank() {
     all_schedules(1, DType::F64);
+    all_schedules(1, DType::F32);
 }
 
 #[test]
@@ -249,11 +250,13 @@ fn every_schedule_on_two_ranks() {
 #[test]
 fn every_schedule_on_four_ranks() {
     all_schedules(4, DType::F64);
+    all_schedules(4, DType::F32);
 }
 
 #[test]
 fn every_schedule_on_eight_ranks() {
     all_schedules(8, DType::F64);
+    all_schedules(8, DType::F32);
 }
 
 /// A stage's input is the output of another stage of the same rank, whose weight gradients may be done first.
@@ -285,13 +288,12 @@ fn activations_computed_again_on_many_ranks() {
 fn pipelines_of_experts_and_data() {
     let with = |mesh, schedule| Case::new(mesh, schedule, 16);
     let one = run(&with((1, 1, 1), PipelineSchedule::GPipe));
-    for (mesh, schedule) in [
-        ((2, 2, 2), PipelineSchedule::DualPipe),
-        ((2, 4, 1), PipelineSchedule::DualPipeV),
-        ((2, 2, 2), PipelineSchedule::Zbv),
-        ((4, 2, 1), PipelineSchedule::OneFOneB),
-        ((4, 2, 1), PipelineSchedule::DualPipe),
-    ] {
+    for schedule in ALL {
+        for mesh in [(2, 2, 1), (2, 1, 2), (2, 2, 2), (2, 4, 1)] {
+            check(&with(mesh, schedule.clone()), &one);
+        }
+    }
+    for (mesh, schedule) in [((4, 2, 1), PipelineSchedule::OneFOneB), ((4, 2, 1), PipelineSchedule::DualPipe)] {
         check(&with(mesh, schedule), &one);
     }
 }

@@ -43,6 +43,8 @@ struct Report {
     bubble_share: f64,
     /// The bubble by the published formula, where there is one.
     published_idle: Option<f64>,
+    /// Whether it is that of the worst rank at these costs.
+    published_idle_holds: Option<bool>,
     ranks: Vec<Rank>,
     /// Of each rank, as in `ranks`.
     idle: Vec<f64>,
@@ -111,6 +113,7 @@ pub fn run(schedule: &str, args: &PlanArgs, output: &Output) -> Result<ExitCode,
         makespan: simulated.makespan,
         bubble_share: simulated.bubble_share(),
         published_idle: kind.and_then(|kind| formula::bubble(kind, ranks.len() as u32, &costs)),
+        published_idle_holds: kind.map(|kind| formula::holds(kind, &costs)),
         idle: ranks.iter().map(|rank| rank.idle).collect(),
         peak_activations: ranks.iter().map(|rank| rank.peak_activations).collect(),
         schedule: schedule_name,
@@ -205,7 +208,11 @@ fn parse_costs(text: &str) -> Result<CellCosts, String> {
 fn text(report: &Report, schedule: &Schedule, simulated: &Simulated) -> String {
     let Costs { f, i, w, b, fb } = report.costs;
     let worst = number(simulated.worst_idle());
-    let published = report.published_idle.map_or_else(String::new, |idle| format!("; {} by the formula", number(idle)));
+    let does_not_hold =
+        if report.published_idle_holds == Some(true) { "" } else { ", which does not hold at these costs" };
+    let published = report
+        .published_idle
+        .map_or_else(String::new, |idle| format!("; {} by the formula{does_not_hold}", number(idle)));
     let share = 100.0 * report.bubble_share;
     let mut table = Table::default();
     let costs = [f, i, w, b, fb].map(number);

@@ -123,6 +123,11 @@ fn write_trace(path: &Path, planned: &Planned) -> Result<(), Failure> {
     writer.finish().map(drop).map_err(failed)
 }
 
+/// Seconds or milliseconds, with three decimals.
+fn secs(secs: f64) -> String {
+    if secs >= 1.0 { format!("{secs:.3} s") } else { format!("{:.3} ms", 1e3 * secs) }
+}
+
 /// For a person.
 fn text(path: &Path, planned: &Planned) -> String {
     let report = &planned.report;
@@ -141,16 +146,16 @@ fn text(path: &Path, planned: &Planned) -> String {
         .row(
             "a token",
             format!(
-                "{:.1} GFLOP to train on, {} bytes of cache",
-                report.flops_per_token * 1e-9,
+                "{} to train on, {} bytes of cache",
+                units::metric(report.flops_per_token, "FLOP"),
                 units::grouped(report.kv_bytes_per_token)
             ),
         )
         .row(
             "step",
             format!(
-                "{:.3} s for {} tokens ({per_rank} microbatches a rank), {} tokens/s, MFU {:.1}%",
-                report.step_secs,
+                "{} for {} tokens ({per_rank} microbatches a rank), {} tokens/s, MFU {:.1}%",
+                secs(report.step_secs),
                 units::grouped(report.tokens_per_step as u64),
                 units::grouped(report.tokens_per_sec as u64),
                 100.0 * report.mfu
@@ -159,16 +164,16 @@ fn text(path: &Path, planned: &Planned) -> String {
         .row(
             "a day",
             format!(
-                "{:.1} B tokens; {:.1} K device hours for a trillion",
-                report.tokens_per_day * 1e-9,
+                "{} tokens; {:.1} K device hours for a trillion",
+                units::count(report.tokens_per_day as u64),
                 report.gpu_hours_per_trillion_tokens * 1e-3
             ),
         )
         .row(
             "idle",
             format!(
-                "{:.3} s of a step ({:.1}%), mean over the ranks; from {:.1}% to {:.1}% of a rank",
-                report.bubble_secs,
+                "{} of a step ({:.1}%), mean over the ranks; from {:.1}% to {:.1}% of a rank",
+                secs(report.bubble_secs),
                 100.0 * report.idle_fraction,
                 100.0 * report.idle_fraction_per_rank.iter().copied().fold(f64::INFINITY, f64::min),
                 100.0 * report.idle_fraction_per_rank.iter().copied().fold(0.0, f64::max)
@@ -186,10 +191,12 @@ fn text(path: &Path, planned: &Planned) -> String {
     if report.load_max_over_mean > 1.0 {
         table.row("load", format!("the busiest rank has {:.2} times the mean", report.load_max_over_mean));
     }
-    if let (Some(tokens), Some(secs)) = (report.num_tokens, report.run_secs) {
-        let cost = report.cost_usd.map_or("no price".into(), |usd| format!("${} M", format_args!("{:.3}", usd * 1e-6)));
-        let energy = report.energy_kwh.map_or("no watts".into(), |kwh| format!("{:.0} MWh", kwh * 1e-3));
-        table.row("the run", format!("{:.2} T tokens: {:.1} days, {cost}, {energy}", tokens * 1e-12, secs / 86_400.0));
+    if let (Some(tokens), Some(run_secs)) = (report.num_tokens, report.run_secs) {
+        let cost = report.cost_usd.map_or("no price".into(), |usd| format!("${}", units::count(usd as u64)));
+        let energy = report.energy_kwh.map_or("no watts".into(), |kwh| units::metric(kwh * 1e3, "Wh"));
+        let time =
+            if run_secs < 86_400.0 { units::duration(run_secs) } else { format!("{:.1} days", run_secs / 86_400.0) };
+        table.row("the run", format!("{} tokens: {time}, {cost}, {energy}", units::count(tokens as u64)));
     }
     for note in &report.notes {
         table.row("note", note.clone());

@@ -1,6 +1,9 @@
 //! `hadal plan SCENE --search`: which layouts of as many ranks are fast, which are cheap, and which do not fit.
 
-use std::process::ExitCode;
+use std::{
+    process::ExitCode,
+    sync::atomic::{AtomicUsize, Ordering},
+};
 
 use indicatif::ProgressBar;
 use systems::plan::{
@@ -19,9 +22,15 @@ const MOST_LINES: usize = 12;
 /// If a figure of the device is missing.
 pub fn run(request: &PlanRequest, most: usize, output: &Output) -> Result<ExitCode, Failure> {
     let bar = ProgressBar::new(most as u64);
+    // Where no bar can be drawn, a line for each tenth.
+    let tenths = AtomicUsize::new(0);
     let report = search(request, most, |done, all| {
         bar.set_length(all as u64);
         bar.set_position(done as u64);
+        let tenth = 10 * done / all.max(1);
+        if bar.is_hidden() && tenths.fetch_max(tenth, Ordering::Relaxed) < tenth {
+            eprintln!("{done} of {all} layouts planned");
+        }
     })?;
     bar.finish_and_clear();
     let mut text = format!(

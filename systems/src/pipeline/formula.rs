@@ -4,7 +4,8 @@
 //! Where they hold was not published. Against [`simulate`](super::simulate), which the tests in `properties.rs` do:
 //! - 1F1B: on every rank, at any costs.
 //! - ZB1P: on every rank if W <= F and W <= I. Else it is too low; the bubble is (PP - 1) max(F, I).
-//! - DualPipe, DualPipeV: on the worst rank if F = I and W <= F. If I <= F it is too low by
+//! - DualPipe, DualPipeV: on the worst rank if F = I, W <= F, and a pair takes no less than its longer half and no more than
+//!   both. If I <= F it is too low by
 //!   (PP/2 - 1)((F - I) + max(0, W - I)); if I > F and W <= F too high, by F at most.
 
 use super::{ScheduleKind, simulate::CellCosts};
@@ -18,6 +19,17 @@ pub fn bubble(kind: ScheduleKind, ranks: u32, costs: &CellCosts) -> Option<f64> 
         ScheduleKind::ZbH1 => Some(zb1p(num_stages, costs)),
         ScheduleKind::DualPipe | ScheduleKind::DualPipeV => Some(dualpipe(num_stages, costs)),
         _ => None,
+    }
+}
+
+/// Whether the published bubble is that of the worst rank at these costs.
+pub fn holds(kind: ScheduleKind, costs: &CellCosts) -> bool {
+    let CellCosts { f, i, w, b, fb } = *costs;
+    match kind {
+        ScheduleKind::GPipe | ScheduleKind::OneFOneB => true,
+        ScheduleKind::ZbH1 => w <= f.min(i),
+        ScheduleKind::DualPipe | ScheduleKind::DualPipeV => f == i && w <= f && (f.max(b)..=f + b).contains(&fb),
+        _ => false,
     }
 }
 

@@ -204,7 +204,8 @@ fn the_formula_of_zb1p_is_too_low_if_w_is_long() {
     assert!(num_above > 300, "{num_above}");
 }
 
-/// The formula of DualPipe and DualPipeV, (PP/2 - 1)(F&B + B - 3W), holds on the worst rank if F = I and W <= F, at any F&B.
+/// The formula of DualPipe and DualPipeV, (PP/2 - 1)(F&B + B - 3W), holds on the worst rank if F = I and W <= F, at any F&B
+/// from the longer half to both; outside of that it does not.
 #[test]
 fn the_formula_of_dualpipe_holds_if_f_is_i_and_w_is_short() {
     let mut random = Random(3);
@@ -216,6 +217,17 @@ fn the_formula_of_dualpipe_holds_if_f_is_i_and_w_is_short() {
         let simulated = run(name, ranks, microbatches, &costs);
         assert_eq!(simulated.worst_idle(), published(name, ranks, &costs), "{name} {ranks} {microbatches} {costs:?}");
         assert!(column(&simulated, |rank| rank.peak_activations).iter().all(|peak| *peak == num_stages + 1));
+    }
+}
+
+#[test]
+fn a_pair_shorter_than_its_half_or_longer_than_both_has_no_formula() {
+    for (fb, worst) in [(5.0, 16.0), (1.0, 8.0)] {
+        let costs = CellCosts::new(1.0, 1.0, 1.0).with_fb(fb);
+        let simulated = run("dualpipe", 8, 16, &costs);
+        assert!(!formula::holds(ScheduleKind::DualPipe, &costs));
+        assert_ne!(simulated.worst_idle(), published("dualpipe", 8, &costs), "{fb}");
+        assert_eq!(simulated.worst_idle(), worst, "{fb}");
     }
 }
 

@@ -85,7 +85,9 @@ impl RoutingLoad {
     ///
     /// # Errors
     /// If the exponent is no number of 0 or more; if the file cannot be read, has no loads, or those of other layers and experts.
-    pub fn shares(&self, num_layers: usize, num_experts: usize) -> Result<Vec<Vec<f64>>, LoadError> {
+    ///
+    /// A run's log has `num_mtp` layers more than the decoder, those of modules for multi-token prediction; they are left out.
+    pub fn shares(&self, num_layers: usize, num_mtp: usize, num_experts: usize) -> Result<Vec<Vec<f64>>, LoadError> {
         match self {
             RoutingLoad::Balanced => Ok(vec![vec![1.0 / num_experts as f64; num_experts]; num_layers]),
             RoutingLoad::Zipf { exponent, .. } if !(exponent.is_finite() && *exponent >= 0.0) => {
@@ -100,7 +102,10 @@ impl RoutingLoad {
                 Ok((0..num_layers).map(layer).collect())
             }
             RoutingLoad::Replay { path, steps } => {
-                let measured = read(path, *steps)?;
+                let mut measured = read(path, *steps)?;
+                if measured.shares.len() == num_layers + num_mtp {
+                    measured.shares.truncate(num_layers);
+                }
                 let sizes = |layers, experts| format!("{layers} layers with {experts} experts");
                 let found = (measured.shares.len(), measured.shares.first().map_or(0, Vec::len));
                 if found == (num_layers, num_experts) {
@@ -279,7 +284,7 @@ mod tests {
     #[test]
     fn shares_sum_to_one_and_follow_the_law() {
         let check = |load: RoutingLoad, sorted: [f64; 4]| {
-            for layer in load.shares(5, 4).unwrap() {
+            for layer in load.shares(5, 0, 4).unwrap() {
                 let mut shares = layer;
                 shares.sort_by(|a, b| b.total_cmp(a));
                 assert!(shares.iter().zip(sorted).all(|(a, b)| (a - b).abs() < 1e-12), "{shares:?}");
@@ -295,7 +300,7 @@ mod tests {
 
     #[test]
     fn layers_and_seeds_have_orders_of_their_own() {
-        let zipf = |seed| RoutingLoad::Zipf { exponent: 1.0, seed }.shares(2, 64).unwrap();
+        let zipf = |seed| RoutingLoad::Zipf { exponent: 1.0, seed }.shares(2, 0, 64).unwrap();
         assert_eq!(zipf(1), zipf(1));
         assert_ne!(zipf(1), zipf(2));
         assert_ne!(zipf(1)[0], zipf(1)[1]);
@@ -304,7 +309,7 @@ mod tests {
     #[test]
     fn exponents_that_are_none_are_refused() {
         for exponent in [-1.0, f64::NAN, f64::INFINITY] {
-            let error = RoutingLoad::Zipf { exponent, seed: 0 }.shares(1, 4).unwrap_err().to_string();
+            let error = RoutingLoad::Zipf { exponent, seed: 0 }.shares(1, 0, 4).unwrap_err().to_string();
             assert_eq!(error, format!("expected a Zipf exponent of 0 or more, found {exponent}"));
         }
     }
@@ -329,8 +334,9 @@ mod tests {
         check(&path, None, 0.5);
         check(dir.path(), None, 0.5);
         let replay = RoutingLoad::Replay { path, steps: None };
-        assert_eq!(replay.shares(2, 2).unwrap(), [[0.5, 0.5]; 2]);
-        let error = replay.shares(58, 256).unwrap_err().to_string();
+        assert_eq!(replay.shares(2, 0, 2).unwrap(), [[0.5, 0.5]; 2]);
+        assert_eq!(replay.shares(1, 1, 2).unwrap(), [[0.5, 0.5]; 1], "the layer of a module is left out");
+        let error = replay.shares(58, 1, 256).unwrap_err().to_string();
         assert!(
             error.ends_with("expected loads of 58 layers with 256 experts, found 2 layers with 2 experts"),
             "{error}"

@@ -18,7 +18,7 @@ const PREFILL: Sizes = Sizes { num_replicas: 288, num_groups: 8, num_nodes: 4, n
 const DECODE: Sizes = Sizes { num_replicas: 288, num_groups: 8, num_nodes: 18, num_ranks: 144 };
 
 fn zipf(exponent: f64, seed: u64, num_layers: usize, num_experts: usize) -> Vec<Vec<f64>> {
-    RoutingLoad::Zipf { exponent, seed }.shares(num_layers, num_experts).unwrap()
+    RoutingLoad::Zipf { exponent, seed }.shares(num_layers, 0, num_experts).unwrap()
 }
 
 fn uniform(rng: &mut ChaCha8Rng) -> f64 {

@@ -26,6 +26,10 @@ use crate::{
 use simulate::{RankBytes, Simulated, Work, simulate};
 
 const SECS_PER_DAY: f64 = 86_400.0;
+/// Tokens of a microbatch that can be planned.
+const MAX_MICROBATCH_TOKENS: usize = 1 << 24;
+/// Microbatches of a rank that can be planned: their tasks are held in memory.
+const MAX_MICROBATCHES: usize = 4096;
 const SECS_PER_HOUR: f64 = 3_600.0;
 const JOULES_PER_KWH: f64 = 3.6e6;
 
@@ -237,6 +241,20 @@ pub(crate) fn work_of<'a>(request: &'a PlanRequest, scene: &Scene) -> Result<Wor
     let seq_len = seq_len.ok_or_else(|| {
         SessionError::input("a plan needs the length of a sequence: add `plan: (seq_len: 4096)`, or a section `data`")
     })?;
+    let (num_tokens, per_rank) = (
+        seq_len.saturating_mul(scene.batch.microbatch_sequences),
+        scene.batch.max_microbatches() / scene.mesh.num_data_ranks() as usize,
+    );
+    if num_tokens > MAX_MICROBATCH_TOKENS {
+        let message = format!("expected microbatches of {MAX_MICROBATCH_TOKENS} tokens at most, found {num_tokens}");
+        return Err(SessionError::input(format!(
+            "{message}: batch.microbatch_sequences and plan.seq_len are their factors"
+        )));
+    }
+    if per_rank > MAX_MICROBATCHES {
+        let message = format!("expected {MAX_MICROBATCHES} microbatches a rank at most, found {per_rank}");
+        return Err(SessionError::input(format!("{message}: a plan runs each of them; a step grows evenly with more")));
+    }
     Ok(Work {
         config,
         device: &request.device,
@@ -251,9 +269,10 @@ pub(crate) fn work_of<'a>(request: &'a PlanRequest, scene: &Scene) -> Result<Wor
 
 /// Max over mean of the ranks' rows, in the worst layer, with experts dealt to `ep` ranks in order.
 fn imbalance(config: &ModelConfig, ep: u32, load: &RoutingLoad) -> Result<f64, SessionError> {
-    let Some(moe) = config.moe.as_ref().filter(|_| ep > 1) else { return Ok(1.0) };
+    let Some(moe) = &config.moe else { return Ok(1.0) };
     let num_layers = (0..config.num_hidden_layers).filter(|&layer| config.is_moe_layer(layer)).count();
-    let shares = load.shares(num_layers, moe.n_routed_experts).map_err(SessionError::input)?;
+    let num_mtp = config.num_nextn_predict_layers;
+    let shares = load.shares(num_layers, num_mtp, moe.n_routed_experts).map_err(SessionError::input)?;
     Ok(shares.iter().map(|layer| contiguous_imbalance(layer, ep as usize)).fold(1.0, f64::max))
 }
 

@@ -92,6 +92,10 @@ impl Checks<'_> {
             self.data(data);
         }
         self.batch(&scene.batch);
+        if let Some(plan) = &scene.plan {
+            plan.seq_len.into_iter().for_each(|len| self.count("plan.seq_len", len as u64));
+            plan.num_tokens.into_iter().for_each(|tokens| self.positive("plan.num_tokens", tokens));
+        }
         if let Some(routing) = &scene.routing {
             self.routing(routing, scene.train.as_ref());
         }
