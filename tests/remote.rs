@@ -376,8 +376,8 @@ fn a_run_goes_on_whatever_its_peers_do() {
 #[test]
 #[ignore = "a measurement"]
 fn the_cost_of_a_client_that_never_reads() {
-    const NUM_PAIRS: usize = 30;
-    const STEPS: usize = 60;
+    const NUM_PAIRS: usize = 20;
+    const STEPS: usize = 100;
     let run = start(&["telemetry.log_every_steps=1000000", "checkpoint=(every_steps: 1000000)"]);
     let median = |mut values: Vec<f64>| {
         values.sort_unstable_by(f64::total_cmp);
