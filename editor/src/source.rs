@@ -3,6 +3,8 @@
 pub mod chrome;
 pub mod file;
 pub mod in_process;
+#[cfg(feature = "remote")]
+pub mod remote;
 
 use std::sync::Arc;
 

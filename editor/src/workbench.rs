@@ -64,6 +64,8 @@ pub struct SceneReport {
 pub struct WhatIf {
     /// `[layer][expert]`: shares of the tokens of each layer, as a step was measured to route them.
     pub loads: Option<Vec<Vec<f64>>>,
+    /// All experts of a layer get the same; `loads` do not count.
+    pub is_balanced: bool,
     /// Nodes that a token's experts may be on.
     pub node_limit: Option<u32>,
     /// Multiprocessors that communication occupies.

@@ -18,6 +18,7 @@ use kernels::{device::Device, memory::Memory};
 
 use crate::{
     clock::Clock,
+    control::Control,
     dispatch::{Handlers, Timeline},
     error::panic_message,
     graph::Plans,
@@ -33,6 +34,9 @@ pub enum ExitReason {
     /// All that was asked for is done.
     #[error("finished")]
     Finished,
+    /// A request asked to stop.
+    #[error("stopped on request")]
+    Stopped,
     /// The operating system asked (the signal's number).
     #[error("stopped by signal {0}")]
     Signal(i32),
@@ -56,7 +60,7 @@ pub enum ExitReason {
 impl ExitReason {
     /// Whether the run failed, so that its state is not to be trusted or kept.
     pub fn is_failure(&self) -> bool {
-        !matches!(self, ExitReason::Finished | ExitReason::Signal(_) | ExitReason::Budget(_))
+        !matches!(self, ExitReason::Finished | ExitReason::Stopped | ExitReason::Signal(_) | ExitReason::Budget(_))
     }
 }
 
@@ -110,9 +114,9 @@ pub(crate) fn has_failed() -> bool {
     FAILURE.with_borrow(Option::is_some)
 }
 
-/// Run condition of what launches work: nothing has failed or asked to stop.
-pub(crate) fn running(exit: Res<Exit>) -> bool {
-    exit.0.is_none() && !has_failed()
+/// Run condition of what launches work: nothing has failed or asked to stop or to wait.
+pub(crate) fn running(exit: Res<Exit>, control: Option<Res<Control>>) -> bool {
+    exit.0.is_none() && !has_failed() && control.is_none_or(|control| control.goes_on())
 }
 
 fn take_failure(mut exit: ResMut<Exit>) {

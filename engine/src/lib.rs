@@ -6,6 +6,7 @@ pub mod bubbles_table;
 pub mod calibrate;
 pub mod checkpoint;
 pub mod clock;
+pub mod control;
 mod dispatch;
 pub mod durations;
 pub mod error;
@@ -13,6 +14,8 @@ pub mod graph;
 pub mod hardware;
 pub mod joint;
 pub mod log;
+#[cfg(feature = "remote")]
+pub mod remote;
 pub mod step;
 pub mod stream;
 pub mod task;
@@ -30,6 +33,7 @@ pub mod prelude {
     pub use crate::{
         app::{AppTaskExt as _, EnginePlugin, Exit, ExitReason},
         clock::Clock,
+        control::{Access, AppControlExt as _, LiveValue, Method, RpcError, RpcResult, params_of},
         graph::{Graph, GraphBuilder, PlanKey, Plans, Recorded},
         hardware::{DeviceSpec, Format},
         step::{Finish, Step, StepIndex, StepSystems},

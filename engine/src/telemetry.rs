@@ -3,18 +3,14 @@
 //! Listeners get an `Arc` of one [`Snapshot`] per step through a bounded channel that drops the oldest: a slow editor misses
 //! steps and is told how many, and the run never waits for it.
 
-use std::{
-    collections::BTreeMap,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::Duration,
-};
+use std::{collections::BTreeMap, sync::Arc};
 
 use bevy_ecs::prelude::*;
-use crossbeam::channel::{self, RecvTimeoutError, TryRecvError, TrySendError};
 use kernels::cost::Cost;
+
+mod feed;
+
+pub use feed::{Feed, Receiver};
 
 use crate::{
     bubbles::{Accounting, BubbleCause},
@@ -166,52 +162,20 @@ pub struct Telemetry {
     times: StepTimes,
     bubbles: Accounting,
     last: Option<Arc<Snapshot>>,
-    subscribers: Vec<Subscriber>,
-}
-
-struct Subscriber {
-    sender: channel::Sender<Arc<Snapshot>>,
-    /// To drop the oldest; so the channel alone cannot tell whether anyone listens: `dropped` is shared with who does.
-    oldest: channel::Receiver<Arc<Snapshot>>,
-    dropped: Arc<AtomicU64>,
-}
-
-/// A listener's end.
-pub struct Receiver {
-    receiver: channel::Receiver<Arc<Snapshot>>,
-    dropped: Arc<AtomicU64>,
-}
-
-impl Receiver {
-    /// The oldest snapshot not yet received, if any.
-    ///
-    /// # Errors
-    /// `Empty`, or `Disconnected` when the run is over and all was received.
-    pub fn try_recv(&self) -> Result<Arc<Snapshot>, TryRecvError> {
-        self.receiver.try_recv()
-    }
-
-    /// The same, waiting for one.
-    ///
-    /// # Errors
-    /// `Timeout`, or `Disconnected` when the run is over and all was received.
-    pub fn recv_timeout(&self, timeout: Duration) -> Result<Arc<Snapshot>, RecvTimeoutError> {
-        self.receiver.recv_timeout(timeout)
-    }
-
-    /// How many snapshots were dropped because this end was slow.
-    pub fn num_dropped(&self) -> u64 {
-        self.dropped.load(Ordering::Relaxed)
-    }
+    feed: Feed,
+    /// Which of the ranks that share the feed this is.
+    rank: usize,
 }
 
 impl Telemetry {
     /// Listens from the next publication on; at most `capacity` (at least one) snapshots wait.
     pub fn subscribe(&mut self, capacity: usize) -> Receiver {
-        let (sender, receiver) = channel::bounded(capacity.max(1));
-        let dropped = Arc::new(AtomicU64::new(0));
-        self.subscribers.push(Subscriber { sender, oldest: receiver.clone(), dropped: dropped.clone() });
-        Receiver { receiver, dropped }
+        self.feed.subscribe(capacity)
+    }
+
+    /// Publishes to `feed` from here on, as the rank with this number among those that do.
+    pub fn attach(&mut self, feed: Feed, rank: usize) {
+        (self.feed, self.rank) = (feed, rank);
     }
 
     /// Adds a value to the step's snapshot, units in the name; one of the same name is replaced.
@@ -279,16 +243,7 @@ impl Telemetry {
         let mut snapshot = std::mem::take(&mut self.current);
         snapshot.step = step;
         let snapshot = Arc::new(snapshot);
-        self.subscribers.retain(|subscriber| Arc::strong_count(&subscriber.dropped) > 1);
-        for Subscriber { sender, oldest, dropped } in &self.subscribers {
-            let mut unsent = snapshot.clone();
-            while let Err(TrySendError::Full(back)) = sender.try_send(unsent) {
-                if oldest.try_recv().is_ok() {
-                    dropped.fetch_add(1, Ordering::Relaxed);
-                }
-                unsent = back;
-            }
-        }
+        self.feed.publish(self.rank, snapshot.clone());
         self.last = Some(snapshot);
     }
 }
@@ -303,6 +258,8 @@ fn put<T>(list: &mut Vec<(String, T)>, name: String, value: T) {
 #[cfg(test)]
 pub(crate) mod tests {
     #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use crossbeam::channel::TryRecvError;
 
     use super::*;
 
@@ -340,7 +297,7 @@ pub(crate) mod tests {
         }
         let steps: Vec<u64> = std::iter::from_fn(|| slow.try_recv().ok()).map(|s| s.step).collect();
         assert_eq!((steps, slow.num_dropped()), (vec![4, 5], 3));
-        assert_eq!(telemetry.subscribers.len(), 1, "who hung up is forgotten");
+        assert_eq!(telemetry.feed.listeners().0, 1, "who hung up is forgotten");
         assert_eq!(telemetry.last().unwrap().scalars, [("x".to_owned(), 50.0)]);
         drop(telemetry);
         assert_eq!(slow.try_recv().unwrap_err(), TryRecvError::Disconnected);

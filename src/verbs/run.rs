@@ -37,7 +37,7 @@ pub fn run(args: &RunArgs, output: &Output) -> Result<ExitCode, Failure> {
     let log_every_steps = loaded.scene.telemetry.clone().unwrap_or_default().log_every_steps;
     let progress = Arc::new(TrainingProgress::new(log_every_steps, Arc::clone(&stop)));
     let name = loaded.scene.name.clone();
-    let request = RunRequest { loaded, resume: args.resume, stop, progress: Arc::clone(&progress) as _ };
+    let request = RunRequest { loaded, resume: args.resume, stop, progress: Arc::clone(&progress) as _, control: None };
     let report = training::run(request);
     progress.finish();
     let report = report?;
@@ -53,12 +53,12 @@ pub fn run(args: &RunArgs, output: &Output) -> Result<ExitCode, Failure> {
     Ok(ExitCode::from(report.exit_code))
 }
 
-fn run_dir(scene: &Scene) -> PathBuf {
+pub(super) fn run_dir(scene: &Scene) -> PathBuf {
     scene.telemetry.clone().unwrap_or_default().dir.join(&scene.name)
 }
 
 /// An earlier run with checkpoints is worth something: it is neither continued nor given up unasked, and never deleted.
-fn make_room(run_dir: &Path, fresh: bool) -> Result<(), Failure> {
+pub(super) fn make_room(run_dir: &Path, fresh: bool) -> Result<(), Failure> {
     let has_checkpoints = fs::read_dir(run_dir.join("checkpoints")).is_ok_and(|mut entries| entries.next().is_some());
     if !has_checkpoints {
         return Ok(());

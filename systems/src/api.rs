@@ -7,6 +7,7 @@ use std::{
     sync::{Arc, atomic::AtomicUsize},
 };
 
+use engine::control::{ControlHandle, Inbox};
 use serde::Serialize;
 
 use crate::{evaluate::EvaluationResult, scene::Loaded};
@@ -64,6 +65,9 @@ pub struct RunRequest {
     pub stop: Arc<AtomicUsize>,
     /// Who is told.
     pub progress: Arc<dyn Progress>,
+    /// Both ends of the way to the run, if the caller wants to ask it and listen to it: from [`engine::control::channel`], and
+    /// the caller keeps a clone of the handle.
+    pub control: Option<(ControlHandle, Inbox)>,
 }
 
 /// What a run came to.

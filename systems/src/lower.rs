@@ -81,6 +81,9 @@ pub struct Lowering<'w> {
     later: Option<Vec<Recorded>>,
     live: ActivationBytes,
     peak: ActivationBytes,
+    /// The most since the task before.
+    high: ActivationBytes,
+    bytes_by_task: Vec<ActivationBytes>,
 }
 
 /// The streams of a rank.
@@ -110,6 +113,8 @@ pub struct Lowered {
     pub peak: ActivationBytes,
     /// For each task, whether it is part of an overlapped pair.
     pub overlapped: Vec<bool>,
+    /// For each task, the most that was allocated from the task before it to its own launch.
+    pub bytes_by_task: Vec<ActivationBytes>,
 }
 
 impl ActivationBytes {
@@ -159,6 +164,8 @@ impl<'w> Lowering<'w> {
             later: None,
             live: ActivationBytes::default(),
             peak: ActivationBytes::default(),
+            high: ActivationBytes::default(),
+            bytes_by_task: Vec::new(),
         }
     }
 
@@ -227,7 +234,7 @@ impl<'w> Lowering<'w> {
     /// Puts recorded tasks here in the launch order.
     pub fn launch_later(&mut self, tasks: Vec<Recorded>) {
         for task in tasks {
-            self.overlapped.push(self.overlapping);
+            self.note_task();
             self.graph.push_ready(self.world, task);
         }
     }
@@ -236,6 +243,15 @@ impl<'w> Lowering<'w> {
         if self.live.total() > self.peak.total() {
             self.peak = self.live;
         }
+        if self.live.total() > self.high.total() {
+            self.high = self.live;
+        }
+    }
+
+    fn note_task(&mut self) {
+        self.overlapped.push(self.overlapping);
+        self.bytes_by_task.push(self.high);
+        self.high = self.live;
     }
 
     fn give_back(&mut self, tensor: Tensor) {
@@ -357,7 +373,7 @@ impl<'w> Lowering<'w> {
     fn emit(&mut self, stream: Entity, kind: TaskKind, pass: Option<Pass>, args: impl Component) -> Result<()> {
         let label = self.label(kind);
         if self.later.is_none() {
-            self.overlapped.push(self.overlapping);
+            self.note_task();
         }
         let task = Task {
             pass,
@@ -406,8 +422,8 @@ impl<'w> Lowering<'w> {
 
     /// Ends the graph of a step, with what is known of it beside the tasks; not for one that is checked.
     pub fn finish_step(self) -> Result<Lowered> {
-        let (peak, overlapped) = (self.peak, self.overlapped);
-        Ok(Lowered { graph: self.graph.build(self.world)?, peak, overlapped })
+        let Lowering { peak, overlapped, bytes_by_task, .. } = self;
+        Ok(Lowered { graph: self.graph.build(self.world)?, peak, overlapped, bytes_by_task })
     }
 
     /// Ends the graph.

@@ -4,16 +4,14 @@ use std::{
     fs::File,
     io::BufWriter,
     path::PathBuf,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use bevy_app::prelude::*;
 use bevy_ecs::prelude::*;
 use engine::{
     checkpoint::{self, BoxError},
+    control::{self, ControlPlugin, Inbox},
     log::RunLog,
     prelude::*,
     trace::TraceWriter,
@@ -26,11 +24,12 @@ use crate::{
     distribute::Distribution,
     evaluate::Evaluation,
     generate::Generation,
+    live,
     local::{self, Silent},
     model_config::ModelConfig,
     params::{num_activated_params, num_params},
     ranks::Ranks,
-    save,
+    remote, save,
     session::SessionError,
     setup::{Prepared, prepare, set_up_rank},
     train::Training,
@@ -55,14 +54,12 @@ struct RunDir {
 /// The trace of all ranks of this process.
 type SharedTrace = Arc<Mutex<TraceWriter<BufWriter<File>>>>;
 
-#[derive(Resource)]
-struct StopFlag(Arc<AtomicUsize>);
-
 /// Runs a scene.
 ///
 /// # Errors
 /// If the scene cannot be set up. What happens to the run itself is in the report.
-pub fn run(request: RunRequest) -> Result<RunReport, SessionError> {
+pub fn run(mut request: RunRequest) -> Result<RunReport, SessionError> {
+    let (handle, inbox) = request.control.take().unwrap_or_else(control::channel);
     let scene = &request.loaded.scene;
     let prepared = prepare(&request.loaded, true)?;
     let distribution = Distribution::new(scene, &prepared.config)
@@ -80,10 +77,16 @@ pub fn run(request: RunRequest) -> Result<RunReport, SessionError> {
     let ranks =
         if distribution.mesh.num_ranks() == 1 { vec![distribution.ranks(Comm::solo())] } else { distribution.local() };
     let num_threads = local::threads_per_rank(ranks.len());
+    inbox.feed().set_num_ranks(ranks.len());
+    let server = remote::start(scene, &dir, &handle, &request.progress)?;
     let mut outcomes = local::run_ranks(ranks, |ranks| {
         let progress = if ranks.is_first() { request.progress.clone() } else { Arc::new(Silent) };
-        run_rank(&request, RankSetup { prepared: &prepared, ranks, num_threads, progress, trace: trace.clone() })
+        let (trace, inbox) = (trace.clone(), inbox.clone());
+        run_rank(&request, RankSetup { prepared: &prepared, ranks, num_threads, progress, trace, inbox })
     });
+    // In this order: who listens is told of the end, and then left.
+    drop((handle, inbox));
+    drop(server);
     // The last one to hold the trace closes its document.
     if let Some(trace) = trace.and_then(Arc::into_inner)
         && let Err(error) = trace.into_inner().unwrap_or_else(PoisonError::into_inner).finish()
@@ -138,10 +141,11 @@ struct RankSetup<'a> {
     num_threads: Option<usize>,
     progress: Arc<dyn Progress>,
     trace: Option<SharedTrace>,
+    inbox: Inbox,
 }
 
 fn run_rank(request: &RunRequest, setup: RankSetup) -> Result<(RunReport, ExitReason), SessionError> {
-    let RankSetup { prepared, ranks, num_threads, progress, trace } = setup;
+    let RankSetup { prepared, ranks, num_threads, progress, trace, inbox } = setup;
     let RunRequest { loaded, resume, stop, .. } = request;
     let mut app = set_up_rank(loaded, prepared, ranks.clone(), num_threads, &progress)?;
     let scene = &loaded.scene;
@@ -180,13 +184,19 @@ fn run_rank(request: &RunRequest, setup: RankSetup) -> Result<(RunReport, ExitRe
         val: None,
         finished: false,
     })
-    .insert_resource(StopFlag(stop.clone()))
     .insert_resource(Work::Train)
-    .add_systems(Step, (agree_to_stop, keep).chain().in_set(StepSystems::Keep))
-    .add_systems(Finish, last_checkpoint);
-    if ranks.layout.is_solo() {
-        app.add_systems(Update, watch_stop);
-    }
+    .add_systems(Step, keep.in_set(StepSystems::Keep))
+    .add_systems(Finish, last_checkpoint)
+    .add_plugins((
+        ControlPlugin {
+            name: scene.name.clone(),
+            comm: ranks.comm.clone(),
+            inbox: Some(inbox.clone()),
+            signal: stop.clone(),
+        },
+        live::LivePlugin,
+    ))
+    .method(CHECKPOINT);
     if app.world().resource::<Training>().step >= app.world().resource::<Training>().train.steps {
         progress.note("all steps of the scene are done already; raise train.steps to go on");
         *app.world_mut().resource_mut::<Work>() = after_training(app.world());
@@ -196,25 +206,6 @@ fn run_rank(request: &RunRequest, setup: RankSetup) -> Result<(RunReport, ExitRe
         ranks.comm.abort(ranks.layout.rank, &reason.to_string());
     }
     Ok((report(&mut app, &prepared.config, reason.clone()), reason))
-}
-
-fn watch_stop(flag: Res<StopFlag>, mut exit: ResMut<Exit>) {
-    let signal = flag.0.load(Ordering::Relaxed);
-    if signal != 0 {
-        exit.stop(ExitReason::Signal(signal as i32));
-    }
-}
-
-/// A rank that stopped by itself would be waited for: all stop after the same step.
-fn agree_to_stop(flag: Res<StopFlag>, ranks: Res<Ranks>, mut exit: ResMut<Exit>) -> Result {
-    if ranks.layout.is_solo() {
-        return Ok(());
-    }
-    let signals = ranks.exchange(&flag.0.load(Ordering::Relaxed))?;
-    if let Some(signal) = signals.into_iter().find(|signal| *signal != 0) {
-        exit.stop(ExitReason::Signal(signal as i32));
-    }
-    Ok(())
 }
 
 /// Whose turn it is when the last step is done.
@@ -319,6 +310,42 @@ fn save_checkpoint(world: &World, run: &mut RunDir) -> Result {
     Ok(())
 }
 
+/// `run.checkpoint`. A rank that fails would be waited for, so then the run ends, unless there are no others.
+const CHECKPOINT: Method = Method {
+    name: "run.checkpoint",
+    about: "{} -> {path}: saves a checkpoint of the steps done so far",
+    access: Access::ChangesAllRanks,
+    run: |world, params| {
+        params_of::<NoParams>(params)?;
+        let step = world.resource::<Training>().step;
+        if step == 0 {
+            return Err(RpcError::failed("no step is done yet, so there is nothing to save"));
+        }
+        if *world.resource::<Work>() == Work::LocateNotFinite {
+            return Err(RpcError::failed("the last step was not finite: its weights are not to be kept"));
+        }
+        let saved = world.resource_scope(|world, mut run: Mut<RunDir>| -> Result<PathBuf> {
+            if run.saved_step != Some(step) {
+                save_checkpoint(world, &mut run)?;
+            }
+            Ok(run.checkpoint.clone().unwrap_or_else(|| run.dir.join("latest")))
+        });
+        match saved {
+            Ok(path) => Ok(serde_json::json!({ "path": path, "step": step })),
+            Err(error) => {
+                if !world.resource::<Ranks>().layout.is_solo() {
+                    world.resource_mut::<Exit>().stop(ExitReason::Error(error.to_string()));
+                }
+                Err(RpcError::failed(error))
+            }
+        }
+    },
+};
+
+#[derive(serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NoParams {}
+
 fn last_checkpoint(world: &mut World) -> Result {
     let step = world.resource::<Training>().step;
     world.resource_scope(|world, mut run: Mut<RunDir>| {
@@ -331,7 +358,7 @@ fn last_checkpoint(world: &mut World) -> Result {
 
 fn exit_code(reason: &ExitReason) -> u8 {
     match reason {
-        ExitReason::Finished => 0,
+        ExitReason::Finished | ExitReason::Stopped => 0,
         ExitReason::Error(_) => 1,
         ExitReason::Infeasible(_) => 3,
         ExitReason::Diverged(_) => 4,

@@ -15,15 +15,17 @@ use crate::{
     data::cursor::Loader,
     expert::{ExpertKey, ExpertLoad},
     head::{LossScale, LossSums},
+    live::Live,
     lower::{Lowered, Lowering},
     microbatch::Inputs,
-    model::Model,
+    model::{Model, Parameters},
     optimizer::{self, OptimizerState, UpdateScalars},
     pipeline::stage::Stages,
     ranks::Ranks,
     routing::{self, ExpertCounts, RoutingState},
     scene::{self as sections, Scene},
     session::Session,
+    step_bytes::StepBytes,
     work::{Turn, Work, turn_of},
 };
 
@@ -128,7 +130,7 @@ impl Training {
 
 impl Plugin for TrainPlugin {
     fn build(&self, app: &mut App) {
-        app.init_resource::<LossScale>().init_resource::<UpdateScalars>().add_systems(
+        app.init_resource::<LossScale>().init_resource::<UpdateScalars>().init_resource::<Live>().add_systems(
             Step,
             (
                 admit.in_set(StepSystems::Admit).run_if(turn_of(Work::Train)),
@@ -147,9 +149,10 @@ fn admit(
     tensors: Res<Tensors>,
     (model, ranks): (Res<Model>, Res<Ranks>),
     (mut scale, mut scalars, mut routing): (ResMut<LossScale>, ResMut<UpdateScalars>, ResMut<RoutingState>),
+    live: Res<Live>,
 ) {
     training.begin_nanos = kernels::clock::now_nanos();
-    let (step, total) = (training.step, training.train.steps);
+    let step = training.step;
     let (num_microbatches, num_sequences) = (training.num_microbatches(), training.scene.batch.microbatch_sequences);
     let num_mtp_modules = model.config.num_nextn_predict_layers;
     let (mut num_targets, mut num_mtp) = (0, 0);
@@ -171,13 +174,11 @@ fn admit(
         mtp: mtp_weight / num_mtp_modules.max(1) as f64 / num_mtp.max(1) as f64,
     };
     *scalars = UpdateScalars {
-        lr: training.schedule.lr_at(step, total),
+        lr: live.lr_at(&training, step),
         update: step + 1,
         max_grad_norm: training.train.max_grad_norm.unwrap_or(f64::INFINITY),
     };
-    if let Some(section) = &training.scene.routing {
-        routing.bias_speed = section.bias_speed_at(step, total);
-    }
+    routing.bias_speed = live.bias_speed_at(&training, step);
     (routing.step, routing.num_microbatches) = (step, num_microbatches);
 }
 
@@ -193,6 +194,7 @@ fn plan(world: &mut World) -> Result {
     }
     let inputs = world.resource::<Training>().microbatches[..num_microbatches].to_vec();
     let lowered = lower_step(world, inputs, Options { checking, ..Options::default() })?;
+    world.insert_resource(StepBytes(lowered.bytes_by_task));
     world.resource_mut::<Plans>().insert(key, lowered.graph);
     Ok(())
 }
@@ -250,6 +252,8 @@ struct RankStep {
     losses: Vec<(u32, Vec<u64>)>,
     /// Layer, and how often each of its experts was chosen on all ranks.
     counts: Vec<(usize, Vec<u32>)>,
+    /// Layer, and the correction bias of each of its experts.
+    biases: Vec<(usize, Vec<f32>)>,
     /// Squared norm of the gradient, as bits.
     sum_squares: u64,
     step_secs: f64,
@@ -276,10 +280,19 @@ impl RankStep {
             layout.mesh.data_rank(layout.rank) == 0 && layout.first_position(layout.stage_of_layer(layer)) == position
         };
         let counts = world.resource::<ExpertCounts>().0.iter().filter(|(layer, _)| speaks_for(*layer));
+        let parameters = world.resource::<Parameters>();
+        let bias = |(layer, name): (usize, String)| Some((layer, parameters.find(&name)?.value));
+        let layers =
+            world.resource::<ExpertCounts>().0.iter().map(|(layer, _)| *layer).filter(|layer| speaks_for(*layer));
+        let biases = layers
+            .map(|layer| (layer, format!("model.layers.{layer}.mlp.gate.e_score_correction_bias")))
+            .filter_map(bias)
+            .map(|(layer, bias)| (layer, memory.read::<f32>(bias).to_vec()));
         let step_secs = (kernels::clock::now_nanos() - training.begin_nanos) as f64 * 1e-9;
         RankStep {
             losses: losses.collect(),
             counts: counts.map(|(layer, counts)| (*layer, memory.read::<u32>(*counts).to_vec())).collect(),
+            biases: biases.collect(),
             sum_squares: bits(world.resource::<OptimizerState>().sum_squares),
             step_secs,
             overhead_share: world.resource::<Telemetry>().times().overhead_secs / step_secs.max(1e-9),
@@ -308,6 +321,8 @@ fn record(world: &mut World) -> Result {
     let mtp: Vec<f64> = (1..=num_mtp).map(|k| sum(k) / num_targets.max(1) as f64).collect();
     let mut rows: Vec<_> = all.iter().flat_map(|rank| rank.counts.iter().cloned()).collect();
     rows.sort_unstable_by_key(|(layer, _)| *layer);
+    let mut biases: Vec<_> = all.iter().flat_map(|rank| rank.biases.iter().cloned()).collect();
+    biases.sort_unstable_by_key(|(layer, _)| *layer);
     let lr = world.resource::<UpdateScalars>().lr;
     let (step_secs, overhead_share) = (all[0].step_secs, all[0].overhead_share);
 
@@ -347,6 +362,11 @@ fn record(world: &mut World) -> Result {
     let mut telemetry = world.resource_mut::<Telemetry>();
     for (layer, counts) in &rows {
         telemetry.histogram(format!("load/layer {layer}"), counts.iter().map(|&c| f64::from(c)).collect());
+    }
+    for (layer, biases) in &biases {
+        // Seven decimals are more than an f32 near 1 has, and shorter in a log than those of the f64.
+        let rounded = |bias: &f32| (f64::from(*bias) * 1e7).round() / 1e7;
+        telemetry.histogram(format!("bias/layer {layer}"), biases.iter().map(rounded).collect());
     }
     tell(&mut telemetry, &report);
     let mut loads = world.query::<(&ExpertKey, &mut ExpertLoad)>();

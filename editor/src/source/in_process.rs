@@ -1,35 +1,49 @@
-//! A run in this process: its telemetry, and a way to stop it.
+//! A run in this process: what a client is to a run elsewhere, without the wire.
 
 use std::time::Duration;
 
 use crossbeam::channel::{self, Receiver, RecvTimeoutError, Sender};
-use engine::telemetry;
+use engine::{control::ControlHandle, telemetry};
 use serde_json::Value;
 
 use super::{Source, SourceEvent, Wake};
 
 /// Steps that wait for the window at most.
-pub const CAPACITY: usize = 64;
-
-/// What answers calls: gives the answer at once, or later through the sender.
-pub type Answer = Box<dyn FnMut(u64, &str, Value, &Sender<SourceEvent>) -> bool + Send>;
+const CAPACITY: usize = 64;
+/// Answers that wait for the window at most.
+const MAX_REPLIES: usize = 256;
 
 /// A run on threads of this process.
 pub struct InProcess {
     name: String,
+    handle: ControlHandle,
     events: Receiver<SourceEvent>,
-    sender: Sender<SourceEvent>,
-    answer: Answer,
+    replies: (Sender<SourceEvent>, Receiver<SourceEvent>),
+    wake: Wake,
     next_id: u64,
-    /// Stops the run when the window goes.
+    /// Stops the run when the window has no more use for it.
     on_drop: Option<Box<dyn FnOnce() + Send>>,
 }
 
 impl InProcess {
-    /// A source and the end that events are put into. `answer` is given each call, and says whether it takes it.
-    pub fn new(name: String, answer: Answer, on_drop: Box<dyn FnOnce() + Send>) -> (Self, Sender<SourceEvent>) {
-        let (sender, events) = channel::bounded(4 * CAPACITY);
-        (InProcess { name, events, sender: sender.clone(), answer, next_id: 0, on_drop: Some(on_drop) }, sender)
+    /// Listens to the run behind `handle`. The other end that is given is for its last words.
+    ///
+    /// # Errors
+    /// If the system gives no thread.
+    pub fn new(
+        name: String,
+        handle: ControlHandle,
+        wake: Wake,
+        on_drop: Box<dyn FnOnce() + Send>,
+    ) -> std::io::Result<(Self, Sender<SourceEvent>)> {
+        let (sender, events) = channel::bounded(CAPACITY);
+        let telemetry = handle.subscribe(CAPACITY);
+        let (forwarded, woken) = (sender.clone(), wake.clone());
+        std::thread::Builder::new().name("telemetry".into()).spawn(move || forward(&telemetry, &forwarded, &woken))?;
+        // Nobody fails to listen to this: the channel is new and empty.
+        let _ = sender.try_send(SourceEvent::Connected(name.clone()));
+        let replies = channel::bounded(MAX_REPLIES);
+        Ok((InProcess { name, handle, events, replies, wake, next_id: 0, on_drop: Some(on_drop) }, sender))
     }
 }
 
@@ -39,12 +53,18 @@ impl Source for InProcess {
     }
 
     fn poll(&mut self) -> Vec<SourceEvent> {
-        self.events.try_iter().collect()
+        self.events.try_iter().chain(self.replies.1.try_iter()).collect()
     }
 
     fn call(&mut self, method: &str, params: Value) -> Option<u64> {
         self.next_id += 1;
-        (self.answer)(self.next_id, method, params, &self.sender).then_some(self.next_id)
+        let (id, sender, wake) = (self.next_id, self.replies.0.clone(), self.wake.clone());
+        self.handle.call_with(method, params, move |result| {
+            // On the run's thread: a window that takes no answers gets none.
+            let _ = sender.try_send(SourceEvent::Reply { id, result: result.map_err(|error| error.to_string()) });
+            wake();
+        });
+        Some(id)
     }
 }
 
@@ -56,17 +76,16 @@ impl Drop for InProcess {
     }
 }
 
-/// Passes snapshots on until the run is over; for a thread of its own. A full channel makes it wait, and then the telemetry drops
-/// the oldest: the run is never slowed.
-pub fn forward(receiver: &telemetry::Receiver, sender: &Sender<SourceEvent>, wake: &Wake) {
-    let mut dropped = 0;
+/// Passes snapshots on until the run is over. A window that is slow makes this thread wait, and then the telemetry drops the oldest:
+/// the run is never slowed.
+fn forward(receiver: &telemetry::Receiver, sender: &Sender<SourceEvent>, wake: &Wake) {
+    let mut num_dropped = 0;
     loop {
         match receiver.recv_timeout(Duration::from_secs(1)) {
             Ok(snapshot) => {
-                let now_dropped = receiver.num_dropped();
-                if now_dropped != dropped {
-                    dropped = now_dropped;
-                    if sender.send(SourceEvent::Dropped(dropped)).is_err() {
+                if receiver.num_dropped() != num_dropped {
+                    num_dropped = receiver.num_dropped();
+                    if sender.send(SourceEvent::Dropped(num_dropped)).is_err() {
                         return;
                     }
                 }

@@ -103,7 +103,7 @@ impl Strip {
         let (limit, occupied) = (self.node_limit, self.num_comm_multiprocessors);
         let questions = [
             ("as measured".to_owned(), WhatIf { loads: loads.clone(), ..WhatIf::default() }),
-            ("experts balanced".to_owned(), WhatIf::default()),
+            ("experts balanced".to_owned(), WhatIf { is_balanced: true, ..WhatIf::default() }),
             (
                 format!("{limit} nodes a token"),
                 WhatIf { loads: loads.clone(), node_limit: Some(limit), ..WhatIf::default() },

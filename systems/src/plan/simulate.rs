@@ -77,6 +77,8 @@ pub struct RankBytes {
 pub struct Simulated {
     /// Memory of each pipeline position.
     pub bytes: Vec<RankBytes>,
+    /// What lives for a part of the step only, for each position and each of its tasks; empty unless spans were asked for.
+    pub bytes_by_task: Vec<Vec<ActivationBytes>>,
     /// From the first task to the last.
     pub step_secs: f64,
     /// Busy and idle time of each pipeline position.
@@ -94,6 +96,7 @@ struct Position {
     graph: Graph,
     overlapped: Vec<bool>,
     bytes: RankBytes,
+    bytes_by_task: Vec<ActivationBytes>,
 }
 
 /// Runs a step of `num_microbatches` microbatches a rank.
@@ -138,7 +141,9 @@ pub fn simulate(
             spans.push(of_rank);
         }
     }
+    let bytes_by_task = |position: &Position| position.bytes_by_task.clone();
     Ok(Simulated {
+        bytes_by_task: if with_spans { positions.iter().map(bytes_by_task).collect() } else { Vec::new() },
         bytes: positions.iter().map(|position| position.bytes).collect(),
         step_secs: end as f64 * 1e-9,
         accounting: accounting.unwrap_or_default(),
@@ -192,7 +197,11 @@ fn lower(
     let communication = (communication as f64 * work.load) as u64;
     let total = weights + gradients + optimizer_bytes + activations + communication;
     let bytes = RankBytes { rank, weights, gradients, optimizer: optimizer_bytes, activations, communication, total };
-    Ok(Position { graph: lowered.graph, overlapped: lowered.overlapped, bytes })
+    let mut bytes_by_task = lowered.bytes_by_task;
+    for bytes in &mut bytes_by_task {
+        bytes.communication = (bytes.communication as f64 * work.load) as u64;
+    }
+    Ok(Position { graph: lowered.graph, overlapped: lowered.overlapped, bytes, bytes_by_task })
 }
 
 /// Products that stay in the high-precision format beside 8-bit ones: head and router (DeepSeek-V3 report, section 3.3.1).

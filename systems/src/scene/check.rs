@@ -250,6 +250,14 @@ impl Checks<'_> {
                 format!("must be above 0 and at most 1, but is {}", sample.top_p)
             });
         }
+        if let Some(remote) = &scene.remote {
+            if let Err(message) = remote.address() {
+                self.problems.push(Problem::new("remote.bind", message));
+            }
+            self.expect(cfg!(feature = "remote"), "remote", || {
+                "cannot be had: this program was built without the feature `remote`".to_owned()
+            });
+        }
         if let Some(telemetry) = &scene.telemetry {
             self.count("telemetry.log_every_steps", telemetry.log_every_steps);
             if let Some(trace) = &telemetry.trace_steps {

@@ -9,7 +9,9 @@ mod check;
 mod de;
 mod diagnostic;
 mod fault;
+pub mod form;
 pub mod hardware;
+mod remote;
 mod schedule;
 mod sections;
 mod source;
@@ -24,6 +26,7 @@ use sha2::{Digest, Sha256};
 
 pub use check::prefix;
 pub use diagnostic::{Place, SceneError, SceneErrors};
+pub use remote::Remote;
 pub use schedule::{Constant, Cosine, Schedule, WarmupStableDecay};
 pub use sections::{
     AdamW, Batch, Checkpoint, Compute, Data, Eval, ExpertParallel, Mtp, Muon, Optimizer, Pipeline, PipelineSchedule,
@@ -105,6 +108,9 @@ pub struct Scene {
     /// What the run writes about itself.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub telemetry: Option<Telemetry>,
+    /// Watching and steering the run from elsewhere.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub remote: Option<Remote>,
 }
 
 fn default_seed() -> u64 {
@@ -128,6 +134,17 @@ impl Scene {
     pub fn load(path: &Path, overrides: &[String]) -> Result<Loaded, SceneErrors> {
         let mut sources = Sources::default();
         let read = source::read_file(path, overrides, &mut sources);
+        let stem = path.file_stem().unwrap_or_default();
+        Loaded::new(read, sources, &stem.to_string_lossy())
+    }
+
+    /// The same for `text` as if it were the file at `path`: for an editor, which has not saved it yet.
+    ///
+    /// # Errors
+    /// As [`Scene::load`].
+    pub fn load_text(path: &Path, text: &str, overrides: &[String]) -> Result<Loaded, SceneErrors> {
+        let mut sources = Sources::default();
+        let read = source::read_text_of(path, text, overrides, &mut sources);
         let stem = path.file_stem().unwrap_or_default();
         Loaded::new(read, sources, &stem.to_string_lossy())
     }

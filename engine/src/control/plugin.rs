@@ -1,0 +1,251 @@
+//! How requests reach a world: in `Update`, between two steps, on every rank.
+//!
+//! The first rank is asked. What concerns all ranks it hands to the others before it does its own part, and before each step it
+//! tells them to go on; so a rank that waits is a rank whose first is paused, and a change is in force from the same step on
+//! everywhere. A signal that any rank has seen stops all of them before the same step.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use bevy_app::prelude::*;
+use bevy_ecs::prelude::*;
+use kernels::comm::Comm;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::{
+    Inbox, Reply, Request, RpcError,
+    methods::{self, Access, METHODS, Methods, RUN_STEP},
+    values::LiveValues,
+};
+use crate::{
+    app::{Exit, ExitReason},
+    step::StepIndex,
+    telemetry::Telemetry,
+};
+
+/// How often a paused run looks whether it was told to stop.
+const PAUSE_TICK: Duration = Duration::from_millis(20);
+/// Requests that are answered between two steps of a run that is not paused; more wait for the next time.
+const MAX_BETWEEN_STEPS: usize = 64;
+
+/// When requests are handled: before the step, so that what they change is in force in it.
+#[derive(SystemSet, Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ControlSystems;
+
+/// Lets a run be asked, paused and stopped.
+pub struct ControlPlugin {
+    /// What the run is called.
+    pub name: String,
+    /// The way to the other ranks.
+    pub comm: Comm,
+    /// Where requests come in, on the first rank.
+    pub inbox: Option<Inbox>,
+    /// Number of the signal that asked to stop; 0 for none.
+    pub signal: Arc<AtomicUsize>,
+}
+
+impl Plugin for ControlPlugin {
+    fn build(&self, app: &mut App) {
+        let world = app.world_mut();
+        world.get_resource_or_init::<LiveValues>();
+        world.get_resource_or_init::<Methods>().0.extend(METHODS);
+        if let Some(inbox) = &self.inbox {
+            let rank = self.comm.rank() as usize;
+            world.get_resource_or_init::<Telemetry>().attach(inbox.feed().clone(), rank);
+        }
+        app.insert_resource(Control {
+            name: self.name.clone(),
+            comm: self.comm.clone(),
+            inbox: self.inbox.clone().filter(|_| self.comm.rank() == 0),
+            signal: self.signal.clone(),
+            paused: false,
+            steps: 0,
+            goes_on: true,
+            stepping: Vec::new(),
+        })
+        .add_systems(Update, handle.in_set(ControlSystems));
+    }
+}
+
+/// How a run is controlled.
+#[derive(Resource)]
+pub struct Control {
+    name: String,
+    comm: Comm,
+    inbox: Option<Inbox>,
+    signal: Arc<AtomicUsize>,
+    paused: bool,
+    /// Steps to be done although the run is paused.
+    steps: usize,
+    goes_on: bool,
+    /// Who waits for the end of a step.
+    stepping: Vec<Reply>,
+}
+
+impl Control {
+    /// Whether the step that follows is to be done.
+    pub fn goes_on(&self) -> bool {
+        self.goes_on
+    }
+
+    pub(super) fn pause(&mut self) {
+        self.paused = true;
+    }
+
+    pub(super) fn resume(&mut self) {
+        self.paused = false;
+    }
+
+    fn holds(&self) -> bool {
+        self.paused && self.steps == 0
+    }
+
+    pub(super) fn status(&self, world: &World) -> Map<String, Value> {
+        let (num_listeners, num_dropped) = self.inbox.as_ref().map_or((0, 0), |inbox| inbox.feed().listeners());
+        let state = if self.paused { "paused" } else { "running" };
+        let step = world.get_resource::<StepIndex>().map_or(0, |index| index.0);
+        methods::object([
+            ("name", self.name.as_str().into()),
+            ("step", step.into()),
+            ("state", state.into()),
+            ("num_ranks", self.comm.num_ranks().into()),
+            ("num_listeners", num_listeners.into()),
+            ("num_dropped", num_dropped.into()),
+        ])
+    }
+}
+
+/// What the first rank tells the others between two steps.
+#[derive(Serialize, Deserialize)]
+enum Order {
+    /// The next step begins.
+    Go,
+    /// Every rank does this.
+    Call { method: String, params: Value },
+}
+
+/// What a rank brings to the exchange.
+#[derive(Serialize, Deserialize)]
+struct Told {
+    order: Option<Order>,
+    signal: usize,
+}
+
+fn handle(world: &mut World) -> Result {
+    let control = world.resource::<Control>();
+    if control.comm.rank() == 0 { lead(world) } else { follow(world) }
+}
+
+fn lead(world: &mut World) -> Result {
+    if world.resource::<Control>().steps == 0 && !world.resource::<Control>().stepping.is_empty() {
+        let status = methods::status(world);
+        for reply in std::mem::take(&mut world.resource_mut::<Control>().stepping) {
+            reply.send(Ok(status.clone()));
+        }
+    }
+    let mut num_answered = 0;
+    loop {
+        let control = world.resource::<Control>();
+        let holds = control.holds();
+        if control.signal.load(Ordering::Relaxed) != 0 {
+            break;
+        }
+        let request = match &control.inbox {
+            None => None,
+            Some(inbox) if holds => inbox.recv_timeout(PAUSE_TICK),
+            Some(_) if num_answered >= MAX_BETWEEN_STEPS => None,
+            Some(inbox) => inbox.try_recv(),
+        };
+        match request {
+            Some(request) => answer(world, request)?,
+            None if holds => {
+                world.resource_mut::<Control>().goes_on = false;
+                return Ok(());
+            }
+            None => break,
+        }
+        num_answered += 1;
+        if world.resource::<Exit>().reason().is_some() {
+            return Ok(());
+        }
+    }
+    exchange(world, Some(Order::Go))?;
+    let mut control = world.resource_mut::<Control>();
+    control.goes_on = true;
+    control.steps = control.steps.saturating_sub(1);
+    Ok(())
+}
+
+fn answer(world: &mut World, Request { method, params, may_change, reply }: Request) -> Result {
+    let method = match methods::find(world, &method) {
+        Ok(method) => method,
+        Err(error) => {
+            reply.send(Err(error));
+            return Ok(());
+        }
+    };
+    if method.access != Access::Reads && !may_change {
+        let message = format!("`{}` changes the run, which needs its token", method.name);
+        reply.send(Err(RpcError::new(RpcError::NO_TOKEN, message)));
+        return Ok(());
+    }
+    if method.name == RUN_STEP {
+        let mut control = world.resource_mut::<Control>();
+        (control.paused, control.steps) = (true, control.steps + 1);
+        control.stepping.push(reply);
+        return Ok(());
+    }
+    if method.access == Access::ChangesAllRanks {
+        let order = Order::Call { method: method.name.to_owned(), params: params.clone() };
+        exchange(world, Some(order))?;
+        if world.resource::<Exit>().reason().is_some() {
+            reply.send(Err(RpcError::over()));
+            return Ok(());
+        }
+    }
+    reply.send((method.run)(world, &params));
+    Ok(())
+}
+
+fn follow(world: &mut World) -> Result {
+    loop {
+        let order = exchange(world, None)?;
+        if world.resource::<Exit>().reason().is_some() {
+            return Ok(());
+        }
+        match order {
+            Some(Order::Call { method, params }) => {
+                // The first rank does the same, and answers.
+                if let Ok(method) = methods::find(world, &method) {
+                    let _ = (method.run)(world, &params);
+                }
+                if world.resource::<Exit>().reason().is_some() {
+                    return Ok(());
+                }
+            }
+            Some(Order::Go) | None => return Ok(()),
+        }
+    }
+}
+
+/// Brings `order` to all ranks, or fetches it. A signal that any of them has seen stops all instead.
+fn exchange(world: &mut World, order: Option<Order>) -> Result<Option<Order>> {
+    let control = world.resource::<Control>();
+    let told = Told { order, signal: control.signal.load(Ordering::Relaxed) };
+    let all = if control.comm.num_ranks() == 1 {
+        vec![told]
+    } else {
+        let bytes = control.comm.all_gather_bytes(serde_json::to_vec(&told)?)?;
+        bytes.iter().map(|bytes| serde_json::from_slice(bytes)).collect::<Result<_, _>>()?
+    };
+    if let Some(signal) = all.iter().map(|told| told.signal).find(|&signal| signal != 0) {
+        world.resource_mut::<Exit>().stop(ExitReason::Signal(signal as i32));
+    }
+    Ok(all.into_iter().next().and_then(|first| first.order))
+}

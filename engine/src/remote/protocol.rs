@@ -1,0 +1,283 @@
+//! What goes over the wire.
+//!
+//! Requests and answers are JSON-RPC 2.0 as text. Snapshots are binary frames: a byte that says which version of this format
+//! follows, then the frame in postcard. Texts are in one table and named by their place in it, and times count from the begin of
+//! the step, so that a span of a step that repeats takes about 25 bytes.
+//!
+//! A frame comes from elsewhere: nothing in it is believed before it is checked.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use kernels::cost::Cost;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::{
+    control::{RpcError, RpcResult},
+    task::{Pass, Role, TaskKind},
+    telemetry::{Snapshot, Span},
+};
+
+/// Version of the frames; the first byte of each.
+pub const VERSION: u8 = 1;
+
+/// Longest message that either side takes, in bytes; frames may be longer.
+pub const MAX_MESSAGE_BYTES: usize = 1 << 20;
+
+/// Longest frame that a client takes, in bytes: a step of some million tasks.
+pub const MAX_FRAME_BYTES: usize = 64 << 20;
+
+/// Kinds of tasks that a process keeps names for; a peer that sends more is not one of ours.
+const MAX_KINDS: usize = 4096;
+
+/// A frame is not what it should be.
+#[derive(Debug, thiserror::Error)]
+pub enum FrameError {
+    /// It is of another version.
+    #[error("expected frames of version {VERSION}, found version {0}; use the same version of Hadal on both sides")]
+    Version(u8),
+    /// It cannot be read.
+    #[error("the frame is damaged: {0}")]
+    Damaged(String),
+}
+
+/// A snapshot on its way, with how many were dropped before it.
+#[derive(Clone, Debug)]
+pub struct Frame {
+    /// Snapshots that this listener missed so far because it was slow.
+    pub num_dropped: u64,
+    /// The snapshot.
+    pub snapshot: Arc<Snapshot>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct WireSnapshot {
+    step: u64,
+    begin_nanos: u64,
+    step_nanos: u64,
+    texts: Vec<String>,
+    spans: Vec<WireSpan>,
+    scalars: Vec<(u32, f64)>,
+    histograms: Vec<(u32, Vec<f64>)>,
+}
+
+/// A span; texts are places in the table, times count from the begin of the step.
+#[derive(Serialize, Deserialize)]
+struct WireSpan {
+    label: u32,
+    kind: u32,
+    stream: u32,
+    /// Role in the low two bits, pass above it.
+    role_and_pass: u8,
+    rank: u32,
+    stage: u32,
+    layer: Option<u32>,
+    microbatch: Option<u32>,
+    start_nanos: i64,
+    nanos: u64,
+    waited_for: Option<u32>,
+    wait_nanos: u64,
+    load: Option<(u64, u64)>,
+    /// As `Cost::fields` has them.
+    cost: [u64; 10],
+}
+
+const PASSES: [Option<Pass>; 4] = [None, Some(Pass::Forward), Some(Pass::InputGrad), Some(Pass::WeightGrad)];
+const ROLES: [Role; 4] = [Role::Compute, Role::Send, Role::Receive, Role::Collective];
+
+/// Texts by place, each once.
+#[derive(Default)]
+struct Table<'a> {
+    texts: Vec<String>,
+    places: BTreeMap<&'a str, u32>,
+}
+
+impl<'a> Table<'a> {
+    fn place(&mut self, text: &'a str) -> u32 {
+        *self.places.entry(text).or_insert_with(|| {
+            self.texts.push(text.to_owned());
+            self.texts.len() as u32 - 1
+        })
+    }
+}
+
+/// The part of a frame that is the same for all listeners; [`frame`] completes it.
+///
+/// # Errors
+/// None that a snapshot can cause; the encoder's.
+pub fn encode(snapshot: &Snapshot) -> Result<Vec<u8>, FrameError> {
+    let mut table = Table::default();
+    let (begin_nanos, end_nanos) = snapshot.interval_nanos;
+    let span = |kind: u32, label: u32, stream: u32, span: &Span| {
+        let pass = PASSES.iter().position(|pass| *pass == span.pass).unwrap_or(0) as u8;
+        let role = ROLES.iter().position(|role| *role == span.role).unwrap_or(0) as u8;
+        WireSpan {
+            label,
+            kind,
+            stream,
+            role_and_pass: role | pass << 2,
+            rank: span.rank,
+            stage: span.stage,
+            layer: span.layer,
+            microbatch: span.microbatch,
+            start_nanos: span.start_nanos.wrapping_sub(begin_nanos) as i64,
+            nanos: span.nanos(),
+            waited_for: span.waited_for,
+            wait_nanos: span.wait_nanos,
+            load: span.load,
+            cost: span.cost.fields().map(|(_, value)| value),
+        }
+    };
+    let mut spans = Vec::with_capacity(snapshot.spans.len());
+    for of_task in &*snapshot.spans {
+        let (kind, label) = (table.place(of_task.kind.0), table.place(&of_task.label));
+        let stream = table.place(&of_task.stream);
+        spans.push(span(kind, label, stream, of_task));
+    }
+    let scalars = snapshot.scalars.iter().map(|(name, value)| (table.place(name), *value)).collect();
+    let histograms = snapshot.histograms.iter().map(|(name, values)| (table.place(name), values.clone())).collect();
+    let wire = WireSnapshot {
+        step: snapshot.step,
+        begin_nanos,
+        step_nanos: end_nanos.saturating_sub(begin_nanos),
+        spans,
+        scalars,
+        histograms,
+        texts: table.texts,
+    };
+    postcard::to_allocvec(&wire).map_err(damaged)
+}
+
+/// A whole frame: the version, how many snapshots this listener missed so far, and the part from [`encode`].
+pub fn frame(num_dropped: u64, encoded: &[u8]) -> Vec<u8> {
+    let mut frame = Vec::with_capacity(HEADER_BYTES + encoded.len());
+    frame.push(VERSION);
+    frame.extend(num_dropped.to_le_bytes());
+    frame.extend(encoded);
+    frame
+}
+
+/// Version and number of missed snapshots.
+const HEADER_BYTES: usize = 9;
+
+/// Reads a frame.
+///
+/// # Errors
+/// If it is of another version or damaged.
+pub fn decode(frame: &[u8]) -> Result<Frame, FrameError> {
+    match frame.first() {
+        None => return Err(FrameError::Damaged("it is empty".into())),
+        Some(&VERSION) => {}
+        Some(&other) => return Err(FrameError::Version(other)),
+    }
+    let Some((header, encoded)) = frame.split_at_checked(HEADER_BYTES) else {
+        return Err(FrameError::Damaged(format!("it has {} bytes", frame.len())));
+    };
+    let num_dropped = u64::from_le_bytes(header[1..].try_into().unwrap_or_default());
+    let wire: WireSnapshot = postcard::from_bytes(encoded).map_err(damaged)?;
+    Ok(Frame { num_dropped, snapshot: Arc::new(snapshot(wire)?) })
+}
+
+fn snapshot(wire: WireSnapshot) -> Result<Snapshot, FrameError> {
+    let texts: Vec<Arc<str>> = wire.texts.iter().map(|text| text.as_str().into()).collect();
+    let text = |place: u32| {
+        let text = texts.get(place as usize);
+        text.ok_or_else(|| FrameError::Damaged(format!("text {place} of {}", texts.len())))
+    };
+    let num_spans = wire.spans.len();
+    let span = |span: &WireSpan| {
+        if let Some(task) = span.waited_for.filter(|&task| task as usize >= num_spans) {
+            return Err(FrameError::Damaged(format!("a task waited for task {task} of {num_spans}")));
+        }
+        let start_nanos = wire.begin_nanos.saturating_add_signed(span.start_nanos);
+        let end_nanos = start_nanos.saturating_add(span.nanos);
+        let mut cost = Cost::default();
+        for ((name, _), value) in Cost::default().fields().into_iter().zip(span.cost) {
+            if let Some(field) = cost.field_mut(name) {
+                *field = value;
+            }
+        }
+        Ok(Span {
+            label: text(span.label)?.clone(),
+            kind: kind(text(span.kind)?)?,
+            pass: PASSES[usize::from(span.role_and_pass >> 2 & 3)],
+            stage: span.stage,
+            layer: span.layer,
+            microbatch: span.microbatch,
+            cost,
+            rank: span.rank,
+            stream: text(span.stream)?.clone(),
+            start_nanos,
+            end_nanos,
+            waited_for: span.waited_for,
+            role: ROLES[usize::from(span.role_and_pass & 3)],
+            wait_nanos: span.wait_nanos.min(end_nanos - start_nanos),
+            load: span.load,
+        })
+    };
+    let spans = wire.spans.iter().map(span).collect::<Result<Vec<_>, FrameError>>()?;
+    let name = |place: u32| text(place).map(|text| text.to_string());
+    Ok(Snapshot {
+        step: wire.step,
+        interval_nanos: (wire.begin_nanos, wire.begin_nanos.saturating_add(wire.step_nanos)),
+        spans: spans.into(),
+        scalars: wire.scalars.iter().map(|&(at, value)| Ok((name(at)?, value))).collect::<Result<_, FrameError>>()?,
+        histograms: wire
+            .histograms
+            .into_iter()
+            .map(|(at, values)| Ok((name(at)?, values)))
+            .collect::<Result<_, FrameError>>()?,
+    })
+}
+
+/// The kind called `name`. Names of kinds live as long as the process, so there is a limit to how many come from elsewhere.
+pub fn kind(name: &str) -> Result<TaskKind, FrameError> {
+    static KINDS: Mutex<BTreeMap<&'static str, TaskKind>> = Mutex::new(BTreeMap::new());
+    let mut kinds = KINDS.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(kind) = kinds.get(name) {
+        return Ok(*kind);
+    }
+    if kinds.len() >= MAX_KINDS || name.len() > 256 {
+        return Err(FrameError::Damaged(format!("more than {MAX_KINDS} kinds of tasks, or one with a name of a page")));
+    }
+    let name: &'static str = Box::leak(name.to_owned().into_boxed_str());
+    kinds.insert(name, TaskKind(name));
+    Ok(TaskKind(name))
+}
+
+fn damaged(error: postcard::Error) -> FrameError {
+    FrameError::Damaged(error.to_string())
+}
+
+/// A request as text.
+pub fn request(id: u64, method: &str, params: &Value) -> String {
+    json!({ "jsonrpc": "2.0", "id": id, "method": method, "params": params }).to_string()
+}
+
+/// An answer as JSON.
+pub fn response(id: &Value, result: RpcResult) -> Value {
+    match result {
+        Ok(result) => json!({ "jsonrpc": "2.0", "id": id, "result": result }),
+        Err(error) => json!({ "jsonrpc": "2.0", "id": id, "error": error }),
+    }
+}
+
+/// Reads an answer: which request it is to, and what it came to. `None` if it is none.
+pub fn read_response(text: &str) -> Option<(u64, RpcResult)> {
+    #[derive(Deserialize)]
+    struct Response {
+        id: u64,
+        #[serde(default)]
+        result: Value,
+        error: Option<RpcError>,
+    }
+    let Response { id, result, error } = serde_json::from_str(text).ok()?;
+    Some((id, error.map_or(Ok(result), Err)))
+}
+
+#[cfg(test)]
+#[path = "protocol_tests.rs"]
+mod tests;

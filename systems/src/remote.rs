@@ -1,0 +1,52 @@
+//! The server of a run, if its scene wants one.
+
+use std::{path::Path, sync::Arc};
+
+use engine::control::ControlHandle;
+
+use crate::{api::Progress, scene::Scene, session::SessionError};
+
+/// A server that ends when it is dropped.
+#[cfg(feature = "remote")]
+pub(crate) type Guard = Option<engine::remote::Server>;
+/// There is none.
+#[cfg(not(feature = "remote"))]
+pub(crate) type Guard = ();
+
+/// Starts it, and says where it is.
+///
+/// # Errors
+/// If the scene's address cannot be listened on, or the run's folder not be written to.
+#[cfg(feature = "remote")]
+pub(crate) fn start(
+    scene: &Scene,
+    dir: &Path,
+    handle: &ControlHandle,
+    progress: &Arc<dyn Progress>,
+) -> Result<Guard, SessionError> {
+    let Some(remote) = &scene.remote else { return Ok(None) };
+    let bind = remote.address().map_err(|message| SessionError::input(format!("`remote.bind` {message}")))?;
+    let options = engine::remote::ServerOptions { bind, dir: dir.to_owned(), handle: handle.clone() };
+    let server = engine::remote::Server::start(options).map_err(SessionError::runtime)?;
+    let token = dir.join("remote.token");
+    progress.note(&format!("listening at {}; the token for changes is in {}", server.url(), token.display()));
+    if !server.address().ip().is_loopback() {
+        progress
+            .note("other machines reach this address, and what goes over it is plain text: a tunnel would be safer");
+    }
+    Ok(Some(server))
+}
+
+/// A scene with a server is no valid scene of this program.
+///
+/// # Errors
+/// If the scene wants one.
+#[cfg(not(feature = "remote"))]
+pub(crate) fn start(scene: &Scene, _: &Path, _: &ControlHandle, _: &Arc<dyn Progress>) -> Result<Guard, SessionError> {
+    match &scene.remote {
+        None => Ok(()),
+        Some(_) => {
+            Err(SessionError::input("`remote` cannot be had: this program was built without the feature `remote`"))
+        }
+    }
+}
