@@ -15,7 +15,8 @@ pub fn secs(secs: f64) -> String {
         _ if size < 1.0 => (1e3, "ms"),
         _ if size < 120.0 => (1.0, "s"),
         _ if size < 7200.0 => (1.0 / 60.0, "min"),
-        _ => (1.0 / 3600.0, "h"),
+        _ if size < 172_800.0 => (1.0 / 3600.0, "h"),
+        _ => (1.0 / 86_400.0, "days"),
     };
     format!("{} {unit}", three(secs * scale))
 }

@@ -11,7 +11,12 @@ const BYTES: &str = "bytes/rank ";
 
 /// The view.
 #[derive(Default)]
-pub struct MemoryView;
+pub struct MemoryView {
+    /// What the run said of its memory: a plan fixes it, so it is asked for once.
+    told: Option<RankMemory>,
+    asked: Option<u64>,
+    was_live: bool,
+}
 
 /// A class of bytes on a rank.
 #[derive(Clone, Debug, PartialEq)]
@@ -89,11 +94,16 @@ impl View for MemoryView {
             .and_then(|document| document.planned.as_ref())
             .map(|planned| planned.snapshot.clone());
         let blocks = [("measured", measured), ("predicted", planned.filter(|snapshot| tells(snapshot)))];
-        if blocks.iter().all(|(_, snapshot)| snapshot.is_none()) {
+        self.ask(desk);
+        if self.told.is_none() && blocks.iter().all(|(_, snapshot)| snapshot.is_none()) {
             ui.label("no step or plan tells its bytes yet");
             return;
         }
         ScrollArea::vertical().auto_shrink(false).show(ui, |ui| {
+            if let Some(told) = &self.told {
+                chart(ui, "this run", told, None);
+                ui.separator();
+            }
             for (title, snapshot) in blocks {
                 let Some(snapshot) = snapshot else { continue };
                 let limit = snapshot.scalar("device_memory_bytes");
@@ -117,6 +127,40 @@ impl View for MemoryView {
             }
         });
     }
+}
+
+impl MemoryView {
+    /// Asks a run for its memory, when there is one and it has planned a step.
+    fn ask(&mut self, desk: &mut Desk) {
+        let is_live = desk.is_live() && desk.now().is_some_and(|now| !now.spans.is_empty());
+        if is_live && !self.was_live {
+            self.asked = desk.ask("step.bytes");
+        }
+        self.was_live = is_live;
+        if desk.main().is_none() {
+            self.told = None;
+        }
+        if let Some(reply) = self.asked.and_then(|id| desk.take_reply(id)) {
+            self.asked = None;
+            // A run without such a method is no fault: then the snapshots or the plan tell.
+            self.told = reply.ok().and_then(|bytes| told(&bytes));
+        }
+    }
+}
+
+/// Reads the reply to `step.bytes`.
+fn told(reply: &serde_json::Value) -> Option<RankMemory> {
+    let rank = reply.get("rank")?.as_u64()? as u32;
+    let class = |name: &str| {
+        let bytes = match reply.get(name)? {
+            serde_json::Value::Array(list) => list.iter().filter_map(serde_json::Value::as_f64).collect(),
+            value => vec![value.as_f64()?],
+        };
+        let is_used = bytes.iter().any(|bytes: &f64| *bytes > 0.0);
+        is_used.then(|| Class { name: name.to_owned(), bytes })
+    };
+    let names = ["weights", "gradients", "optimizer", "activations", "communication"];
+    Some(RankMemory { rank, classes: names.into_iter().filter_map(class).collect() })
 }
 
 fn chart(ui: &mut Ui, title: &str, rank: &RankMemory, limit: Option<f64>) {

@@ -61,9 +61,9 @@ impl View for Routing {
             if let Some(layer) = layers.iter().find(|layer| layer.layer == selected.layer) {
                 self.history(ui, desk, layer, selected);
             }
-            traffic(ui, desk);
             ui.separator();
             self.strip.ui(ui, desk, snapshot.step, &layers);
+            traffic(ui, desk);
         });
     }
 }
@@ -116,7 +116,7 @@ impl Routing {
         };
         let version = (Arc::as_ptr(snapshot) as u64) << 1 | u64::from(shows_bias);
         let cells = Cells { width, height: layers.len(), value: &value, version };
-        let row = (168.0 / layers.len() as f32).clamp(3.0, 22.0);
+        let row = (150.0 / layers.len() as f32).clamp(3.0, 22.0);
         let height = row * layers.len() as f32;
         ui.horizontal(|ui| {
             ui.spacing_mut().item_spacing.x = 0.0;
@@ -205,7 +205,7 @@ impl Routing {
             ui.add_space(GUTTER);
             let drawn = self
                 .over_time
-                .ui(ui, &cells, 84.0, || format!("loads of layer {} over {} steps", layer.layer, columns.len()));
+                .ui(ui, &cells, 72.0, || format!("loads of layer {} over {} steps", layer.layer, columns.len()));
             let palette = Palette::of(ui.ctx());
             let row = drawn.cell(0, selected.expert).union(drawn.cell(columns.len() - 1, selected.expert));
             ui.painter().rect_stroke(row.expand(1.0), 0.0, Stroke::new(1.0, palette.cursor()), StrokeKind::Outside);
@@ -239,11 +239,12 @@ impl Routing {
             if bias.is_empty() { String::new() } else { format!("; bias, 1 is {largest:.3}") }
         ));
         Plot::new("expert over time")
-            .height(92.0)
+            .height(84.0)
             .allow_scroll(false)
             .allow_drag(false)
             .allow_zoom(false)
             .include_y(0.0)
+            .grid_color(palette.rule())
             .y_axis_min_width(GUTTER - 6.0)
             .show(ui, |plot| {
                 plot.line(Line::new("load", PlotPoints::from(load)).color(palette.curve(0)));

@@ -83,7 +83,7 @@ impl View for Timeline {
         let num_blocks = shown.iter().filter(|shown| !shown.is_empty()).count();
         let num_lanes: usize = shown.iter().map(Vec::len).sum();
         // A head, a ruler and a space for each block; the rest is shared by the lanes.
-        let free = ui.available_height() - num_blocks as f32 * (draw::RULER + 44.0);
+        let free = ui.available_height() - num_blocks as f32 * (draw::RULER + 52.0);
         let lane_height = (free / num_lanes.max(1) as f32).clamp(13.0, 30.0);
         let palette = Palette::of(ui.ctx());
         ScrollArea::vertical().auto_shrink(false).show(ui, |ui| {
@@ -198,7 +198,7 @@ fn blocks(desk: &Desk) -> [Option<Block>; 3] {
 
 /// A line over the block: what it is, and where its idle time went.
 fn head(ui: &mut Ui, block: &Block, lanes: &Lanes, palette: Palette) {
-    ui.horizontal(|ui| {
+    ui.horizontal_wrapped(|ui| {
         let name = block.name.rsplit('/').next().unwrap_or_default();
         let mut text = format!("{} {name}: ", block.title);
         if block.title != "predicted" {
