@@ -15,8 +15,10 @@ const MODEL_WORDS: [&str; 8] = ["attention", "attentions", "expert", "experts", 
 fn rust_files() -> Vec<(PathBuf, String)> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut files = Vec::new();
-    let mut folders: Vec<PathBuf> =
-        ["src", "tests", "benches", "kernels", "engine", "systems"].iter().map(|name| root.join(name)).collect();
+    let mut folders: Vec<PathBuf> = ["src", "tests", "benches", "kernels", "engine", "systems", "editor"]
+        .iter()
+        .map(|name| root.join(name))
+        .collect();
     while let Some(folder) = folders.pop() {
         for entry in fs::read_dir(&folder).expect("a folder of the workspace") {
             let path = entry.expect("its entry").path();

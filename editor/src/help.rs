@@ -48,7 +48,10 @@ pub fn ui(ctx: &Context, is_open: &mut bool, palette: Palette) {
                 }
             });
             ui.separator();
-            ui.label("Scroll over the timeline to move, with Ctrl to zoom at the pointer; drag to move. Click a heat map's cell to select an expert.");
+            ui.label(
+                "Over the timeline: the wheel with Ctrl zooms at the pointer, with Shift it moves, and so does dragging; a click \
+                 keeps a task outlined. Over a heat map: a click selects an expert.",
+            );
             ui.separator();
             ui.horizontal_wrapped(|ui| {
                 for (pass, name) in [
@@ -57,15 +60,19 @@ pub fn ui(ctx: &Context, is_open: &mut bool, palette: Palette) {
                     (Some(Pass::WeightGrad), "weight gradient"),
                     (None, "other tasks"),
                 ] {
-                    swatch(ui, palette.pass(pass));
-                    ui.label(name);
+                    ui.horizontal(|ui| {
+                        swatch(ui, palette.pass(pass));
+                        ui.label(name);
+                    });
                 }
             });
             ui.horizontal_wrapped(|ui| {
                 ui.label("idle, hatched:");
                 for cause in BubbleCause::ALL {
-                    swatch(ui, palette.bubble(cause));
-                    ui.label(cause.name().replace('_', " "));
+                    ui.horizontal(|ui| {
+                        swatch(ui, palette.bubble(cause));
+                        ui.label(cause.name().replace('_', " "));
+                    });
                 }
             });
         });

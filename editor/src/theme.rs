@@ -2,7 +2,8 @@
 //! apart; loads take a map that grows evenly in lightness (viridis, in dark and light alike). Idle time is hatched, so that it is
 //! told from work by its texture, too.
 
-use egui::{Color32, Context, Theme, Visuals};
+pub use egui::Color32;
+use egui::{Context, Theme, Visuals};
 use engine::{bubbles::BubbleCause, task::Pass, telemetry::Span};
 
 use crate::overlap::is_communication;

@@ -153,7 +153,7 @@ fn one(ui: &mut Ui, plot: &OnePlot, height: f32, cursor: Option<u64>, palette: P
         .allow_drag([true, false])
         .y_axis_min_width(30.0)
         .grid_color(palette.rule())
-        .grid_spacing(28.0..=240.0)
+        .grid_spacing(16.0..=240.0)
         .set_margin_fraction(vec2(0.01, 0.08))
         .label_formatter(move |hover| match hover {
             egui_plot::HoverPosition::NearDataPoint { plot_name, position, .. } => {

@@ -170,8 +170,10 @@ fn chart(ui: &mut Ui, title: &str, rank: &RankMemory, limit: Option<f64>) {
         let of = limit.map_or_else(String::new, |limit| format!(" of {}", units::bytes(limit)));
         ui.strong(format!("{title}, rank {}: peak {}{of} at task {peak_task}", rank.rank, units::bytes(peak)));
         for (i, class) in rank.classes.iter().enumerate() {
-            swatch(ui, palette.curve(i));
-            ui.label(format!("{} {}", class.name, units::bytes(RankMemory::at(class, peak_task))));
+            ui.horizontal(|ui| {
+                swatch(ui, palette.curve(i));
+                ui.label(format!("{} {}", class.name, units::bytes(RankMemory::at(class, peak_task))));
+            });
         }
     });
     let height = 120.0;

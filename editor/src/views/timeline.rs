@@ -213,8 +213,11 @@ fn head(ui: &mut Ui, block: &Block, lanes: &Lanes, palette: Palette) {
             ui.label(format!("communication hidden {}", units::percent(hidden)));
         }
         for (cause, share) in lanes::by_cause(lanes.lanes.iter(), lanes.length_nanos).into_iter().take(4) {
-            swatch(ui, palette.bubble(cause));
-            ui.label(format!("{} {}", cause.name().replace('_', " "), units::percent(share)));
+            // Both or neither in a line.
+            ui.horizontal(|ui| {
+                swatch(ui, palette.bubble(cause));
+                ui.label(format!("{} {}", cause.name().replace('_', " "), units::percent(share)));
+            });
         }
     });
 }
