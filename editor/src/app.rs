@@ -164,7 +164,7 @@ impl EditorApp {
     }
 
     fn tool_bar(&mut self, ui: &mut Ui) {
-        ui.horizontal(|ui| {
+        ui.horizontal_wrapped(|ui| {
             ui.menu_button("File", |ui| {
                 for purpose in [Purpose::Open, Purpose::Compare] {
                     if ui.button(format!("{}…", purpose.title())).clicked() {

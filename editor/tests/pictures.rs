@@ -8,7 +8,7 @@ mod common;
 use common::{FakeBench, FakeSource, editor_with, raster, settle};
 use editor::{app::EditorApp, desk::Selected, source::SourceEvent};
 use egui::{ColorImage, Theme};
-use egui_kittest::Harness;
+use egui_kittest::{Harness, kittest::Queryable as _};
 
 const SIZE: [f32; 2] = [480.0, 300.0];
 
@@ -31,6 +31,14 @@ fn drawn(view: &str, theme: Theme, size: [f32; 2], scale: f32) -> (Harness<'stat
         h.state_mut().show_only(view);
     }
     h.run_steps(6);
+    if view == "World" {
+        for label in ["open rank 0", "open layer 1", "expert 7"] {
+            h.get_by_label(label).click();
+            h.run_steps(4);
+        }
+        h.remove_cursor();
+        h.run_steps(4);
+    }
     let picture = raster::picture(&h, &textures);
     (h, picture)
 }
@@ -77,7 +85,6 @@ fn twice_the_pixels_show_the_same_window() {
     let (small, _) = drawn("", Theme::Dark, [1280.0, 720.0], 1.0);
     let (large, picture) = drawn("", Theme::Dark, [1280.0, 720.0], 2.0);
     assert_eq!(picture.size, [2560, 1440]);
-    use egui_kittest::kittest::Queryable as _;
     let lane = |h: &Harness<'static, EditorApp>| h.get_by_label_contains("measured: rank 0 compute").rect();
     let (a, b) = (lane(&small), lane(&large));
     assert!((a.min - b.min).length() < 4.0 && (a.size() - b.size()).length() < 4.0, "{a:?} and {b:?}");
