@@ -160,7 +160,7 @@ fn main() {
     println!("{NUM_SPANS} tasks on {} lanes, {LAYERS} x {EXPERTS} experts, 1600 x 900 points", 2 * NUM_RANKS);
     println!("first frame of a step:  {:6.2} ms", first.0 + first.1);
 
-    let mut tell = |name: &str, frames: Vec<(f64, f64)>| {
+    let tell = |name: &str, frames: Vec<(f64, f64)>| {
         let (ui, _) = median(frames.iter().map(|frame| frame.0).collect());
         let (tessellation, _) = median(frames.iter().map(|frame| frame.1).collect());
         let (all, slow) = median(frames.iter().map(|frame| frame.0 + frame.1).collect());

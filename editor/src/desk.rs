@@ -315,11 +315,6 @@ impl Desk {
         }
     }
 
-    /// Asks the run for something that it may not have; nothing is said if there is no run.
-    pub fn ask(&mut self, method: &str) -> Option<u64> {
-        self.tracks.first_mut().and_then(|track| track.source.call(method, json!({})))
-    }
-
     fn ask_status(&mut self) {
         let track = self.tracks.first_mut();
         self.status_call = track.and_then(|track| track.source.call("run.status", json!({})));

@@ -6,9 +6,9 @@
 //!
 //! Names and errors are those of JSON-RPC 2.0, in the manner of the Bevy Remote Protocol.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use crossbeam::channel::{self, Receiver, RecvTimeoutError, Sender, TrySendError};
+use crossbeam::channel::{self, Receiver, Sender, TrySendError};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -121,7 +121,8 @@ pub struct Request {
 /// The outer end: asks a run, and listens to it. Clones are the same end.
 #[derive(Clone)]
 pub struct ControlHandle {
-    requests: Sender<Request>,
+    /// None when the run is over: so no request can be sent between the last look at the channel and its end.
+    requests: Arc<Mutex<Option<Sender<Request>>>>,
     feed: Feed,
     may_change: bool,
 }
@@ -145,7 +146,11 @@ impl ControlHandle {
         take: impl FnOnce(RpcResult) + Send + Sync + 'static,
     ) {
         let request = Request { method: method.into(), params, may_change: self.may_change, reply: Reply::new(take) };
-        match self.requests.try_send(request) {
+        let sent = match &*self.requests.lock().unwrap_or_else(PoisonError::into_inner) {
+            Some(requests) => requests.try_send(request),
+            None => Err(TrySendError::Disconnected(request)),
+        };
+        match sent {
             Ok(()) => {}
             Err(TrySendError::Full(request)) => request.reply.send(Err(RpcError::new(
                 RpcError::BUSY,
@@ -178,11 +183,15 @@ pub struct Inbox(Arc<Ends>);
 
 struct Ends {
     requests: Receiver<Request>,
+    senders: Arc<Mutex<Option<Sender<Request>>>>,
     feed: Feed,
 }
 
 impl Drop for Ends {
     fn drop(&mut self) {
+        *self.senders.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        // Dropped, each is answered that the run is over.
+        self.requests.try_iter().for_each(drop);
         self.feed.close();
     }
 }
@@ -195,15 +204,7 @@ impl Inbox {
 
     /// The same, waiting so long for one.
     pub(crate) fn recv_timeout(&self, timeout: std::time::Duration) -> Option<Request> {
-        match self.0.requests.recv_timeout(timeout) {
-            Ok(request) => Some(request),
-            Err(RecvTimeoutError::Timeout) => None,
-            Err(RecvTimeoutError::Disconnected) => {
-                // Nobody can ask any more: then a paused run waits for a signal only.
-                std::thread::sleep(timeout);
-                None
-            }
-        }
+        self.0.requests.recv_timeout(timeout).ok()
     }
 
     /// Where the run's snapshots go.
@@ -214,12 +215,11 @@ impl Inbox {
 
 /// Both ends of the way to a run that is yet to be started.
 pub fn channel() -> (ControlHandle, Inbox) {
-    let (sender, receiver) = channel::bounded(MAX_REQUESTS);
+    let (sender, requests) = channel::bounded(MAX_REQUESTS);
+    let senders = Arc::new(Mutex::new(Some(sender)));
     let feed = Feed::default();
-    (
-        ControlHandle { requests: sender, feed: feed.clone(), may_change: true },
-        Inbox(Arc::new(Ends { requests: receiver, feed })),
-    )
+    let handle = ControlHandle { requests: senders.clone(), feed: feed.clone(), may_change: true };
+    (handle, Inbox(Arc::new(Ends { requests, senders, feed })))
 }
 
 #[cfg(test)]

@@ -39,7 +39,6 @@ pub struct LivePlugin;
 impl Plugin for LivePlugin {
     fn build(&self, app: &mut App) {
         app.init_resource::<Live>()
-            .method(crate::step_bytes::METHOD)
             .live_value(LiveValue {
                 path: "lr",
                 about: "learning rate of the steps from here on; null gives it back to the schedule",

@@ -17,6 +17,7 @@ use crate::{
     layout::Layout,
     model_config::{Attention, ModelConfig},
     mtp::MtpModule,
+    observe::Stage,
     params::{ParamKind, ParamSpec},
 };
 
@@ -204,16 +205,27 @@ pub fn download(memory: &Memory, tensor: Tensor) -> Vec<f32> {
     })
 }
 
-/// Spawns the layers and experts that `layout` gives this rank over allocated parameters, and returns the model.
+/// Spawns the stages, layers and experts that `layout` gives this rank over allocated parameters, as parts of the entity `rank`,
+/// and returns the model.
 pub fn spawn(
     world: &mut World,
     config: &ModelConfig,
     layout: &Layout,
     parameters: &Parameters,
     compute: DType,
+    rank: Entity,
 ) -> Model {
-    let held = layout.my_stages().iter().flat_map(|&stage| layout.stages[stage as usize].clone());
-    let layers = held.map(|i| (i, spawn_layer(world, config, layout, parameters, i))).collect();
+    let mut layers = BTreeMap::new();
+    let mut last_stage = None;
+    for &index in layout.my_stages() {
+        let stage = world.spawn((Stage { index }, Name::new(format!("stage {index}")), ChildOf(rank))).id();
+        for layer in layout.stages[index as usize].clone() {
+            layers.insert(layer, spawn_layer(world, config, layout, parameters, (layer, stage)));
+        }
+        if index + 1 == layout.num_stages() {
+            last_stage = Some(stage);
+        }
+    }
     let num_layers = config.num_hidden_layers;
     let mtp_layers = if layout.has_last() { num_layers..num_layers + config.num_nextn_predict_layers } else { 0..0 };
     let mtp = mtp_layers
@@ -221,7 +233,7 @@ pub fn spawn(
             enorm: parameters.get(&format!("model.layers.{i}.enorm.weight")),
             hnorm: parameters.get(&format!("model.layers.{i}.hnorm.weight")),
             eh_proj: parameters.get(&format!("model.layers.{i}.eh_proj.weight")),
-            layer: spawn_layer(world, config, layout, parameters, i),
+            layer: spawn_layer(world, config, layout, parameters, (i, last_stage.unwrap_or(rank))),
             norm: parameters.get(&format!("model.layers.{i}.shared_head.norm.weight")),
         })
         .collect();
@@ -237,10 +249,10 @@ fn spawn_layer(
     config: &ModelConfig,
     layout: &Layout,
     parameters: &Parameters,
-    index: usize,
+    (index, stage): (usize, Entity),
 ) -> Entity {
     let get = |name: &str| parameters.get(&format!("model.layers.{index}.{name}"));
-    let mut layer = world.spawn((Layer { index }, Name::new(format!("layer {index}"))));
+    let mut layer = world.spawn((Layer { index }, Name::new(format!("layer {index}")), ChildOf(stage)));
     match config.attention {
         Attention::Mla { q_lora_rank, .. } => layer.insert(Mla {
             norm: get("input_layernorm.weight"),
@@ -286,10 +298,9 @@ fn spawn_layer(
             .then(|| (get("mlp.shared_experts.gate_up_proj"), get("mlp.shared_experts.down_proj.weight"))),
     });
     let layer = layer.id();
-    world.spawn_batch(
-        layout
-            .my_experts(moe.n_routed_experts)
-            .map(move |expert| ExpertKey { layer: index as u16, expert: expert as u16 }),
-    );
+    world.spawn_batch(layout.my_experts(moe.n_routed_experts).map(move |expert| {
+        let key = ExpertKey { layer: index as u16, expert: expert as u16 };
+        (key, Name::new(format!("expert {expert}")), ChildOf(layer))
+    }));
     layer
 }

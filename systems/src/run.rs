@@ -27,6 +27,7 @@ use crate::{
     live,
     local::{self, Silent},
     model_config::ModelConfig,
+    observe,
     params::{num_activated_params, num_params},
     ranks::Ranks,
     remote, save,
@@ -195,6 +196,7 @@ fn run_rank(request: &RunRequest, setup: RankSetup) -> Result<(RunReport, ExitRe
             signal: stop.clone(),
         },
         live::LivePlugin,
+        observe::ObservePlugin,
     ))
     .method(CHECKPOINT);
     if app.world().resource::<Training>().step >= app.world().resource::<Training>().train.steps {
@@ -226,6 +228,7 @@ fn keep(world: &mut World) -> Result {
         if was_training {
             let mut line = (*snapshot).clone();
             line.step = step;
+            line.histograms.retain(|(name, _)| observe::is_logged(name));
             run.write(&line)?;
             if let (Some(range), Some(trace)) =
                 (scene.telemetry.as_ref().and_then(|t| t.trace_steps.clone()), &run.trace)

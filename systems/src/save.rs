@@ -15,6 +15,7 @@ use crate::{
         read::HfFolder,
         write::{SaveDtype, WriteOptions, write_folder},
     },
+    live::Live,
     model::{self, Model, Parameters, Weight},
     optimizer::{OptimizerState, Slot},
     params::{ParamKind, ParamSpec, param_specs},
@@ -36,6 +37,9 @@ pub struct TrainState {
     pub cursor: Cursor,
     /// For each layer with experts, the last step in which each expert had a token.
     pub last_seen: Vec<Vec<u64>>,
+    /// Values that were set while the run went on.
+    #[serde(default)]
+    pub live: Live,
 }
 
 /// A parameter of this rank's list, and which elements of the whole parameter this rank speaks for.
@@ -228,6 +232,7 @@ pub fn write_train_state(world: &World, folder: Option<&Path>) -> Result<(), Box
         train_secs: training.train_secs,
         cursor: training.loader.cursor(),
         last_seen: training.last_seen.clone(),
+        live: world.get_resource::<Live>().copied().unwrap_or_default(),
     };
     std::fs::write(dir.join("state.json"), serde_json::to_string_pretty(&state)?)?;
     Ok(())
@@ -273,6 +278,7 @@ pub fn restore(world: &mut World, folder: &Path) -> Result<(), BoxError> {
     training.loader.seek(&state.cursor)?;
     (training.step, training.num_tokens, training.train_secs) = (state.step, state.num_tokens, state.train_secs);
     training.last_seen = state.last_seen;
+    world.insert_resource(state.live);
     Ok(())
 }
 

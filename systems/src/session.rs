@@ -15,10 +15,13 @@ use crate::{
     head,
     head::LossSums,
     lower::{self, Lowering, Streams},
+    mesh::Coordinates,
     microbatch::Inputs,
     model::{self, Model, Parameters},
     model_config::ModelConfig,
-    mtp, optimizer,
+    mtp,
+    observe::Rank,
+    optimizer,
     params::ParamSpec,
     pipeline::{stage, transfer},
     ranks::Ranks,
@@ -189,6 +192,9 @@ pub fn app_with_model(
     let mut stream =
         |name, threads| Queue::spawn_with_threads(world, rank, name, threads).map_err(SessionError::runtime);
     let streams = Streams { compute: stream("compute", num_threads)?, comm: stream("comm", Some(1))? };
+    let Coordinates { pp, dp, ep } = ranks.layout.mesh.coordinates(rank);
+    let rank = world.spawn((Rank { rank, pp, dp, ep }, Name::new(format!("rank {rank}")))).id();
+    world.entity_mut(rank).add_children(&[streams.compute, streams.comm]);
     let specs = ranks.layout.my_specs(config);
     let parameters = Parameters::allocate(specs, &memory, compute, trainable);
     if clock == Clock::Wall {
@@ -196,7 +202,7 @@ pub fn app_with_model(
             model::upload(&memory, weight.value, &values(spec)?);
         }
     }
-    let model = model::spawn(world, config, &ranks.layout, &parameters, compute);
+    let model = model::spawn(world, config, &ranks.layout, &parameters, compute, rank);
     world.insert_resource(Rotary::new(config, &memory, compute, max_positions));
     world.insert_resource(ExpertCounts::allocate(config, &ranks.layout, &memory));
     world.insert_resource(LossSums::allocate(&memory, 1, config.num_nextn_predict_layers));

@@ -18,14 +18,14 @@ use crate::{
     live::Live,
     lower::{Lowered, Lowering},
     microbatch::Inputs,
-    model::{Model, Parameters},
+    model::Model,
+    observe::{Figures, PlannedBytes},
     optimizer::{self, OptimizerState, UpdateScalars},
     pipeline::stage::Stages,
     ranks::Ranks,
     routing::{self, ExpertCounts, RoutingState},
     scene::{self as sections, Scene},
     session::Session,
-    step_bytes::StepBytes,
     work::{Turn, Work, turn_of},
 };
 
@@ -152,6 +152,8 @@ fn admit(
     live: Res<Live>,
 ) {
     training.begin_nanos = kernels::clock::now_nanos();
+    // What was sent since the last step, to evaluate or to save, is not this step's.
+    ranks.comm.take_meter();
     let step = training.step;
     let (num_microbatches, num_sequences) = (training.num_microbatches(), training.scene.batch.microbatch_sequences);
     let num_mtp_modules = model.config.num_nextn_predict_layers;
@@ -194,7 +196,7 @@ fn plan(world: &mut World) -> Result {
     }
     let inputs = world.resource::<Training>().microbatches[..num_microbatches].to_vec();
     let lowered = lower_step(world, inputs, Options { checking, ..Options::default() })?;
-    world.insert_resource(StepBytes(lowered.bytes_by_task));
+    PlannedBytes::keep(world, &key, &lowered);
     world.resource_mut::<Plans>().insert(key, lowered.graph);
     Ok(())
 }
@@ -252,12 +254,11 @@ struct RankStep {
     losses: Vec<(u32, Vec<u64>)>,
     /// Layer, and how often each of its experts was chosen on all ranks.
     counts: Vec<(usize, Vec<u32>)>,
-    /// Layer, and the correction bias of each of its experts.
-    biases: Vec<(usize, Vec<f32>)>,
     /// Squared norm of the gradient, as bits.
     sum_squares: u64,
     step_secs: f64,
     overhead_share: f64,
+    figures: Figures,
 }
 
 impl RankStep {
@@ -280,22 +281,14 @@ impl RankStep {
             layout.mesh.data_rank(layout.rank) == 0 && layout.first_position(layout.stage_of_layer(layer)) == position
         };
         let counts = world.resource::<ExpertCounts>().0.iter().filter(|(layer, _)| speaks_for(*layer));
-        let parameters = world.resource::<Parameters>();
-        let bias = |(layer, name): (usize, String)| Some((layer, parameters.find(&name)?.value));
-        let layers =
-            world.resource::<ExpertCounts>().0.iter().map(|(layer, _)| *layer).filter(|layer| speaks_for(*layer));
-        let biases = layers
-            .map(|layer| (layer, format!("model.layers.{layer}.mlp.gate.e_score_correction_bias")))
-            .filter_map(bias)
-            .map(|(layer, bias)| (layer, memory.read::<f32>(bias).to_vec()));
         let step_secs = (kernels::clock::now_nanos() - training.begin_nanos) as f64 * 1e-9;
         RankStep {
             losses: losses.collect(),
             counts: counts.map(|(layer, counts)| (*layer, memory.read::<u32>(*counts).to_vec())).collect(),
-            biases: biases.collect(),
             sum_squares: bits(world.resource::<OptimizerState>().sum_squares),
             step_secs,
             overhead_share: world.resource::<Telemetry>().times().overhead_secs / step_secs.max(1e-9),
+            figures: Figures::of(world, speaks_for),
         }
     }
 }
@@ -321,9 +314,8 @@ fn record(world: &mut World) -> Result {
     let mtp: Vec<f64> = (1..=num_mtp).map(|k| sum(k) / num_targets.max(1) as f64).collect();
     let mut rows: Vec<_> = all.iter().flat_map(|rank| rank.counts.iter().cloned()).collect();
     rows.sort_unstable_by_key(|(layer, _)| *layer);
-    let mut biases: Vec<_> = all.iter().flat_map(|rank| rank.biases.iter().cloned()).collect();
-    biases.sort_unstable_by_key(|(layer, _)| *layer);
     let lr = world.resource::<UpdateScalars>().lr;
+    let bias_speed = world.resource::<RoutingState>().bias_speed;
     let (step_secs, overhead_share) = (all[0].step_secs, all[0].overhead_share);
 
     let mut training = world.resource_mut::<Training>();
@@ -363,12 +355,10 @@ fn record(world: &mut World) -> Result {
     for (layer, counts) in &rows {
         telemetry.histogram(format!("load/layer {layer}"), counts.iter().map(|&c| f64::from(c)).collect());
     }
-    for (layer, biases) in &biases {
-        // Seven decimals are more than an f32 near 1 has, and shorter in a log than those of the f64.
-        let rounded = |bias: &f32| (f64::from(*bias) * 1e7).round() / 1e7;
-        telemetry.histogram(format!("bias/layer {layer}"), biases.iter().map(rounded).collect());
-    }
     tell(&mut telemetry, &report);
+    telemetry.scalar("bias_speed", bias_speed);
+    telemetry.scalar("train_step", step as f64);
+    Figures::tell(world, &all.iter().map(|rank| &rank.figures).collect::<Vec<_>>());
     let mut loads = world.query::<(&ExpertKey, &mut ExpertLoad)>();
     for (key, mut load) in loads.iter_mut(world) {
         if let Some((_, row)) = rows.iter().find(|(layer, _)| *layer == usize::from(key.layer)) {

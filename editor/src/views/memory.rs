@@ -6,17 +6,16 @@ use engine::telemetry::Snapshot;
 
 use crate::{desk::Desk, help::swatch, paint, theme::Palette, units, view::View};
 
-/// Prefix of scalars and histograms: then the rank, and the class.
-const BYTES: &str = "bytes/rank ";
+/// Prefix of figures: then the rank, if there are several, and the class.
+const BYTES: &str = "bytes/";
+/// For each task of the first rank, what lives for a part of the step only.
+const LIVE_BYTES: &str = "live_bytes/task";
+/// Classes of which `live_bytes/task` is the sum.
+const PASSING: [&str; 2] = ["activations", "communication"];
 
 /// The view.
 #[derive(Default)]
-pub struct MemoryView {
-    /// What the run said of its memory: a plan fixes it, so it is asked for once.
-    told: Option<RankMemory>,
-    asked: Option<u64>,
-    was_live: bool,
-}
+pub struct MemoryView;
 
 /// A class of bytes on a rank.
 #[derive(Clone, Debug, PartialEq)]
@@ -59,17 +58,31 @@ impl RankMemory {
 pub fn memory(snapshot: &Snapshot) -> Vec<RankMemory> {
     let mut ranks: Vec<RankMemory> = Vec::new();
     let mut add = |name: &str, bytes: Vec<f64>| {
-        let Some((rank, class)) = name.strip_prefix(BYTES).and_then(|rest| rest.split_once('/')) else { return };
-        let Ok(rank) = rank.parse() else { return };
+        let Some(rest) = name.strip_prefix(BYTES) else { return };
+        let of_rank = rest.strip_prefix("rank").and_then(|rest| rest.split_once('/'));
+        let (rank, class) = of_rank.and_then(|(rank, class)| Some((rank.parse().ok()?, class))).unwrap_or((0, rest));
         let at = ranks.iter().position(|known| known.rank == rank).unwrap_or_else(|| {
             ranks.push(RankMemory { rank, classes: Vec::new() });
             ranks.len() - 1
         });
-        ranks[at].classes.push(Class { name: class.to_owned(), bytes });
+        let classes = &mut ranks[at].classes;
+        // What is told over the tasks says more than the peak of the same class.
+        match classes.iter_mut().find(|known| known.name == class) {
+            Some(known) => known.bytes = bytes,
+            None if bytes.iter().any(|bytes| *bytes > 0.0) => classes.push(Class { name: class.to_owned(), bytes }),
+            None => {}
+        }
     };
     snapshot.scalars.iter().for_each(|(name, value)| add(name, vec![*value]));
     snapshot.histograms.iter().for_each(|(name, values)| add(name, values.clone()));
     ranks.sort_by_key(|rank| rank.rank);
+    let live = snapshot.histograms.iter().find(|(name, _)| name == LIVE_BYTES);
+    if let (Some((_, live)), Some(first)) = (live, ranks.first_mut()) {
+        let passes = |class: &Class| PASSING.contains(&class.name.as_str());
+        let names: Vec<String> = first.classes.iter().filter(|class| passes(class)).map(|c| c.name.clone()).collect();
+        first.classes.retain(|class| !passes(class));
+        first.classes.push(Class { name: names.join(" and "), bytes: live.clone() });
+    }
     ranks
 }
 
@@ -94,16 +107,11 @@ impl View for MemoryView {
             .and_then(|document| document.planned.as_ref())
             .map(|planned| planned.snapshot.clone());
         let blocks = [("measured", measured), ("predicted", planned.filter(|snapshot| tells(snapshot)))];
-        self.ask(desk);
-        if self.told.is_none() && blocks.iter().all(|(_, snapshot)| snapshot.is_none()) {
+        if blocks.iter().all(|(_, snapshot)| snapshot.is_none()) {
             ui.label("no step or plan tells its bytes yet");
             return;
         }
         ScrollArea::vertical().auto_shrink(false).show(ui, |ui| {
-            if let Some(told) = &self.told {
-                chart(ui, "this run", told, None);
-                ui.separator();
-            }
             for (title, snapshot) in blocks {
                 let Some(snapshot) = snapshot else { continue };
                 let limit = snapshot.scalar("device_memory_bytes");
@@ -127,40 +135,6 @@ impl View for MemoryView {
             }
         });
     }
-}
-
-impl MemoryView {
-    /// Asks a run for its memory, when there is one and it has planned a step.
-    fn ask(&mut self, desk: &mut Desk) {
-        let is_live = desk.is_live() && desk.now().is_some_and(|now| !now.spans.is_empty());
-        if is_live && !self.was_live {
-            self.asked = desk.ask("step.bytes");
-        }
-        self.was_live = is_live;
-        if desk.main().is_none() {
-            self.told = None;
-        }
-        if let Some(reply) = self.asked.and_then(|id| desk.take_reply(id)) {
-            self.asked = None;
-            // A run without such a method is no fault: then the snapshots or the plan tell.
-            self.told = reply.ok().and_then(|bytes| told(&bytes));
-        }
-    }
-}
-
-/// Reads the reply to `step.bytes`.
-fn told(reply: &serde_json::Value) -> Option<RankMemory> {
-    let rank = reply.get("rank")?.as_u64()? as u32;
-    let class = |name: &str| {
-        let bytes = match reply.get(name)? {
-            serde_json::Value::Array(list) => list.iter().filter_map(serde_json::Value::as_f64).collect(),
-            value => vec![value.as_f64()?],
-        };
-        let is_used = bytes.iter().any(|bytes: &f64| *bytes > 0.0);
-        is_used.then(|| Class { name: name.to_owned(), bytes })
-    };
-    let names = ["weights", "gradients", "optimizer", "activations", "communication"];
-    Some(RankMemory { rank, classes: names.into_iter().filter_map(class).collect() })
 }
 
 fn chart(ui: &mut Ui, title: &str, rank: &RankMemory, limit: Option<f64>) {
@@ -228,10 +202,10 @@ mod tests {
     #[test]
     fn the_peak_is_the_fullest_task_of_a_rank() {
         let snapshot = Snapshot {
-            scalars: vec![("bytes/rank 1/weights".into(), 100.0), ("lr".into(), 1.0)],
+            scalars: vec![("bytes/rank1/weights".into(), 100.0), ("lr".into(), 1.0)],
             histograms: vec![
-                ("bytes/rank 1/activations".into(), vec![1.0, 9.0, 5.0]),
-                ("bytes/rank 1/communication".into(), vec![0.0, 1.0, 6.0]),
+                ("bytes/rank1/activations".into(), vec![1.0, 9.0, 5.0]),
+                ("bytes/rank1/communication".into(), vec![0.0, 1.0, 6.0]),
             ],
             ..Snapshot::default()
         };
@@ -239,5 +213,19 @@ mod tests {
         assert_eq!(memory.len(), 1);
         assert_eq!((memory[0].num_tasks(), memory[0].peak()), (3, (2, 111.0)));
         assert_eq!(memory[0].classes[0].name, "weights");
+    }
+
+    #[test]
+    fn a_run_of_one_rank_tells_its_peaks_and_one_sum_over_the_tasks() {
+        let names = ["weights", "activations", "communication"];
+        let snapshot = Snapshot {
+            scalars: names.map(|name| (format!("bytes/{name}"), 10.0)).into(),
+            histograms: vec![("live_bytes/task".into(), vec![3.0, 15.0])],
+            ..Snapshot::default()
+        };
+        let [rank] = &memory(&snapshot)[..] else { panic!("one rank") };
+        let classes: Vec<(&str, usize)> = rank.classes.iter().map(|class| (&*class.name, class.bytes.len())).collect();
+        assert_eq!((rank.rank, classes), (0, vec![("weights", 1), ("activations and communication", 2)]));
+        assert_eq!(rank.peak(), (1, 25.0));
     }
 }

@@ -168,7 +168,8 @@ impl World {
             let is_open = self.open.contains(&id);
             if num_children > 0 {
                 let sign = if is_open { "-" } else { "+" };
-                let button = ui.add_sized(vec2(16.0, ui.spacing().interact_size.y), egui::Button::new(sign).frame(false));
+                let button =
+                    ui.add_sized(vec2(16.0, ui.spacing().interact_size.y), egui::Button::new(sign).frame(false));
                 let what = if is_open { "close" } else { "open" };
                 button.widget_info(|| WidgetInfo::labeled(Role::Button, true, format!("{what} {name}")));
                 if button.clicked() {

@@ -135,7 +135,7 @@ pub fn snapshot(step: u64) -> Snapshot {
         histograms.push((format!("load/layer {layer}"), loads));
     }
     let bytes: Vec<f64> = (0..18).map(|task: i32| f64::from(9 - (task - 9).abs()) * 3e6 + 1e6).collect();
-    histograms.push(("bytes/rank 0/activations".into(), bytes));
+    histograms.push(("bytes/rank0/activations".into(), bytes));
     let x = step as f64;
     let scalars = [
         ("step_secs", end as f64 * 1e-9),
@@ -145,7 +145,7 @@ pub fn snapshot(step: u64) -> Snapshot {
         ("tokens_per_sec", 2000.0 + 10.0 * (random(step) % 10) as f64),
         ("max_vio", 2.3 - 0.01 * x),
         ("idle_fraction", 0.2 + 0.001 * (random(step) % 20) as f64),
-        ("bytes/rank 0/weights", 6e7),
+        ("bytes/rank0/weights", 6e7),
     ];
     Snapshot {
         step,

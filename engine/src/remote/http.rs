@@ -6,7 +6,7 @@ use axum::{
     Extension, Router,
     body::{Body, to_bytes},
     extract::{Request, State, ws::WebSocketUpgrade},
-    http::{StatusCode, header},
+    http::{HeaderValue, StatusCode, header},
     middleware::{self, Next},
     response::{IntoResponse, Response},
     routing::get,
@@ -46,7 +46,7 @@ pub(super) fn router(shared: &Arc<Shared>) -> Router {
 /// Refuses who may not come in, and says what the others may do.
 async fn guard(State(shared): State<Arc<Shared>>, mut request: Request, next: Next) -> Response {
     let connection = request.extensions().get::<Arc<Connection>>().cloned();
-    let response = match access::refusal(request.headers(), shared.is_loopback) {
+    let mut response = match access::refusal(request.headers(), shared.is_loopback) {
         Some(why) => refuse(StatusCode::FORBIDDEN, why),
         None => match shared.token.in_headers(request.headers()) {
             Some(false) => {
@@ -64,6 +64,10 @@ async fn guard(State(shared): State<Arc<Shared>>, mut request: Request, next: Ne
             }
         },
     };
+    if response.status() != StatusCode::SWITCHING_PROTOCOLS {
+        // One request, one connection: none is held in reserve.
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
     if let Some(connection) = connection {
         connection.answered.notify_one();
     }

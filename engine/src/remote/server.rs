@@ -216,7 +216,6 @@ async fn converse(stream: TcpStream, router: axum::Router, connection: Arc<Conne
     let http = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_PATIENCE)
-        .keep_alive(false)
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router))
         .with_upgrades();
     let not_read = async {
@@ -242,3 +241,7 @@ async fn refuse(mut stream: TcpStream, place: OwnedSemaphorePermit) {
     let _ = timeout(Duration::from_millis(500), told).await;
     drop(place);
 }
+
+#[cfg(test)]
+#[path = "server_tests.rs"]
+mod tests;

@@ -83,7 +83,7 @@ fn snapshot(planned: Planned) -> Snapshot {
     let end = all.iter().map(|span| span.end_nanos).max().unwrap_or(0);
     let mut histograms = Vec::new();
     for (bytes, by_task) in report.peak_bytes_per_rank.iter().zip(bytes_by_task) {
-        let name = |class: &str| format!("bytes/rank {}/{class}", bytes.rank);
+        let name = |class: &str| format!("bytes/rank{}/{class}", bytes.rank);
         histograms.push((name("activations"), by_task.iter().map(|b| b.activations as f64).collect()));
         if bytes.communication > 0 {
             histograms.push((name("communication"), by_task.iter().map(|b| b.communication as f64).collect()));
@@ -115,7 +115,7 @@ fn scalars(report: &PlanReport) -> Vec<(String, f64)> {
         for (class, value) in
             [("weights", bytes.weights), ("gradients", bytes.gradients), ("optimizer", bytes.optimizer)]
         {
-            scalars.push((format!("bytes/rank {}/{class}", bytes.rank), value as f64));
+            scalars.push((format!("bytes/rank{}/{class}", bytes.rank), value as f64));
         }
     }
     scalars

@@ -130,8 +130,7 @@ impl Workbench for Bench {
             drop(asked.call("run.stop", serde_json::Value::Null));
         });
         let name = loaded.scene.name.clone();
-        let (source, last_words) =
-            InProcess::new(name, handle.clone(), wake.clone(), on_drop).map_err(|e| format!("no thread: {e}"))?;
+        let (source, last_words) = InProcess::new(name, handle.clone(), wake.clone(), on_drop);
         let request = RunRequest { loaded, resume, stop, progress: Arc::new(Silent), control: Some((handle, inbox)) };
         let thread = std::thread::Builder::new().name("run".into()).spawn(move || {
             let ended = match training::run(request) {
