@@ -103,7 +103,43 @@ fn the_window_draws_lanes_and_cells() {
     let picture = ["--theme", "dark", "--size", "1280x720", "--after", "5", "--screenshot", &to];
     display.hadal(dir.path(), &[&["editor", &quickstart, "runs/tiny"], &picture[..]].concat());
 
-    let image = read(&shot);
+    check(&shot);
+}
+
+#[cfg(feature = "remote")]
+#[test]
+fn the_window_follows_a_run_elsewhere() {
+    let Some(display) = Display::start() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("scenes/tiny.ron").display().to_string();
+    let mut run = Command::new(env!("CARGO_BIN_EXE_hadal"))
+        .args(["run", &tiny, "--set", "remote=(bind: \"127.0.0.1:0\")"])
+        .args(["--set", "train.steps=1000000", "--set", "eval=None", "--set", "checkpoint=None"])
+        .current_dir(dir.path())
+        .stderr(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(run.stderr.take().unwrap()).lines().map_while(Result::ok);
+    let url = lines.find_map(|line| Some(line.split_once("listening at ")?.1.split(';').next()?.to_owned()));
+    // The rest is read away, or the run would wait for somebody who does.
+    let drain = std::thread::Builder::new().name("stderr".into()).spawn(move || lines.for_each(drop)).unwrap();
+    let shot = dir.path().join("shot.png");
+    let to = shot.display().to_string();
+    let url = url.expect("an address on stderr");
+    display.hadal(
+        dir.path(),
+        &["editor", "--attach", &url, "--theme", "dark", "--size", "1280x720", "--after", "5", "--screenshot", &to],
+    );
+    run.kill().unwrap();
+    run.wait().unwrap();
+    drain.join().unwrap();
+    check(&shot);
+}
+
+/// Lanes at the left, cells at the right.
+fn check(shot: &Path) {
+    let image = read(shot);
     assert_eq!((image.width, image.pixels.len()), (1280, 1280 * 720));
     let palette = Palette { is_dark: true };
     // The timeline is at the left. Kinds are shades of a pass: what is counted is at least one kind of each.

@@ -103,6 +103,22 @@ fn memory_is_touched_by_hand_in_kernels_only() {
 }
 
 #[test]
+fn a_build_without_default_features_has_no_window() {
+    let tree = |features: &[&str]| {
+        let mut command = std::process::Command::new(env!("CARGO"));
+        command.args(["tree", "--offline", "--locked", "--edges", "normal", "--prefix", "none"]).args(features);
+        let output = command.current_dir(env!("CARGO_MANIFEST_DIR")).output().expect("cargo starts");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        text.lines()
+            .filter(|line| ["editor ", "egui ", "eframe ", "winit "].iter().any(|name| line.starts_with(name)))
+            .count()
+    };
+    assert_eq!(tree(&["--no-default-features"]), 0);
+    assert!(tree(&[]) >= 4);
+}
+
+#[test]
 fn words_are_found_inside_of_names() {
     assert_eq!(words("num_tokens: TokenLoss, lossless"), ["num", "tokens", "token", "loss", "lossless"]);
     assert_eq!(words("a `expert`'s GPU"), ["a", "expert", "s", "gpu"]);

@@ -40,8 +40,6 @@ pub struct Track {
     pub link: Link,
     /// Steps that were left out because this end was slow.
     pub num_dropped: u64,
-    /// Figures of the source as a whole.
-    pub figures: Vec<(String, f64)>,
 }
 
 /// What the selected thing in the routing view is.
@@ -142,8 +140,7 @@ impl Desk {
 
     /// Shows a source: instead of what is shown, or `beside` it.
     pub fn attach(&mut self, source: Box<dyn Source>, beside: bool) {
-        let track =
-            Track { source, history: History::default(), link: Link::Connecting, num_dropped: 0, figures: Vec::new() };
+        let track = Track { source, history: History::default(), link: Link::Connecting, num_dropped: 0 };
         if beside && !self.tracks.is_empty() {
             self.tracks.truncate(1);
         } else {
@@ -228,10 +225,6 @@ impl Desk {
                     SourceEvent::Ended(why) => track.link = Link::Ended(why),
                     SourceEvent::Snapshot(snapshot) => track.history.push(snapshot),
                     SourceEvent::Dropped(count) => track.num_dropped = count,
-                    SourceEvent::Figure(name, value) => {
-                        track.figures.retain(|(known, _)| *known != name);
-                        track.figures.push((name, value));
-                    }
                     SourceEvent::Reply { id, result } => {
                         self.replies.insert(id, result);
                         while self.replies.len() > MAX_REPLIES {

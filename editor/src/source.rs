@@ -44,8 +44,6 @@ pub enum SourceEvent {
         /// The answer.
         result: Result<Value, String>,
     },
-    /// A figure of the source as a whole, with its unit in the name.
-    Figure(String, f64),
     /// No more will come, and why.
     Ended(String),
 }

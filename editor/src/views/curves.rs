@@ -3,12 +3,7 @@
 use egui::{ScrollArea, Ui, vec2};
 use egui_plot::{Legend, Line, LineStyle, Plot, PlotPoint, PlotPoints, VLine};
 
-use crate::{
-    desk::{Desk, Link},
-    theme::Palette,
-    units,
-    view::View,
-};
+use crate::{desk::Desk, theme::Palette, units, view::View};
 
 /// Figures that share a plot.
 struct Group {
@@ -18,7 +13,7 @@ struct Group {
     is_log: bool,
 }
 
-const GROUPS: [Group; 11] = [
+const GROUPS: [Group; 12] = [
     Group {
         title: "loss, nats a token",
         names: &["loss_nats_per_token", "val_loss_nats_per_token", "mtp_loss_nats_per_token/"],
@@ -31,6 +26,7 @@ const GROUPS: [Group; 11] = [
     Group { title: "MFU", names: &["mfu"], is_log: false },
     Group { title: "MaxVio", names: &["max_vio"], is_log: false },
     Group { title: "idle share", names: &["idle_fraction", "overhead_share"], is_log: false },
+    Group { title: "communication hidden, share", names: &["communication_hidden_share"], is_log: false },
     Group { title: "idle by cause, s", names: &["bubble_secs/"], is_log: false },
     Group { title: "money, USD", names: &["cost_usd", "budget_usd"], is_log: false },
     Group { title: "energy, kWh", names: &["energy_kwh", "budget_kwh"], is_log: false },
@@ -186,16 +182,8 @@ fn one(ui: &mut Ui, plot: &OnePlot, height: f32, cursor: Option<u64>, palette: P
     at.map(|point| point.x.max(0.0).round() as u64)
 }
 
-/// Figures of the sources as a whole, and of the plan.
+/// Figures of the plan as a whole.
 fn figures(ui: &mut Ui, desk: &Desk) {
-    for track in &desk.tracks {
-        for (name, value) in &track.figures {
-            ui.label(format!("{}: {}", name.replace('_', " "), units::three(*value)));
-        }
-        if let Some(Link::Ended(_)) = Some(&track.link).filter(|_| track.history.steps().len() == 0) {
-            ui.label("the source had no steps");
-        }
-    }
     let Some(planned) = desk.document.as_ref().and_then(|document| document.planned.as_ref()) else { return };
     let figure = |name: &str| planned.snapshot.scalar(name).filter(|value| value.is_finite());
     let texts = [
