@@ -95,7 +95,7 @@ fn the_window_draws_lanes_and_cells() {
     let scenes = Path::new(env!("CARGO_MANIFEST_DIR")).join("scenes");
     let scene = |name: &str| scenes.join(name).display().to_string();
     let tiny = scene("tiny.ron");
-    let steps = ["--set", "train.steps=6", "--set", "eval=None", "--set", "sample=None"];
+    let steps = ["--set", "train.steps=16", "--set", "eval=None", "--set", "sample=None"];
     let traced = ["--set", "telemetry.trace_steps=(start: 2, count: 3)"];
     display.hadal(dir.path(), &[&["run", &tiny], &steps[..], &traced[..]].concat());
     let (quickstart, shot) = (scene("quickstart.ron"), dir.path().join("shot.png"));

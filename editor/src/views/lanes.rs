@@ -288,7 +288,7 @@ mod tests {
             seen
         };
         assert_eq!(seen((15.0, 50.0), 1.0), [(5.0, 15.0, 1), (15.0, 16.0, 2), (16.0, 24.0, 3)]);
-        // A tenth of a point each nanosecond: the second to the fourth together are 1.9 points.
+        // A nanosecond is 0.04 points: the second to the fourth are 0.8 together.
         let merged = seen((0.0, 100.0), 0.04);
         assert_eq!(merged.iter().map(|(.., span)| *span).collect::<Vec<_>>(), [0, 1, 4]);
     }
