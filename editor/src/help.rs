@@ -60,22 +60,27 @@ pub fn ui(ctx: &Context, is_open: &mut bool, palette: Palette) {
                     (Some(Pass::WeightGrad), "weight gradient"),
                     (None, "other tasks"),
                 ] {
-                    ui.horizontal(|ui| {
-                        swatch(ui, palette.pass(pass));
-                        ui.label(name);
-                    });
+                    key(ui, palette.pass(pass), name.to_owned());
                 }
             });
             ui.horizontal_wrapped(|ui| {
                 ui.label("idle, hatched:");
                 for cause in BubbleCause::ALL {
-                    ui.horizontal(|ui| {
-                        swatch(ui, palette.bubble(cause));
-                        ui.label(cause.name().replace('_', " "));
-                    });
+                    key(ui, palette.bubble(cause), cause.name().replace('_', " "));
                 }
             });
         });
+}
+
+/// A small square of a colour with a text: both in one line, also where lines wrap.
+pub fn key(ui: &mut egui::Ui, color: egui::Color32, text: String) {
+    let font = egui::TextStyle::Body.resolve(ui.style());
+    let text_width = ui.painter().layout_no_wrap(text.clone(), font, color).size().x;
+    if ui.available_size_before_wrap().x < text_width + 10.0 + 2.0 * ui.spacing().item_spacing.x {
+        ui.end_row();
+    }
+    swatch(ui, color);
+    ui.label(text);
 }
 
 /// A small square of a colour.

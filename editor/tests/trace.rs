@@ -72,18 +72,20 @@ fn a_trace_of_deepseeks_shape_tells_how_much_communication_is_hidden() {
     // Kernels only: neither the CPU's side nor the annotations are tasks.
     assert_eq!(step.spans.len(), 8);
     let dispatch = step.spans.iter().find(|span| span.label.contains("dispatch")).unwrap();
-    assert_eq!(
-        (dispatch.role, dispatch.pass, &*dispatch.stream),
-        (Role::Collective, Some(Pass::Forward), "comm (stream 16)")
-    );
+    assert_eq!((dispatch.role, dispatch.pass, &*dispatch.stream), (Role::Collective, Some(Pass::Forward), "comm 16"));
     let attention = step.spans.iter().find(|span| span.label.contains("flash_fwd")).unwrap();
     assert_eq!(
         (attention.pass, attention.kind.0, &*attention.stream),
-        (Some(Pass::InputGrad), "flash_fwd_splitkv", "compute (stream 7)")
+        (Some(Pass::InputGrad), "flash_fwd_splitkv", "compute 7")
     );
     // Transfers run from 100 to 300, 400 to 500 and 800 to 900; the device computes from 0 to 250, 420 to 600 and 600 to 800.
     assert_eq!(overlap(&step.spans), Overlap { communication_nanos: 400_000, hidden_nanos: 230_000 });
     assert_eq!(overlap(&step.spans).share(), Some(0.575));
+    let lanes = editor::views::lanes::Lanes::new(step.clone().into());
+    assert_eq!(
+        lanes.lanes[0].gaps.iter().map(|gap| (gap.start, gap.cause)).collect::<Vec<_>>(),
+        [(250_000, None), (800_000, None)]
+    );
 }
 
 #[test]

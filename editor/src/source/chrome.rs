@@ -17,6 +17,9 @@ use serde_json::Value;
 /// Distinct kinds of tasks that are told apart; a file with more has names that are no kinds.
 const MAX_KINDS: usize = 4096;
 
+/// A scalar of steps from another program's trace, which does not say what waited for what: idle time has no cause in them.
+pub const FOREIGN: &str = "is_foreign_trace";
+
 /// Categories of slices that a device ran, in PyTorch's traces.
 const DEVICE_CATEGORIES: [&str; 3] = ["kernel", "gpu_memcpy", "gpu_memset"];
 /// Categories of slices that name a stretch of others.
@@ -241,7 +244,8 @@ fn profiled(events: &[Event<'_>]) -> Vec<Snapshot> {
     for (key, all) in &communicates {
         let name = names.get(key).map_or_else(|| key.1.trim_matches('"').to_owned(), |name| (*name).to_owned());
         let purpose = if *all { "comm" } else { "compute" };
-        streams.insert(key.clone(), (format!("{purpose} ({name})").into(), *all));
+        let name = name.strip_prefix("stream ").unwrap_or(&name);
+        streams.insert(key.clone(), (format!("{purpose} {name}").into(), *all));
     }
     let devices: BTreeSet<String> = found.iter().map(|(.., event, _)| event.pid.to_string()).collect();
     let rank_of = |pid: &Value| {
@@ -277,7 +281,8 @@ fn profiled(events: &[Event<'_>]) -> Vec<Snapshot> {
     };
     let spans: Vec<Span> = found.into_iter().map(span).collect();
     let end = spans.iter().map(|span| span.end_nanos).max().unwrap_or(0);
-    vec![Snapshot { interval_nanos: (0, end), spans: spans.into(), ..Snapshot::default() }]
+    let scalars = vec![(FOREIGN.to_owned(), 1.0)];
+    vec![Snapshot { interval_nanos: (0, end), spans: spans.into(), scalars, ..Snapshot::default() }]
 }
 
 fn is_communication(name: &str, around: Option<&str>) -> bool {

@@ -8,7 +8,10 @@ use engine::{
     telemetry::Snapshot,
 };
 
-use crate::overlap::{Overlap, overlap};
+use crate::{
+    overlap::{Overlap, overlap},
+    source::chrome::FOREIGN,
+};
 
 /// A task on a lane, in nanoseconds from the begin of the step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,8 +31,8 @@ pub struct Gap {
     pub start: u64,
     /// End.
     pub end: u64,
-    /// Why.
-    pub cause: BubbleCause,
+    /// Why; none if what the step was read from does not say what waited for what.
+    pub cause: Option<BubbleCause>,
     /// The task that is to blame.
     pub waited_for: Option<Arc<str>>,
 }
@@ -67,7 +70,11 @@ pub fn by_cause<'a>(lanes: impl Iterator<Item = &'a Lane>, length_nanos: u64) ->
     let (mut nanos, mut num_lanes) = ([0u64; BubbleCause::ALL.len()], 0);
     for lane in lanes.filter(|lane| lane.is_compute) {
         num_lanes += 1;
-        lane.gaps.iter().for_each(|gap| nanos[gap.cause as usize] += gap.end - gap.start);
+        for gap in &lane.gaps {
+            if let Some(cause) = gap.cause {
+                nanos[cause as usize] += gap.end - gap.start;
+            }
+        }
     }
     let all = (length_nanos.max(1) * num_lanes.max(1)) as f64;
     let mut shares: Vec<(BubbleCause, f64)> = BubbleCause::ALL
@@ -123,11 +130,17 @@ impl Lanes {
             let (start, stop) = (span.start_nanos - begin, span.end_nanos.max(span.start_nanos) - begin);
             lanes[at].bars.push(Bar { start, end: stop, span: i as u32 });
         }
+        let knows_causes = snapshot.scalar(FOREIGN).is_none();
         for bubble in bubbles(spans, is_compute, (begin, end)) {
             let lane = lanes.iter_mut().find(|lane| lane.rank == bubble.rank && lane.stream == bubble.stream);
             if let Some(lane) = lane {
                 let (start, end) = (bubble.start_nanos - begin, bubble.end_nanos - begin);
-                lane.gaps.push(Gap { start, end, cause: bubble.cause, waited_for: bubble.waited_for });
+                lane.gaps.push(Gap {
+                    start,
+                    end,
+                    cause: Some(bubble.cause).filter(|_| knows_causes),
+                    waited_for: bubble.waited_for,
+                });
             }
         }
         for lane in &mut lanes {

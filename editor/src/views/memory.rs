@@ -4,7 +4,7 @@
 use egui::{Align2, FontId, Grid, Mesh, Rect, Role, ScrollArea, Sense, Stroke, Ui, WidgetInfo, pos2, vec2};
 use engine::telemetry::Snapshot;
 
-use crate::{desk::Desk, help::swatch, paint, theme::Palette, units, view::View};
+use crate::{desk::Desk, help::key, paint, theme::Palette, units, view::View};
 
 /// Prefix of figures: then the rank, if there are several, and the class.
 const BYTES: &str = "bytes/";
@@ -144,10 +144,7 @@ fn chart(ui: &mut Ui, title: &str, rank: &RankMemory, limit: Option<f64>) {
         let of = limit.map_or_else(String::new, |limit| format!(" of {}", units::bytes(limit)));
         ui.strong(format!("{title}, rank {}: peak {}{of} at task {peak_task}", rank.rank, units::bytes(peak)));
         for (i, class) in rank.classes.iter().enumerate() {
-            ui.horizontal(|ui| {
-                swatch(ui, palette.curve(i));
-                ui.label(format!("{} {}", class.name, units::bytes(RankMemory::at(class, peak_task))));
-            });
+            key(ui, palette.curve(i), format!("{} {}", class.name, units::bytes(RankMemory::at(class, peak_task))));
         }
     });
     let height = 120.0;

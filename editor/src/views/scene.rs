@@ -67,9 +67,10 @@ fn text(ui: &mut Ui, document: &mut Document) {
     let plain = ui.visuals().text_color();
     let font = FontId::monospace(12.0);
     let diagnostics = document.report.diagnostics.clone();
-    let mut layouter = |ui: &Ui, buffer: &dyn egui::TextBuffer, width: f32| {
+    // Lines are as long as they are written: the field scrolls.
+    let mut layouter = |ui: &Ui, buffer: &dyn egui::TextBuffer, _: f32| {
         let mut job = highlight::layout(buffer.as_str(), &diagnostics, font.clone(), palette, plain);
-        job.wrap.max_width = width;
+        job.wrap.max_width = f32::INFINITY;
         ui.fonts_mut(|fonts| fonts.layout_job(job))
     };
     ScrollArea::both().id_salt("text").auto_shrink(false).show(ui, |ui| {

@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     desk::Desk,
-    help::{pressed, swatch},
+    help::{key, pressed},
     paint::{self, Hatch},
     theme::{ColorBy, Palette},
     units,
@@ -87,13 +87,13 @@ impl View for Timeline {
         let lane_height = (free / num_lanes.max(1) as f32).clamp(13.0, 30.0);
         let palette = Palette::of(ui.ctx());
         ScrollArea::vertical().auto_shrink(false).show(ui, |ui| {
+            let width = ui.available_width();
             for (i, (block, shown)) in blocks.iter().zip(&shown).enumerate() {
                 let (Some(block), Some(lanes)) = (block, &self.known[i]) else { continue };
                 head(ui, block, lanes, palette);
                 let full_nanos = if self.same_scale { longest } else { lanes.length_nanos as f64 };
                 let height = draw::RULER + shown.len() as f32 * lane_height;
-                let (rect, response) =
-                    ui.allocate_exact_size(vec2(ui.available_width(), height), Sense::click_and_drag());
+                let (rect, response) = ui.allocate_exact_size(vec2(width, height), Sense::click_and_drag());
                 let placed = Placed { rect, lane_height, full_nanos, zoom: self.zoom };
                 response.widget_info(|| {
                     egui::WidgetInfo::labeled(
@@ -213,11 +213,7 @@ fn head(ui: &mut Ui, block: &Block, lanes: &Lanes, palette: Palette) {
             ui.label(format!("communication hidden {}", units::percent(hidden)));
         }
         for (cause, share) in lanes::by_cause(lanes.lanes.iter(), lanes.length_nanos).into_iter().take(4) {
-            // Both or neither in a line.
-            ui.horizontal(|ui| {
-                swatch(ui, palette.bubble(cause));
-                ui.label(format!("{} {}", cause.name().replace('_', " "), units::percent(share)));
-            });
+            key(ui, palette.bubble(cause), format!("{} {}", cause.name().replace('_', " "), units::percent(share)));
         }
     });
 }
@@ -258,8 +254,8 @@ fn under(lanes: &Lanes, shown: &[usize], placed: Placed, pos: egui::Pos2) -> Opt
         return Some(Under::Task(bar.span));
     }
     let gap = lanes::at(&lane.gaps, nanos)?;
-    let mut text =
-        format!("idle {}: {}", units::nanos((gap.end - gap.start) as f64), gap.cause.name().replace('_', " "));
+    let cause = gap.cause.map_or_else(|| "the trace does not say why".into(), |cause| cause.name().replace('_', " "));
+    let mut text = format!("idle {}: {cause}", units::nanos((gap.end - gap.start) as f64));
     if let Some(label) = &gap.waited_for {
         text += &format!("\nwaits for {label}");
     }

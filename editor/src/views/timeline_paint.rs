@@ -102,7 +102,8 @@ pub fn block(ui: &Ui, lanes: &Lanes, shown: &[usize], placed: Placed, style: &mu
         paint::quad(&mut background, rect, style.palette.lane());
         lanes::visible(&lane.gaps, placed.window(), placed.points_per_nano(), pixel, |left, right, gap: &Gap| {
             let rect = cut(rect, plot.left() + left, plot.left() + right);
-            Hatch::quad(&mut hatched, rect, style.palette.bubble(gap.cause));
+            let color = gap.cause.map_or(style.palette.rule(), |cause| style.palette.bubble(cause));
+            Hatch::quad(&mut hatched, rect, color);
         });
         lanes::visible(&lane.bars, placed.window(), placed.points_per_nano(), pixel, |left, right, bar: &Bar| {
             let span = &lanes.snapshot.spans[bar.span as usize];

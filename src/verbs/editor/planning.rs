@@ -45,7 +45,14 @@ pub fn plan(checked: &Checked, what_if: &WhatIf, machine: &Mutex<Option<DeviceSp
     };
     let request = PlanRequest { loaded: &checked.loaded, config, device, load, with_spans: true };
     let planned = plan_scene(&request).map_err(|error| error.to_string())?;
-    notes.extend(planned.report.notes.iter().cloned());
+    // This machine has no price: that needs no saying.
+    let is_named = scene.plan.as_ref().is_some_and(|plan| plan.hardware.is_some());
+    let is_of_use = |note: &&String| is_named || !(note.starts_with("no price") || note.starts_with("no energy"));
+    notes.extend(planned.report.notes.iter().filter(is_of_use).cloned());
+    if !scene.batch.ramp.is_empty() {
+        let most = planned.report.num_microbatches_per_rank;
+        notes.push(format!("planned at the largest batch of the ramp: {most} microbatches a rank"));
+    }
     if !planned.report.fits {
         let most = planned.report.peak_bytes_per_rank.iter().map(|bytes| bytes.total).max().unwrap_or(0);
         let room = planned.report.device_memory_bytes;
