@@ -370,3 +370,63 @@ fn a_run_goes_on_whatever_its_peers_do() {
     drop((idle, stalled));
     goes_on("all that");
 }
+
+/// What a client that subscribes and never reads costs a step, in pairs of windows with and without one, in turns in one run:
+/// `cargo test --release --test remote -- --ignored --nocapture`.
+#[test]
+#[ignore = "a measurement"]
+fn the_cost_of_a_client_that_never_reads() {
+    const NUM_PAIRS: usize = 20;
+    const STEPS: usize = 100;
+    let run = start(&["telemetry.log_every_steps=1000000", "checkpoint=(every_steps: 1000000)"]);
+    let median = |mut values: Vec<f64>| {
+        values.sort_unstable_by(f64::total_cmp);
+        values[values.len() / 2]
+    };
+    let step_secs =
+        |line: &Value| line["step_secs"].as_f64().expect("a time") + line["between_secs"].as_f64().expect("a time");
+    let window = || {
+        // The step at hand began before.
+        let from = run.log().len() + 1;
+        while run.log().len() < from + STEPS {
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        run.log()[from..from + STEPS].iter().map(step_secs).collect::<Vec<f64>>()
+    };
+    let stalled = || {
+        let mut stream = TcpStream::connect(("127.0.0.1", run.port())).expect("it listens");
+        let upgrade = "GET /telemetry HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: upgrade\r\nupgrade: websocket\r\n\
+                       sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n";
+        stream.write_all(upgrade.as_bytes()).expect("sent");
+        stream
+    };
+    window();
+    let (mut without, mut with, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
+    for pair in 0..NUM_PAIRS {
+        let mut one = |stall: bool| {
+            let peer = stall.then(stalled);
+            let times = window();
+            drop(peer);
+            if stall {
+                with.extend(times.iter().copied())
+            } else {
+                without.extend(times.iter().copied())
+            }
+            median(times)
+        };
+        // Which comes first changes from pair to pair.
+        let first = one(pair % 2 == 0);
+        let second = one(pair % 2 == 1);
+        ratios.push(if pair % 2 == 0 { first / second } else { second / first });
+    }
+    let (without, with) = (median(without), median(with));
+    ratios.sort_unstable_by(f64::total_cmp);
+    let quartiles = [ratios[NUM_PAIRS / 4], ratios[NUM_PAIRS / 2], ratios[NUM_PAIRS * 3 / 4]];
+    eprintln!(
+        "median step: {:.3} ms without, {:.3} ms with a client that never reads ({:+.2}%)",
+        without * 1e3,
+        with * 1e3,
+        (with / without - 1.0) * 100.0
+    );
+    eprintln!("ratio of {NUM_PAIRS} pairs of windows of {STEPS} steps: quartiles {quartiles:.4?}");
+}

@@ -11,6 +11,9 @@ const MAX_LINES: usize = 600;
 /// Words of models, which the engine does not know.
 const MODEL_WORDS: [&str; 8] = ["attention", "attentions", "expert", "experts", "token", "tokens", "loss", "losses"];
 
+/// Where a token is what a request shows to be let in, and no piece of text.
+const DOORS: [&str; 2] = ["engine/src/remote", "engine/src/control"];
+
 /// All Rust files of the workspace, by their path from its root, with their text.
 fn rust_files() -> Vec<(PathBuf, String)> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -84,7 +87,11 @@ fn the_engine_does_not_know_models() {
     check(|path, text| {
         let mut lines = text.lines().enumerate().filter(|_| path.starts_with("engine/src"));
         lines.find_map(|(i, line)| {
-            let word = words(line).into_iter().find(|word| MODEL_WORDS.contains(&word.as_str()))?;
+            let is_of_models = |word: &String| {
+                let opens_doors = word == "token" && DOORS.iter().any(|door| path.to_string_lossy().starts_with(door));
+                MODEL_WORDS.contains(&word.as_str()) && !opens_doors
+            };
+            let word = words(line).into_iter().find(is_of_models)?;
             Some(format!("line {}: says `{word}`", i + 1))
         })
     });

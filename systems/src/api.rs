@@ -105,7 +105,7 @@ pub struct RunReport {
     pub run_dir: PathBuf,
     /// Newest checkpoint.
     pub checkpoint_dir: Option<PathBuf>,
-    /// `finished`, `signal`, `budget` or `diverged`, then details.
+    /// `finished`, `stopped on request`, `signal`, `budget` or `diverged`, then details.
     pub exit_reason: String,
     /// Exit code of the process.
     pub exit_code: u8,

@@ -42,10 +42,13 @@ pub(super) struct Methods(pub(super) Vec<Method>);
 
 /// What the run's status has beside what the engine knows.
 #[derive(Resource, Default)]
-pub(super) struct StatusFields(Vec<(&'static str, fn(&World) -> Value)>);
+pub(super) struct StatusFields(Vec<StatusField>);
+
+/// Name, and how its value is found.
+type StatusField = (&'static str, fn(&World) -> Value);
 
 /// The methods that every run has. `run.step` is answered after the step, so its answer is the plugin's.
-pub(super) const METHODS: [Method; 12] = [
+pub(super) const METHODS: [Method; 14] = [
     Method {
         name: "rpc.discover",
         about: "{} -> the methods, each with one line",
@@ -127,7 +130,19 @@ pub(super) const METHODS: [Method; 12] = [
         access: Access::Reads,
         run: world::graph,
     },
+    // A connection does these by itself; here they are listed.
+    Method {
+        name: "telemetry.subscribe",
+        about: "{format: binary or json} -> {version}; then each step's snapshot, over a WebSocket",
+        access: Access::Reads,
+        run: needs_socket,
+    },
+    Method { name: "telemetry.unsubscribe", about: "{} -> null", access: Access::Reads, run: needs_socket },
 ];
+
+fn needs_socket(_: &mut World, _: &Value) -> RpcResult {
+    Err(RpcError::new(RpcError::INVALID_REQUEST, "this is for a WebSocket, in a request by itself: GET /rpc"))
+}
 
 /// The method whose answer waits for the step.
 pub(super) const RUN_STEP: &str = "run.step";

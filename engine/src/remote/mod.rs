@@ -2,6 +2,16 @@
 //!
 //! The server has a thread of its own, and touches the run in two places only: a bounded channel of requests, and a feed that
 //! drops the oldest snapshot. Encoding, waiting and all that a peer can do wrong happen on the server's thread.
+//!
+//! From a shell, in the run's folder, with the address from `remote.json`:
+//!
+//! ```text
+//! curl $URL/rpc -d '{"jsonrpc": "2.0", "id": 1, "method": "rpc.discover"}'
+//! curl $URL/rpc -H "Authorization: Bearer $(cat remote.token)" \
+//!     -d '{"jsonrpc": "2.0", "id": 1, "method": "run.set", "params": {"path": "lr", "value": 1e-4}}'
+//! echo '{"jsonrpc": "2.0", "id": 1, "method": "telemetry.subscribe", "params": {"format": "json"}}' \
+//!     | websocat -n ws://$HOST/rpc
+//! ```
 
 mod access;
 pub mod client;

@@ -5,7 +5,7 @@ use super::*;
 use crate::telemetry::tests::span;
 
 fn a_snapshot() -> Snapshot {
-    let mut first = span("attention of layer 0", 0, "compute", 1_000, 1_900);
+    let mut first = span("norm of layer 0", 0, "compute", 1_000, 1_900);
     first.pass = Some(Pass::WeightGrad);
     (first.layer, first.microbatch, first.stage) = (Some(0), Some(3), 2);
     first.cost = Cost { product_flops: 1, core_flops: 2, inter_node_bytes: u64::MAX, ..Cost::gemm(3, 4, 5, 2) };

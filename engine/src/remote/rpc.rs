@@ -75,16 +75,10 @@ type Asked = Result<(Option<Value>, oneshot::Receiver<RpcResult>), Value>;
 fn start(handle: &ControlHandle, value: Value) -> Asked {
     let Call { id, method, params } = call(value)?;
     let (sender, receiver) = oneshot::channel();
-    if method.starts_with("telemetry.") {
-        let message = format!("`{method}` is for a WebSocket, by itself: GET /rpc");
-        // The receiver is there.
-        let _ = sender.send(Err(RpcError::new(RpcError::INVALID_REQUEST, message)));
-    } else {
-        handle.call_with(method, params, move |result| {
-            // Whoever asked may have gone.
-            let _ = sender.send(result);
-        });
-    }
+    handle.call_with(method, params, move |result| {
+        // Whoever asked may have gone.
+        let _ = sender.send(result);
+    });
     Ok((id, receiver))
 }
 
@@ -143,7 +137,6 @@ mod tests {
             (r#"{"jsonrpc":"2.0","method":7,"id":"x"}"#, RpcError::INVALID_REQUEST, json!("x")),
             (r#"{"jsonrpc":"2.0","method":"a","id":[1]}"#, RpcError::INVALID_REQUEST, json!(null)),
             (r#"{"jsonrpc":"2.0","method":"run.status","id":3}"#, RpcError::OVER, json!(3)),
-            (r#"{"jsonrpc":"2.0","method":"telemetry.subscribe","id":4}"#, RpcError::INVALID_REQUEST, json!(4)),
         ] {
             let answer = check(text).unwrap();
             assert_eq!((code(&answer), &answer["id"]), (want, &id), "{text}: {answer}");

@@ -6,6 +6,7 @@
 use std::{sync::Arc, time::Duration};
 
 use axum::extract::ws::{CloseFrame, Message, Utf8Bytes, WebSocket, close_code};
+use crossbeam::channel::TryRecvError;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::{
@@ -101,7 +102,7 @@ pub(super) async fn run(
                 num_unanswered += 1;
                 if num_unanswered > MAX_UNANSWERED { Err(Over) } else { session.send(Message::Ping("".into())).await }
             }
-            _ = stopped.changed() => session.say_goodbye().await,
+            _ = stopped.changed() => session.finish().await,
         };
         if done.is_err() {
             break;
@@ -125,6 +126,14 @@ impl Session {
             Ok(Ok(())) => Ok(()),
             Ok(Err(_)) | Err(_) => Err(Over),
         }
+    }
+
+    /// Sends what is left, then the end.
+    async fn finish(&mut self) -> Result<(), Over> {
+        for _ in 0..=MAX_WAITING {
+            self.send_snapshot().await?;
+        }
+        self.say_goodbye().await
     }
 
     async fn say_goodbye(&mut self) -> Result<(), Over> {
@@ -206,8 +215,8 @@ impl Session {
         let Some(Subscription { receiver, format }) = &self.subscription else { return Ok(()) };
         let snapshot = match receiver.try_recv() {
             Ok(snapshot) => snapshot,
-            Err(crossbeam::channel::TryRecvError::Empty) => return Ok(()),
-            Err(crossbeam::channel::TryRecvError::Disconnected) => return self.say_goodbye().await,
+            Err(TryRecvError::Empty) => return Ok(()),
+            Err(TryRecvError::Disconnected) => return self.say_goodbye().await,
         };
         let num_dropped = receiver.num_dropped();
         let message = match format {

@@ -125,7 +125,8 @@ impl Feed {
         self.subscribe_and_wake(capacity, None)
     }
 
-    /// The same; `wake` is called on the run's thread after each publication and when the run is over. It must not block.
+    /// The same; `wake` is called on the run's thread after each publication and when the run is over. It must not block, and not
+    /// use the feed.
     pub fn subscribe_and_wake(&self, capacity: usize, wake: Option<Arc<dyn Fn() + Send + Sync>>) -> Receiver {
         let (sender, receiver) = channel::bounded(capacity.max(1));
         let dropped = Arc::new(AtomicU64::new(0));

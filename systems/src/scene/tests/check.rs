@@ -51,6 +51,10 @@ fn values_are_checked() {
             "telemetry: (log_every_steps: 0, trace_steps: (start: 0, count: 0))",
             "telemetry.log_every_steps telemetry.trace_steps.count",
         ),
+        (
+            "remote: (bind: \"no.such.host.invalid:0\")",
+            if cfg!(feature = "remote") { "remote.bind" } else { "remote.bind remote" },
+        ),
         ("seed: 2", ""),
     ];
     let base = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
