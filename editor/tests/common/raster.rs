@@ -47,9 +47,8 @@ impl egui_kittest::TestRenderer for Textures {
                 }
             }
         }
-        for id in delta.free.drain() {
-            known.remove(&id);
-        }
+        known.retain(|id, _| !delta.free.contains(id));
+        delta.free.clear();
     }
 }
 
