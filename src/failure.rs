@@ -39,6 +39,15 @@ impl Failure {
         Failure::Other { exit_code: USAGE, message: message.to_string(), help: Some(help.into()) }
     }
 
+    /// What happened, in a line or more, for where there is no terminal.
+    #[cfg(feature = "editor")]
+    pub fn message(&self) -> String {
+        match self {
+            Failure::Scene(errors) => errors.to_string(),
+            Failure::Other { message, .. } => message.clone(),
+        }
+    }
+
     fn code(&self) -> u8 {
         match self {
             Failure::Scene(_) => USAGE,

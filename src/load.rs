@@ -44,7 +44,14 @@ impl Vocab {
 /// # Errors
 /// All findings, with their places.
 pub fn scene(path: &Path, overrides: &[String], needs: &[&str]) -> Result<Checked, SceneErrors> {
-    let loaded = Scene::load(path, overrides)?;
+    judge(Scene::load(path, overrides)?, needs)
+}
+
+/// Checks a scene that was read.
+///
+/// # Errors
+/// All findings, with their places.
+pub fn judge(loaded: Loaded, needs: &[&str]) -> Result<Checked, SceneErrors> {
     let scene = &loaded.scene;
     let mut problems = scene.check(Path::new(""));
     problems.extend(missing_sections(scene, needs));

@@ -18,8 +18,10 @@ const DOORS: [&str; 2] = ["engine/src/remote", "engine/src/control"];
 fn rust_files() -> Vec<(PathBuf, String)> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut files = Vec::new();
-    let mut folders: Vec<PathBuf> =
-        ["src", "tests", "benches", "kernels", "engine", "systems"].iter().map(|name| root.join(name)).collect();
+    let mut folders: Vec<PathBuf> = ["src", "tests", "benches", "kernels", "engine", "systems", "editor"]
+        .iter()
+        .map(|name| root.join(name))
+        .collect();
     while let Some(folder) = folders.pop() {
         for entry in fs::read_dir(&folder).expect("a folder of the workspace") {
             let path = entry.expect("its entry").path();
@@ -105,6 +107,22 @@ fn memory_is_touched_by_hand_in_kernels_only() {
         let (i, _) = lines.find(|(_, line)| code(line).split(|c| !is_word(c)).any(|found| found == word))?;
         Some(format!("line {}: `{word}`", i + 1))
     });
+}
+
+#[test]
+fn a_build_without_default_features_has_no_window() {
+    let tree = |features: &[&str]| {
+        let mut command = std::process::Command::new(env!("CARGO"));
+        command.args(["tree", "--offline", "--locked", "--edges", "normal", "--prefix", "none"]).args(features);
+        let output = command.current_dir(env!("CARGO_MANIFEST_DIR")).output().expect("cargo starts");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        text.lines()
+            .filter(|line| ["editor ", "egui ", "eframe ", "winit "].iter().any(|name| line.starts_with(name)))
+            .count()
+    };
+    assert_eq!(tree(&["--no-default-features"]), 0);
+    assert!(tree(&[]) >= 4);
 }
 
 #[test]

@@ -67,6 +67,19 @@ pub enum Role {
 }
 
 impl Role {
+    /// All, in order.
+    pub const ALL: [Role; 4] = [Role::Compute, Role::Send, Role::Receive, Role::Collective];
+
+    /// As in traces.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Role::Compute => "compute",
+            Role::Send => "send",
+            Role::Receive => "receive",
+            Role::Collective => "collective",
+        }
+    }
+
     /// The role of a task that meets others in `rendezvous`. Of several, the one that can wait longest decides: for a whole
     /// group, then for a sender, then for a receiver.
     pub fn of(rendezvous: &[Rendezvous]) -> Self {

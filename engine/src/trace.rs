@@ -16,6 +16,7 @@ use serde_json::{Map, Value, json};
 
 use crate::{
     bubbles::{bubbles, is_compute},
+    task::Role,
     telemetry::Snapshot,
 };
 
@@ -52,6 +53,14 @@ impl<W: Write> TraceWriter<W> {
     /// # Errors
     /// If it cannot be written.
     pub fn push(&mut self, snapshot: &Snapshot) -> io::Result<()> {
+        // A task is named by its place among those of its rank: ranks may be written one after the other.
+        let mut num_of_rank: BTreeMap<u32, u32> = BTreeMap::new();
+        let mut place_in_rank = Vec::with_capacity(snapshot.spans.len());
+        for span in &*snapshot.spans {
+            let count = num_of_rank.entry(span.rank).or_default();
+            place_in_rank.push(*count);
+            *count += 1;
+        }
         for span in &*snapshot.spans {
             let tid = self.lane(span.rank, &span.stream)?;
             let mut args = json!({
@@ -64,6 +73,15 @@ impl<W: Write> TraceWriter<W> {
             });
             if span.wait_nanos > 0 {
                 args["wait_us"] = json!(micros(span.wait_nanos));
+            }
+            if span.role != Role::Compute {
+                args["role"] = json!(span.role.name());
+            }
+            if let Some((mine, most)) = span.load {
+                args["load"] = json!([mine, most]);
+            }
+            if let Some(&place) = span.waited_for.and_then(|task| place_in_rank.get(task as usize)) {
+                args["after"] = json!(place);
             }
             let asked = span.cost.fields().into_iter().filter(|(_, value)| *value > 0);
             let asked: Map<String, Value> = asked.map(|(name, value)| (name.to_owned(), value.into())).collect();
@@ -217,7 +235,8 @@ mod tests {
         let named =
             |name: &str| events.iter().filter(|e| e["name"] == name).map(|e| e["args"].clone()).collect::<Vec<_>>();
         assert_eq!(named("b"), [json!({"step": 0, "microbatch": 5, "stage": 1, "layer": 7, "pass": "I", "kind": "k"})]);
-        assert_eq!(named("receive")[0]["wait_us"], 0.004);
+        assert_eq!((&named("receive")[0]["wait_us"], &named("receive")[0]["role"]), (&json!(0.004), &json!("receive")));
+        assert_eq!(named("d")[0]["after"], 1, "the receive is the second task of its rank");
         let bubble = |cause: &str, waited_for: Option<&str>| {
             let mut args = json!({"step": 0, "cause": cause});
             waited_for.into_iter().for_each(|label| args["waited_for"] = json!(label));

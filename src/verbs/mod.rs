@@ -4,6 +4,8 @@ mod bench;
 mod check;
 mod convert;
 mod doctor;
+#[cfg(feature = "editor")]
+mod editor;
 mod eval;
 mod generate;
 mod plan;
@@ -32,6 +34,8 @@ pub fn perform(verb: Verb, output: &Output) -> Result<ExitCode, Failure> {
         Verb::Eval(args) => eval::eval(args, output),
         Verb::Generate(args) => generate::generate(args, output),
         Verb::Convert(args) => convert::convert(&args, output),
+        #[cfg(feature = "editor")]
+        Verb::Editor(args) => editor::editor(args),
         Verb::Doctor(_) => doctor::doctor(output),
         Verb::Bench(BenchArgs { what: Bench::Train(args) }) => bench::train(args, output),
         Verb::Bench(BenchArgs { what: Bench::Hardware(args) }) => bench::hardware(args, output),

@@ -65,12 +65,12 @@ fn links(links: &Links) -> String {
         + &line("sent to others", links.predicted_inter_node_bytes, links.measured_inter_node_bytes)
 }
 
-fn run_dir(scene: &Scene) -> PathBuf {
+pub(super) fn run_dir(scene: &Scene) -> PathBuf {
     scene.telemetry.clone().unwrap_or_default().dir.join(&scene.name)
 }
 
 /// An earlier run with checkpoints is worth something: it is neither continued nor given up unasked, and never deleted.
-fn make_room(run_dir: &Path, fresh: bool) -> Result<(), Failure> {
+pub(super) fn make_room(run_dir: &Path, fresh: bool) -> Result<(), Failure> {
     let has_checkpoints = fs::read_dir(run_dir.join("checkpoints")).is_ok_and(|mut entries| entries.next().is_some());
     if !has_checkpoints {
         return Ok(());

@@ -81,7 +81,9 @@ pub struct Lowering<'w> {
     later: Option<Vec<Recorded>>,
     live: ActivationBytes,
     peak: ActivationBytes,
-    live_bytes: Vec<u64>,
+    /// The most since the task before.
+    high: ActivationBytes,
+    bytes_by_task: Vec<ActivationBytes>,
 }
 
 /// The streams of a rank.
@@ -111,8 +113,8 @@ pub struct Lowered {
     pub peak: ActivationBytes,
     /// For each task, whether it is part of an overlapped pair.
     pub overlapped: Vec<bool>,
-    /// For each task, activations and communication that are allocated when it is launched.
-    pub live_bytes: Vec<u64>,
+    /// For each task, the most that was allocated from the task before it to its own launch.
+    pub bytes_by_task: Vec<ActivationBytes>,
 }
 
 impl ActivationBytes {
@@ -162,7 +164,8 @@ impl<'w> Lowering<'w> {
             later: None,
             live: ActivationBytes::default(),
             peak: ActivationBytes::default(),
-            live_bytes: Vec::new(),
+            high: ActivationBytes::default(),
+            bytes_by_task: Vec::new(),
         }
     }
 
@@ -231,20 +234,24 @@ impl<'w> Lowering<'w> {
     /// Puts recorded tasks here in the launch order.
     pub fn launch_later(&mut self, tasks: Vec<Recorded>) {
         for task in tasks {
-            self.note_launch();
+            self.note_task();
             self.graph.push_ready(self.world, task);
         }
-    }
-
-    fn note_launch(&mut self) {
-        self.overlapped.push(self.overlapping);
-        self.live_bytes.push(self.live.total());
     }
 
     fn note_peak(&mut self) {
         if self.live.total() > self.peak.total() {
             self.peak = self.live;
         }
+        if self.live.total() > self.high.total() {
+            self.high = self.live;
+        }
+    }
+
+    fn note_task(&mut self) {
+        self.overlapped.push(self.overlapping);
+        self.bytes_by_task.push(self.high);
+        self.high = self.live;
     }
 
     fn give_back(&mut self, tensor: Tensor) {
@@ -366,7 +373,7 @@ impl<'w> Lowering<'w> {
     fn emit(&mut self, stream: Entity, kind: TaskKind, pass: Option<Pass>, args: impl Component) -> Result<()> {
         let label = self.label(kind);
         if self.later.is_none() {
-            self.note_launch();
+            self.note_task();
         }
         let task = Task {
             pass,
@@ -415,8 +422,8 @@ impl<'w> Lowering<'w> {
 
     /// Ends the graph of a step, with what is known of it beside the tasks; not for one that is checked.
     pub fn finish_step(self) -> Result<Lowered> {
-        let (peak, overlapped, live_bytes) = (self.peak, self.overlapped, self.live_bytes);
-        Ok(Lowered { graph: self.graph.build(self.world)?, peak, overlapped, live_bytes })
+        let Lowering { peak, overlapped, bytes_by_task, .. } = self;
+        Ok(Lowered { graph: self.graph.build(self.world)?, peak, overlapped, bytes_by_task })
     }
 
     /// Ends the graph.

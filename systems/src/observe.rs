@@ -16,7 +16,7 @@ use crate::{
     attention::{Gqa, Mla, MlaQuery},
     dense::Dense,
     expert::{ExpertKey, ExpertLoad, Moe},
-    lower::Lowered,
+    lower::{ActivationBytes, Lowered},
     model::{Layer, Model, Parameters, Weight},
     optimizer::OptimizerState,
 };
@@ -49,7 +49,8 @@ impl PlannedBytes {
         let gradients = parameters.weights.iter().filter_map(|weight| weight.grad).map(|grad| grad.size_bytes()).sum();
         let optimizer = world.get_resource::<OptimizerState>().map_or(0, OptimizerState::num_bytes);
         let classes = [weights, gradients, optimizer, lowered.peak.activations, lowered.peak.communication];
-        let known = (classes, lowered.live_bytes.as_slice().into());
+        let live = lowered.bytes_by_task.iter().map(ActivationBytes::total).collect();
+        let known = (classes, live);
         world.get_resource_or_init::<PlannedBytes>().0.insert(key.clone(), known);
     }
 

@@ -26,6 +26,8 @@ pub enum RoutingLoad {
         #[serde(default)]
         seed: u64,
     },
+    /// As the caller measured it; each layer's shares are scaled to sum to 1.
+    Shares(Vec<Vec<f64>>),
     /// As measured.
     Replay {
         /// A run's `log.jsonl`, or its folder, or JSON as in [`read`].
@@ -68,6 +70,14 @@ pub enum LoadError {
     /// The exponent is none.
     #[error("expected a Zipf exponent of 0 or more, found {0}")]
     Exponent(f64),
+    /// The shares are of another model.
+    #[error("expected loads of {expected}, found {found}")]
+    Shares {
+        /// Layers and experts of the model.
+        expected: String,
+        /// Layers and experts of the shares.
+        found: String,
+    },
     /// The load is of another model.
     #[error("{}: expected loads of {expected}, found {found}", path.display())]
     Sizes {
@@ -100,6 +110,17 @@ impl RoutingLoad {
                     normalized((0..num_experts).map(share).collect())
                 };
                 Ok((0..num_layers).map(layer).collect())
+            }
+            RoutingLoad::Shares(shares) => {
+                let is_model = |layer: &Vec<f64>| layer.len() == num_experts && layer.iter().sum::<f64>() > 0.0;
+                // Layers of multi-token prediction may follow those of the model.
+                if shares.len() < num_layers || !shares.iter().all(is_model) {
+                    return Err(LoadError::Shares {
+                        expected: format!("{num_layers} layers with {num_experts} experts"),
+                        found: format!("{} with {}", shares.len(), shares.first().map_or(0, Vec::len)),
+                    });
+                }
+                Ok(shares.iter().take(num_layers).cloned().map(normalized).collect())
             }
             RoutingLoad::Replay { path, steps } => {
                 let mut measured = read(path, *steps)?;

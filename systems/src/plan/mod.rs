@@ -17,6 +17,7 @@ use serde::Serialize;
 
 use crate::{
     distribute::Distribution,
+    lower::ActivationBytes,
     model_config::ModelConfig,
     params::{num_activated_params, num_params},
     placement::{contiguous_imbalance, load::RoutingLoad},
@@ -125,6 +126,8 @@ pub struct Planned {
     pub accounting: Accounting,
     /// Spans of each position, if they were asked for.
     pub spans: Vec<Vec<Span>>,
+    /// What lives for a part of the step only, for each position and each of its tasks, if spans were asked for.
+    pub bytes_by_task: Vec<Vec<ActivationBytes>>,
 }
 
 /// Plans a scene.
@@ -230,7 +233,8 @@ pub(crate) fn plan_on(
         notes,
         num_tasks: simulated.num_tasks,
     };
-    Ok(Planned { report, accounting: simulated.accounting, spans: simulated.spans })
+    let Simulated { accounting, spans, bytes_by_task, .. } = simulated;
+    Ok(Planned { report, accounting, spans, bytes_by_task })
 }
 
 /// What of a scene is simulated.

@@ -77,14 +77,14 @@ pub struct RankBytes {
 pub struct Simulated {
     /// Memory of each pipeline position.
     pub bytes: Vec<RankBytes>,
+    /// What lives for a part of the step only, for each position and each of its tasks; empty unless spans were asked for.
+    pub bytes_by_task: Vec<Vec<ActivationBytes>>,
     /// From the first task to the last.
     pub step_secs: f64,
     /// Busy and idle time of each pipeline position.
     pub accounting: Accounting,
     /// Spans of each position; empty unless they were asked for.
     pub spans: Vec<Vec<Span>>,
-    /// For each of them, activations and communication that are allocated when its task is launched.
-    pub live_bytes: Vec<Vec<u64>>,
     /// What each position's tasks ask for.
     pub costs: Vec<Cost>,
     /// Tasks of all positions.
@@ -96,7 +96,7 @@ struct Position {
     graph: Graph,
     overlapped: Vec<bool>,
     bytes: RankBytes,
-    live_bytes: Vec<u64>,
+    bytes_by_task: Vec<ActivationBytes>,
 }
 
 /// Runs a step of `num_microbatches` microbatches a rank.
@@ -124,7 +124,7 @@ pub fn simulate(
     let times = simulate_ranks(&tasks).map_err(SessionError::runtime)?;
     let end = times.iter().flatten().map(|time| time.end_nanos).max().unwrap_or(0);
     let mut accounting: Option<Accounting> = None;
-    let (mut spans, mut live_bytes) = (Vec::new(), Vec::new());
+    let mut spans = Vec::new();
     for (position, times) in positions.iter().zip(&times) {
         let mut of_rank = position.graph.spans_at(times);
         if work.load > 1.0 {
@@ -139,15 +139,15 @@ pub fn simulate(
         }
         if with_spans {
             spans.push(of_rank);
-            live_bytes.push(position.live_bytes.clone());
         }
     }
+    let bytes_by_task = |position: &Position| position.bytes_by_task.clone();
     Ok(Simulated {
+        bytes_by_task: if with_spans { positions.iter().map(bytes_by_task).collect() } else { Vec::new() },
         bytes: positions.iter().map(|position| position.bytes).collect(),
         step_secs: end as f64 * 1e-9,
         accounting: accounting.unwrap_or_default(),
         spans,
-        live_bytes,
         costs: positions.iter().map(|position| position.graph.spans.iter().map(|span| span.cost).sum()).collect(),
         num_tasks: tasks.iter().map(RankTasks::len).sum(),
     })
@@ -197,7 +197,11 @@ fn lower(
     let communication = (communication as f64 * work.load) as u64;
     let total = weights + gradients + optimizer_bytes + activations + communication;
     let bytes = RankBytes { rank, weights, gradients, optimizer: optimizer_bytes, activations, communication, total };
-    Ok(Position { graph: lowered.graph, overlapped: lowered.overlapped, bytes, live_bytes: lowered.live_bytes })
+    let mut bytes_by_task = lowered.bytes_by_task;
+    for bytes in &mut bytes_by_task {
+        bytes.communication = (bytes.communication as f64 * work.load) as u64;
+    }
+    Ok(Position { graph: lowered.graph, overlapped: lowered.overlapped, bytes, bytes_by_task })
 }
 
 /// Products that stay in the high-precision format beside 8-bit ones: head and router (DeepSeek-V3 report, section 3.3.1).

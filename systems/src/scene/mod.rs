@@ -9,6 +9,7 @@ mod check;
 mod de;
 mod diagnostic;
 mod fault;
+pub mod form;
 pub mod hardware;
 mod remote;
 mod schedule;
@@ -133,6 +134,17 @@ impl Scene {
     pub fn load(path: &Path, overrides: &[String]) -> Result<Loaded, SceneErrors> {
         let mut sources = Sources::default();
         let read = source::read_file(path, overrides, &mut sources);
+        let stem = path.file_stem().unwrap_or_default();
+        Loaded::new(read, sources, &stem.to_string_lossy())
+    }
+
+    /// The same for `text` as if it were the file at `path`: for an editor, which has not saved it yet.
+    ///
+    /// # Errors
+    /// As [`Scene::load`].
+    pub fn load_text(path: &Path, text: &str, overrides: &[String]) -> Result<Loaded, SceneErrors> {
+        let mut sources = Sources::default();
+        let read = source::read_text_of(path, text, overrides, &mut sources);
         let stem = path.file_stem().unwrap_or_default();
         Loaded::new(read, sources, &stem.to_string_lossy())
     }

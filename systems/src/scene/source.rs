@@ -66,6 +66,16 @@ pub(super) fn read_file(path: &Path, overrides: &[String], sources: &mut Sources
     read(path.to_owned(), text, true, overrides, sources)
 }
 
+/// The same for a text that is to be in a file.
+pub(super) fn read_text_of(
+    path: &Path,
+    text: &str,
+    overrides: &[String],
+    sources: &mut Sources,
+) -> Result<Read, Vec<Finding>> {
+    read(path.to_owned(), text.to_owned(), true, overrides, sources)
+}
+
 /// The same for a text that is not in a file.
 pub(super) fn read_str(text: &str, overrides: &[String], sources: &mut Sources) -> Result<Read, Vec<Finding>> {
     read(PathBuf::from("scene.ron"), text.to_owned(), false, overrides, sources)

@@ -1,0 +1,194 @@
+//! The newest steps of a source, and the curves of all of them. Steps with their spans are large, so that only some are kept;
+//! curves are small, and thinned out when they grow long.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::Arc,
+};
+
+use engine::telemetry::Snapshot;
+
+/// Steps that are kept.
+const MAX_STEPS: usize = 2048;
+/// Spans that are kept, over all steps: about 200 bytes each.
+const MAX_SPANS: usize = 1_000_000;
+/// Points of a curve before every second one is left out.
+const MAX_POINTS: usize = 8192;
+
+/// What is shown: a step and a rank, the same in all views.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Cursor {
+    /// The step; none follows the newest.
+    pub step: Option<u64>,
+    /// The rank; none shows all.
+    pub rank: Option<u32>,
+}
+
+/// A scalar over steps.
+#[derive(Clone, Debug, Default)]
+pub struct Curve {
+    /// Step and value.
+    pub points: Vec<[f64; 2]>,
+    /// Each how many-th value is kept.
+    stride: u64,
+    seen: u64,
+}
+
+/// A ring of snapshots, and curves.
+#[derive(Default)]
+pub struct History {
+    steps: VecDeque<Arc<Snapshot>>,
+    num_spans: usize,
+    curves: BTreeMap<String, Curve>,
+    /// Counts what came, so that whoever keeps something made of it can tell that it is old.
+    version: u64,
+}
+
+impl History {
+    /// Adds a step. One of the same number replaces the old one; a number below the newest begins anew, as after a run was
+    /// continued from an earlier checkpoint.
+    pub fn push(&mut self, snapshot: Arc<Snapshot>) {
+        self.version += 1;
+        while self.steps.back().is_some_and(|last| last.step >= snapshot.step) {
+            if let Some(old) = self.steps.pop_back() {
+                self.num_spans -= old.spans.len();
+            }
+        }
+        for curve in self.curves.values_mut() {
+            curve.cut(snapshot.step);
+        }
+        for (name, value) in &snapshot.scalars {
+            if value.is_finite() {
+                match self.curves.get_mut(name) {
+                    Some(curve) => curve.push([snapshot.step as f64, *value]),
+                    None => {
+                        let mut curve = Curve { stride: 1, ..Curve::default() };
+                        curve.push([snapshot.step as f64, *value]);
+                        self.curves.insert(name.clone(), curve);
+                    }
+                }
+            }
+        }
+        self.num_spans += snapshot.spans.len();
+        self.steps.push_back(snapshot);
+        while self.steps.len() > MAX_STEPS || (self.num_spans > MAX_SPANS && self.steps.len() > 1) {
+            if let Some(old) = self.steps.pop_front() {
+                self.num_spans -= old.spans.len();
+            }
+        }
+    }
+
+    /// Forgets all.
+    pub fn clear(&mut self) {
+        *self = History { version: self.version + 1, ..History::default() };
+    }
+
+    /// The kept steps, oldest first.
+    pub fn steps(&self) -> impl DoubleEndedIterator<Item = &Arc<Snapshot>> + ExactSizeIterator {
+        self.steps.iter()
+    }
+
+    /// The step under the cursor: that one, or the nearest before it that is kept, or the oldest.
+    pub fn at(&self, step: Option<u64>) -> Option<&Arc<Snapshot>> {
+        let Some(step) = step else { return self.steps.back() };
+        let after = self.steps.partition_point(|snapshot| snapshot.step <= step);
+        self.steps.get(after.saturating_sub(1))
+    }
+
+    /// The newest kept step at or before the cursor of which `holds`.
+    pub fn latest(&self, step: Option<u64>, holds: impl Fn(&Snapshot) -> bool) -> Option<&Arc<Snapshot>> {
+        let limit = step.unwrap_or(u64::MAX);
+        self.steps.iter().rev().filter(|snapshot| snapshot.step <= limit).find(|snapshot| holds(snapshot))
+    }
+
+    /// First and last kept step.
+    pub fn range(&self) -> Option<(u64, u64)> {
+        Some((self.steps.front()?.step, self.steps.back()?.step))
+    }
+
+    /// The kept step `by` places from `step`, at the ends the first or last.
+    pub fn neighbor(&self, step: u64, by: i64) -> Option<u64> {
+        let at = self.steps.partition_point(|snapshot| snapshot.step < step) as i64;
+        let at = (at + by).clamp(0, (self.steps.len() as i64 - 1).max(0));
+        self.steps.get(at as usize).map(|snapshot| snapshot.step)
+    }
+
+    /// The values of a scalar.
+    pub fn curve(&self, name: &str) -> Option<&Curve> {
+        self.curves.get(name)
+    }
+
+    /// Names of all scalars.
+    pub fn curves(&self) -> impl Iterator<Item = (&str, &Curve)> {
+        self.curves.iter().map(|(name, curve)| (name.as_str(), curve))
+    }
+
+    /// Grows with each change.
+    pub fn version(&self) -> u64 {
+        self.version
+    }
+}
+
+impl Curve {
+    fn push(&mut self, point: [f64; 2]) {
+        if self.seen.is_multiple_of(self.stride) {
+            self.points.push(point);
+        }
+        self.seen += 1;
+        if self.points.len() > MAX_POINTS {
+            let mut keep = false;
+            self.points.retain(|_| {
+                keep = !keep;
+                keep
+            });
+            self.stride *= 2;
+        }
+    }
+
+    /// Leaves out what is of `step` or later.
+    fn cut(&mut self, step: u64) {
+        let keep = self.points.partition_point(|point| point[0] < step as f64);
+        self.points.truncate(keep);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+    use super::*;
+
+    fn step(step: u64, loss: f64) -> Arc<Snapshot> {
+        Arc::new(Snapshot { step, scalars: vec![("x".into(), loss)], ..Snapshot::default() })
+    }
+
+    #[test]
+    fn the_cursor_finds_steps_and_neighbors() {
+        let mut history = History::default();
+        [2, 4, 6].into_iter().for_each(|n| history.push(step(n, n as f64)));
+        let at = |step| history.at(step).unwrap().step;
+        assert_eq!([at(None), at(Some(1)), at(Some(5)), at(Some(9))], [6, 2, 4, 6]);
+        assert_eq!(
+            [history.neighbor(4, -1), history.neighbor(4, 1), history.neighbor(6, 1)],
+            [Some(2), Some(6), Some(6)]
+        );
+        assert_eq!(history.range(), Some((2, 6)));
+    }
+
+    #[test]
+    fn a_run_that_goes_back_begins_anew_from_there() {
+        let mut history = History::default();
+        [1, 2, 3, 4, 2].into_iter().for_each(|n| history.push(step(n, n as f64)));
+        assert_eq!(history.range(), Some((1, 2)));
+        assert_eq!(history.curve("x").unwrap().points, [[1.0, 1.0], [2.0, 2.0]]);
+    }
+
+    #[test]
+    fn long_histories_stay_small() {
+        let mut history = History::default();
+        (0..50_000).for_each(|n| history.push(step(n, n as f64)));
+        assert_eq!(history.steps().len(), MAX_STEPS);
+        let points = &history.curve("x").unwrap().points;
+        assert!(points.len() <= MAX_POINTS && points.len() > MAX_POINTS / 4, "{}", points.len());
+        assert!(points.windows(2).all(|pair| pair[0][0] < pair[1][0]));
+    }
+}
