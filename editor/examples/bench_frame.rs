@@ -164,11 +164,11 @@ fn main() {
         let (ui, _) = median(frames.iter().map(|frame| frame.0).collect());
         let (tessellation, _) = median(frames.iter().map(|frame| frame.1).collect());
         let (all, slow) = median(frames.iter().map(|frame| frame.0 + frame.1).collect());
-        let verdict = if slow < GOAL_MILLIS { "ok" } else { "TOO SLOW" };
+        let verdict = if all < GOAL_MILLIS { "ok" } else { "TOO SLOW" };
         println!(
             "{name:22}  {all:6.2} ms median, {slow:6.2} ms of the slowest 5%: UI {ui:.2}, tessellation {tessellation:.2}  {verdict}"
         );
-        slow < GOAL_MILLIS
+        all < GOAL_MILLIS
     };
     for _ in 0..5 {
         next(Vec::new(), &mut app);

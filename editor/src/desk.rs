@@ -1,6 +1,10 @@
 //! What lies before the views: the sources with their histories, the one cursor, the scene, and what is asked of the runs.
 
-use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
+    sync::Arc,
+};
 
 use engine::telemetry::Snapshot;
 use serde_json::{Value, json};
@@ -78,6 +82,8 @@ pub struct Desk {
     /// Whether the scene that is opened first is run at once.
     pub runs_at_startup: bool,
     num_opened: usize,
+    /// Ranks of a step, as they were found.
+    known_ranks: Option<(Arc<Snapshot>, Vec<u32>)>,
     /// What the run said of its state: running, paused, finished.
     pub run_state: Option<String>,
     status_call: Option<u64>,
@@ -103,6 +109,7 @@ impl Desk {
             startup: std::collections::VecDeque::new(),
             runs_at_startup: false,
             num_opened: 0,
+            known_ranks: None,
             run_state: None,
             status_call: None,
             replies: BTreeMap::new(),
@@ -273,12 +280,15 @@ impl Desk {
         self.main()?.history.latest(self.cursor.step, |snapshot| !snapshot.spans.is_empty())
     }
 
-    /// Ranks of the step under the cursor.
-    pub fn ranks(&self) -> Vec<u32> {
-        let mut ranks: Vec<u32> =
-            self.now_with_spans().map_or_else(Vec::new, |s| s.spans.iter().map(|s| s.rank).collect());
-        ranks.sort_unstable();
-        ranks.dedup();
+    /// Ranks of the step under the cursor; looked for once for a step.
+    pub fn ranks(&mut self) -> Vec<u32> {
+        let Some(snapshot) = self.now_with_spans().cloned() else { return Vec::new() };
+        if let Some((_, ranks)) = self.known_ranks.as_ref().filter(|(of, _)| Arc::ptr_eq(of, &snapshot)) {
+            return ranks.clone();
+        }
+        let ranks: BTreeSet<u32> = snapshot.spans.iter().map(|span| span.rank).collect();
+        let ranks: Vec<u32> = ranks.into_iter().collect();
+        self.known_ranks = Some((snapshot, ranks.clone()));
         ranks
     }
 

@@ -116,6 +116,10 @@ impl eframe::App for Framed {
         });
     }
 
+    fn persist_egui_memory(&self) -> bool {
+        self.shot.is_none()
+    }
+
     fn save(&mut self, storage: &mut dyn eframe::Storage) {
         if self.shot.is_none() {
             self.app.save(storage);

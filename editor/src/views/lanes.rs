@@ -50,13 +50,16 @@ pub struct Lane {
     pub gaps: Vec<Gap>,
     /// Whether idle time is a bubble on it.
     pub is_compute: bool,
+    /// Time in tasks.
+    busy_nanos: u64,
+    /// Idle time by cause, as in [`BubbleCause::ALL`].
+    nanos_by_cause: [u64; BubbleCause::ALL.len()],
 }
 
 impl Lane {
     /// Share of the step that it ran nothing.
     pub fn idle_share(&self, length_nanos: u64) -> f64 {
-        let busy: u64 = self.bars.iter().map(|bar| bar.end - bar.start).sum();
-        (1.0 - busy as f64 / length_nanos.max(1) as f64).max(0.0)
+        (1.0 - self.busy_nanos as f64 / length_nanos.max(1) as f64).max(0.0)
     }
 
     /// Idle shares of the step by cause, largest first.
@@ -70,11 +73,7 @@ pub fn by_cause<'a>(lanes: impl Iterator<Item = &'a Lane>, length_nanos: u64) ->
     let (mut nanos, mut num_lanes) = ([0u64; BubbleCause::ALL.len()], 0);
     for lane in lanes.filter(|lane| lane.is_compute) {
         num_lanes += 1;
-        for gap in &lane.gaps {
-            if let Some(cause) = gap.cause {
-                nanos[cause as usize] += gap.end - gap.start;
-            }
-        }
+        nanos.iter_mut().zip(lane.nanos_by_cause).for_each(|(sum, of_lane)| *sum += of_lane);
     }
     let all = (length_nanos.max(1) * num_lanes.max(1)) as f64;
     let mut shares: Vec<(BubbleCause, f64)> = BubbleCause::ALL
@@ -122,7 +121,15 @@ impl Lanes {
                 lanes.iter().position(is_its).unwrap_or_else(|| {
                     let (rank, stream) = (span.rank, span.stream.clone());
                     let is_compute = is_compute(&stream);
-                    lanes.push(Lane { rank, stream, bars: Vec::new(), gaps: Vec::new(), is_compute });
+                    lanes.push(Lane {
+                        rank,
+                        stream,
+                        bars: Vec::new(),
+                        gaps: Vec::new(),
+                        is_compute,
+                        busy_nanos: 0,
+                        nanos_by_cause: [0; BubbleCause::ALL.len()],
+                    });
                     lanes.len() - 1
                 })
             };
@@ -144,6 +151,12 @@ impl Lanes {
             }
         }
         for lane in &mut lanes {
+            lane.busy_nanos = lane.bars.iter().map(|bar| bar.end - bar.start).sum();
+            for gap in &lane.gaps {
+                if let Some(cause) = gap.cause {
+                    lane.nanos_by_cause[cause as usize] += gap.end - gap.start;
+                }
+            }
             lane.bars.sort_by_key(|bar| (bar.start, bar.end));
             lane.gaps.sort_by_key(|gap| gap.start);
         }

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     desk::{Desk, Selected},
-    loads::{self, LayerLoads},
+    loads::{self, LayerLoads, RankTraffic},
     paint,
     theme::{self, Palette},
     units,
@@ -37,6 +37,9 @@ pub struct Routing {
     over_time: Heat,
     bias: bool,
     strip: Strip,
+    /// Loads of a step, and what its ranks carried, as they were worked out.
+    known_loads: Option<(Arc<Snapshot>, Vec<LayerLoads>)>,
+    known_traffic: Option<(Arc<Snapshot>, Vec<RankTraffic>)>,
 }
 
 impl View for Routing {
@@ -50,7 +53,7 @@ impl View for Routing {
             ui.label("no loads of experts yet: run a scene with experts, or open a run's folder");
             return;
         };
-        let layers = loads::layers(&snapshot);
+        let layers = known(&mut self.known_loads, &snapshot, loads::layers);
         let width = layers.iter().map(|layer| layer.loads.len()).max().unwrap_or(1);
         let selected = *desk.selected.get_or_insert_with(|| hottest(&layers[0]));
         ScrollArea::vertical().auto_shrink(false).show(ui, |ui| {
@@ -63,7 +66,10 @@ impl View for Routing {
             }
             ui.separator();
             self.strip.ui(ui, desk, snapshot.step, &layers);
-            traffic(ui, desk);
+            if let Some(snapshot) = desk.now_with_spans() {
+                let ranks = known(&mut self.known_traffic, snapshot, |snapshot| loads::traffic(&snapshot.spans));
+                traffic(ui, desk, snapshot.step, ranks);
+            }
         });
     }
 }
@@ -267,6 +273,14 @@ fn hottest(layer: &LayerLoads) -> Selected {
     Selected { layer: layer.layer, expert }
 }
 
+/// What `of` makes of a step, worked out once for it.
+fn known<T: Clone>(known: &mut Option<(Arc<Snapshot>, T)>, step: &Arc<Snapshot>, of: impl Fn(&Snapshot) -> T) -> T {
+    match known {
+        Some((known, value)) if Arc::ptr_eq(known, step) => value.clone(),
+        _ => known.insert((step.clone(), of(step))).1.clone(),
+    }
+}
+
 /// Who stands out.
 fn summary(ui: &mut Ui, snapshot: &Snapshot, layers: &[LayerLoads]) {
     let palette = Palette::of(ui.ctx());
@@ -308,9 +322,7 @@ fn scale(ui: &mut Ui, shows_bias: bool) {
 }
 
 /// Rows and bytes of each rank.
-fn traffic(ui: &mut Ui, desk: &Desk) {
-    let Some(snapshot) = desk.now_with_spans() else { return };
-    let ranks = loads::traffic(&snapshot.spans);
+fn traffic(ui: &mut Ui, desk: &Desk, step: u64, ranks: Vec<RankTraffic>) {
     let most_rows = ranks.iter().map(|rank| rank.rows).max().unwrap_or(0);
     let most_bytes = ranks.iter().map(|rank| rank.intra_node_bytes + rank.inter_node_bytes).max().unwrap_or(0);
     if most_rows + most_bytes == 0 {
@@ -318,10 +330,7 @@ fn traffic(ui: &mut Ui, desk: &Desk) {
     }
     let palette = Palette::of(ui.ctx());
     ui.separator();
-    ui.label(format!(
-        "ranks in step {}: rows of their experts, bytes on links in the node and between nodes",
-        snapshot.step
-    ));
+    ui.label(format!("ranks in step {}: rows of their experts, bytes on links in the node and between nodes", step));
     let is_shown = |rank: u32| desk.cursor.rank.is_none_or(|shown| shown == rank);
     for rank in ranks.into_iter().filter(|rank| is_shown(rank.rank)).take(64) {
         ui.horizontal(|ui| {
