@@ -400,12 +400,25 @@ fn the_cost_of_a_client_that_never_reads() {
         stream.write_all(upgrade.as_bytes()).expect("sent");
         stream
     };
+    // Nanoseconds that the server's thread has run.
+    let server_nanos = || {
+        let tasks = fs::read_dir(format!("/proc/{}/task", run.child.id())).expect("threads").flatten();
+        let is_server = |task: &fs::DirEntry| {
+            fs::read_to_string(task.path().join("comm")).is_ok_and(|name| name.trim() == "remote")
+        };
+        let server = tasks.into_iter().find(is_server).expect("the server's thread");
+        let text = fs::read_to_string(server.path().join("schedstat")).expect("its times");
+        text.split(' ').next().and_then(|nanos| nanos.parse::<u64>().ok()).expect("a number")
+    };
     window();
     let (mut without, mut with, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
+    let mut stalled_nanos = 0;
     for pair in 0..NUM_PAIRS {
         let mut one = |stall: bool| {
             let peer = stall.then(stalled);
+            let before = server_nanos();
             let times = window();
+            stalled_nanos += if stall { server_nanos() - before } else { 0 };
             drop(peer);
             if stall {
                 with.extend(times.iter().copied())
@@ -419,6 +432,7 @@ fn the_cost_of_a_client_that_never_reads() {
         let second = one(pair % 2 == 1);
         ratios.push(if pair % 2 == 0 { first / second } else { second / first });
     }
+    let server_secs = stalled_nanos as f64 * 1e-9 / with.len() as f64;
     let (without, with) = (median(without), median(with));
     ratios.sort_unstable_by(f64::total_cmp);
     let quartiles = [ratios[NUM_PAIRS / 4], ratios[NUM_PAIRS / 2], ratios[NUM_PAIRS * 3 / 4]];
@@ -427,6 +441,11 @@ fn the_cost_of_a_client_that_never_reads() {
         without * 1e3,
         with * 1e3,
         (with / without - 1.0) * 100.0
+    );
+    eprintln!(
+        "the server's thread ran {:.1} us a step meanwhile, {:.3}% of a step",
+        server_secs * 1e6,
+        server_secs / without * 100.0
     );
     eprintln!("ratio of {NUM_PAIRS} pairs of windows of {STEPS} steps: quartiles {quartiles:.4?}");
 }

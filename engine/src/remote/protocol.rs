@@ -1,12 +1,14 @@
 //! What goes over the wire.
 //!
 //! Requests and answers are JSON-RPC 2.0 as text. Snapshots are binary frames: a byte that says which version of this format
-//! follows, then the frame in postcard. Texts are in one table and named by their place in it, and times count from the begin of
-//! the step, so that a span of a step that repeats takes about 25 bytes.
+//! follows, then the frame in postcard. Texts that many spans share are in one table and named by their place in it, and times
+//! count from the begin of the step. Nothing is copied before it is written: a step is encoded while the next one runs, on the
+//! same processors.
 //!
 //! A frame comes from elsewhere: nothing in it is believed before it is checked.
 
 use std::{
+    borrow::Cow,
     collections::BTreeMap,
     sync::{Arc, Mutex, PoisonError},
 };
@@ -54,20 +56,24 @@ pub struct Frame {
 }
 
 #[derive(Serialize, Deserialize)]
-struct WireSnapshot {
+struct WireSnapshot<'a> {
     step: u64,
     begin_nanos: u64,
     step_nanos: u64,
-    texts: Vec<String>,
-    spans: Vec<WireSpan>,
-    scalars: Vec<(u32, f64)>,
-    histograms: Vec<(u32, Vec<f64>)>,
+    #[serde(borrow)]
+    texts: Vec<&'a str>,
+    #[serde(borrow)]
+    spans: Vec<WireSpan<'a>>,
+    #[serde(borrow)]
+    scalars: Vec<(&'a str, f64)>,
+    #[serde(borrow)]
+    histograms: Vec<(&'a str, Cow<'a, [f64]>)>,
 }
 
-/// A span; texts are places in the table, times count from the begin of the step.
+/// A span; its kind and stream are places in the table, times count from the begin of the step.
 #[derive(Serialize, Deserialize)]
-struct WireSpan {
-    label: u32,
+struct WireSpan<'a> {
+    label: &'a str,
     kind: u32,
     stream: u32,
     /// Role in the low two bits, pass above it.
@@ -88,19 +94,18 @@ struct WireSpan {
 const PASSES: [Option<Pass>; 4] = [None, Some(Pass::Forward), Some(Pass::InputGrad), Some(Pass::WeightGrad)];
 const ROLES: [Role; 4] = [Role::Compute, Role::Send, Role::Receive, Role::Collective];
 
-/// Texts by place, each once.
+/// Texts by place, each once: some dozens. Most are found by where they are in memory.
 #[derive(Default)]
-struct Table<'a> {
-    texts: Vec<String>,
-    places: BTreeMap<&'a str, u32>,
-}
+struct Table<'a>(Vec<&'a str>);
 
 impl<'a> Table<'a> {
     fn place(&mut self, text: &'a str) -> u32 {
-        *self.places.entry(text).or_insert_with(|| {
-            self.texts.push(text.to_owned());
-            self.texts.len() as u32 - 1
-        })
+        let is_same = |known: &&str| std::ptr::eq(*known, text);
+        let known = self.0.iter().position(is_same).or_else(|| self.0.iter().position(|known| *known == text));
+        known.unwrap_or_else(|| {
+            self.0.push(text);
+            self.0.len() - 1
+        }) as u32
     }
 }
 
@@ -111,13 +116,14 @@ impl<'a> Table<'a> {
 pub fn encode(snapshot: &Snapshot) -> Result<Vec<u8>, FrameError> {
     let mut table = Table::default();
     let (begin_nanos, end_nanos) = snapshot.interval_nanos;
-    let span = |kind: u32, label: u32, stream: u32, span: &Span| {
+    let mut spans = Vec::with_capacity(snapshot.spans.len());
+    for span in &*snapshot.spans {
         let pass = PASSES.iter().position(|pass| *pass == span.pass).unwrap_or(0) as u8;
         let role = ROLES.iter().position(|role| *role == span.role).unwrap_or(0) as u8;
-        WireSpan {
-            label,
-            kind,
-            stream,
+        spans.push(WireSpan {
+            label: &span.label,
+            kind: table.place(span.kind.0),
+            stream: table.place(&span.stream),
             role_and_pass: role | pass << 2,
             rank: span.rank,
             stage: span.stage,
@@ -129,24 +135,20 @@ pub fn encode(snapshot: &Snapshot) -> Result<Vec<u8>, FrameError> {
             wait_nanos: span.wait_nanos,
             load: span.load,
             cost: span.cost.fields().map(|(_, value)| value),
-        }
-    };
-    let mut spans = Vec::with_capacity(snapshot.spans.len());
-    for of_task in &*snapshot.spans {
-        let (kind, label) = (table.place(of_task.kind.0), table.place(&of_task.label));
-        let stream = table.place(&of_task.stream);
-        spans.push(span(kind, label, stream, of_task));
+        });
     }
-    let scalars = snapshot.scalars.iter().map(|(name, value)| (table.place(name), *value)).collect();
-    let histograms = snapshot.histograms.iter().map(|(name, values)| (table.place(name), values.clone())).collect();
     let wire = WireSnapshot {
         step: snapshot.step,
         begin_nanos,
         step_nanos: end_nanos.saturating_sub(begin_nanos),
         spans,
-        scalars,
-        histograms,
-        texts: table.texts,
+        scalars: snapshot.scalars.iter().map(|(name, value)| (name.as_str(), *value)).collect(),
+        histograms: snapshot
+            .histograms
+            .iter()
+            .map(|(name, values)| (name.as_str(), values.as_slice().into()))
+            .collect(),
+        texts: table.0,
     };
     postcard::to_allocvec(&wire).map_err(damaged)
 }
@@ -181,14 +183,14 @@ pub fn decode(frame: &[u8]) -> Result<Frame, FrameError> {
     Ok(Frame { num_dropped, snapshot: Arc::new(snapshot(wire)?) })
 }
 
-fn snapshot(wire: WireSnapshot) -> Result<Snapshot, FrameError> {
-    let texts: Vec<Arc<str>> = wire.texts.iter().map(|text| text.as_str().into()).collect();
+fn snapshot(wire: WireSnapshot<'_>) -> Result<Snapshot, FrameError> {
+    let texts: Vec<Arc<str>> = wire.texts.iter().map(|&text| text.into()).collect();
     let text = |place: u32| {
         let text = texts.get(place as usize);
         text.ok_or_else(|| FrameError::Damaged(format!("text {place} of {}", texts.len())))
     };
     let num_spans = wire.spans.len();
-    let span = |span: &WireSpan| {
+    let span = |span: &WireSpan<'_>| {
         if let Some(task) = span.waited_for.filter(|&task| task as usize >= num_spans) {
             return Err(FrameError::Damaged(format!("a task waited for task {task} of {num_spans}")));
         }
@@ -201,7 +203,7 @@ fn snapshot(wire: WireSnapshot) -> Result<Snapshot, FrameError> {
             }
         }
         Ok(Span {
-            label: text(span.label)?.clone(),
+            label: span.label.into(),
             kind: kind(text(span.kind)?)?,
             pass: PASSES[usize::from(span.role_and_pass >> 2 & 3)],
             stage: span.stage,
@@ -219,17 +221,12 @@ fn snapshot(wire: WireSnapshot) -> Result<Snapshot, FrameError> {
         })
     };
     let spans = wire.spans.iter().map(span).collect::<Result<Vec<_>, FrameError>>()?;
-    let name = |place: u32| text(place).map(|text| text.to_string());
     Ok(Snapshot {
         step: wire.step,
         interval_nanos: (wire.begin_nanos, wire.begin_nanos.saturating_add(wire.step_nanos)),
         spans: spans.into(),
-        scalars: wire.scalars.iter().map(|&(at, value)| Ok((name(at)?, value))).collect::<Result<_, FrameError>>()?,
-        histograms: wire
-            .histograms
-            .into_iter()
-            .map(|(at, values)| Ok((name(at)?, values)))
-            .collect::<Result<_, FrameError>>()?,
+        scalars: wire.scalars.iter().map(|&(name, value)| (name.to_owned(), value)).collect(),
+        histograms: wire.histograms.into_iter().map(|(name, values)| (name.to_owned(), values.into_owned())).collect(),
     })
 }
 
