@@ -35,6 +35,7 @@ type Story = Arc<Mutex<Vec<Vec<f64>>>>;
 struct Run {
     handle: ControlHandle,
     signal: Arc<AtomicUsize>,
+    comm: Comm,
     story: Story,
     ranks: Vec<JoinHandle<ExitReason>>,
 }
@@ -89,8 +90,9 @@ fn start(num_ranks: u32) -> Run {
         std::thread::Builder::new().name("a rank".into()).spawn(body).unwrap()
     };
     let comms = if num_ranks == 1 { vec![Comm::solo()] } else { Comm::local(num_ranks, 1) };
+    let comm = comms[0].clone();
     let ranks = comms.into_iter().map(spawn).collect();
-    Run { handle, signal, story, ranks }
+    Run { handle, signal, comm, story, ranks }
 }
 
 impl Run {
@@ -154,6 +156,15 @@ fn a_signal_stops_all_ranks_after_the_same_step_and_a_paused_run_too() {
         assert_eq!(reasons, [ExitReason::Signal(15), ExitReason::Signal(15)]);
         assert_eq!(stories[0].len(), stories[1].len());
     }
+}
+
+#[test]
+fn a_paused_run_notices_that_a_rank_is_lost() {
+    let run = start(2);
+    run.ask("run.pause", Value::Null).unwrap();
+    run.comm.abort(1, "it fell over");
+    let (reasons, _) = run.end();
+    assert!(reasons.iter().all(|reason| reason.to_string().contains("it fell over")), "{reasons:?}");
 }
 
 #[test]

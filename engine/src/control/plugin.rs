@@ -156,6 +156,10 @@ fn lead(world: &mut World) -> Result {
         if control.signal.load(Ordering::Relaxed) != 0 {
             break;
         }
+        // A paused run meets nobody, and would not notice.
+        if let Some(lost) = control.comm.lost() {
+            return Err(lost.into());
+        }
         let request = match &control.inbox {
             None => None,
             Some(inbox) if holds => inbox.recv_timeout(PAUSE_TICK),
