@@ -168,39 +168,44 @@ fn main() {
     println!("{NUM_SPANS} tasks on {} lanes, {LAYERS} x {EXPERTS} experts, 1600 x 900 points", 2 * NUM_RANKS);
     println!("first frame of a step:  {:6.2} ms", first.0 + first.1);
 
-    let tell = |name: &str, begin: u64, frames: Vec<(f64, f64)>| {
+    let tell = |name: &str, goal: Option<f64>, begin: u64, frames: Vec<(f64, f64)>| {
         let cpu = (thread_nanos() - begin) as f64 * 1e-6 / frames.len() as f64;
         let (ui, _) = median(frames.iter().map(|frame| frame.0).collect());
         let (tessellation, _) = median(frames.iter().map(|frame| frame.1).collect());
         let (all, _) = median(frames.iter().map(|frame| frame.0 + frame.1).collect());
-        let verdict = if cpu < GOAL_MILLIS { "ok" } else { "TOO SLOW" };
+        let is_fast = goal.is_none_or(|goal| cpu < goal);
+        let verdict = match goal {
+            Some(_) if is_fast => "ok",
+            Some(_) => "TOO SLOW",
+            None => "(once a step)",
+        };
         println!(
             "{name:22}  {cpu:6.2} ms of CPU a frame  {verdict}; by the wall {all:.2}: UI {ui:.2}, tessellation {tessellation:.2}"
         );
-        cpu < GOAL_MILLIS
+        is_fast
     };
     for _ in 0..5 {
         next(Vec::new(), &mut app);
     }
     let begin = thread_nanos();
     let whole = (0..FRAMES).map(|_| next(Vec::new(), &mut app)).collect();
-    let mut is_fast = tell("the whole step:", begin, whole);
+    let mut is_fast = tell("the whole step:", Some(GOAL_MILLIS), begin, whole);
     let pointer = |i: usize| Event::PointerMoved(Pos2::new(300.0 + 3.0 * (i % 100) as f32, 260.0));
     let begin = thread_nanos();
     let hovered = (0..FRAMES).map(|i| next(vec![pointer(i)], &mut app)).collect();
-    is_fast &= tell("under the pointer:", begin, hovered);
+    is_fast &= tell("under the pointer:", Some(GOAL_MILLIS), begin, hovered);
     let begin = thread_nanos();
     let zoomed = (0..FRAMES)
         .map(|i| next(vec![pointer(i), Event::Zoom(if i < FRAMES / 2 { 1.08 } else { 1.0 / 1.08 })], &mut app))
         .collect();
-    is_fast &= tell("zooming:", begin, zoomed);
+    is_fast &= tell("zooming:", Some(GOAL_MILLIS), begin, zoomed);
     let key = |key| Event::Key { key, physical_key: None, pressed: true, repeat: false, modifiers: Modifiers::NONE };
     let begin = thread_nanos();
     let moved = (0..FRAMES)
         .map(|i| next(vec![key(if i % 2 == 0 { egui::Key::ArrowLeft } else { egui::Key::ArrowRight })], &mut app))
         .collect();
     // Each such frame works a step of 100,000 tasks out anew: not what has to come 60 times a second.
-    tell("another step each:", begin, moved);
+    tell("another step each:", None, begin, moved);
 
     // As a window does it: a frame only when one is asked for.
     let (begin_cpu, begin) = (cpu_secs(), now_nanos());
