@@ -112,6 +112,14 @@ fn step(number: u64) -> Snapshot {
     Snapshot { step: number, interval_nanos: (0, end), spans: spans.into(), scalars: scalars.into(), histograms }
 }
 
+/// Nanoseconds that this thread has run, told in steps of some milliseconds: what others do on the machine does not count. Wall
+/// time where Linux does not tell.
+fn thread_nanos() -> u64 {
+    let stat = std::fs::read_to_string("/proc/thread-self/schedstat").ok();
+    let told = stat.and_then(|stat| stat.split_whitespace().next()?.parse().ok()).filter(|nanos| *nanos > 0);
+    told.unwrap_or_else(now_nanos)
+}
+
 /// Milliseconds of the UI pass and of tessellation.
 fn frame(ctx: &Context, app: &mut EditorApp, eframe: &mut eframe::Frame, events: Vec<Event>, at: f64) -> (f64, f64) {
     let input = RawInput {
@@ -160,34 +168,44 @@ fn main() {
     println!("{NUM_SPANS} tasks on {} lanes, {LAYERS} x {EXPERTS} experts, 1600 x 900 points", 2 * NUM_RANKS);
     println!("first frame of a step:  {:6.2} ms", first.0 + first.1);
 
-    let tell = |name: &str, frames: Vec<(f64, f64)>| {
+    let tell = |name: &str, goal: Option<f64>, begin: u64, frames: Vec<(f64, f64)>| {
+        let cpu = (thread_nanos() - begin) as f64 * 1e-6 / frames.len() as f64;
         let (ui, _) = median(frames.iter().map(|frame| frame.0).collect());
         let (tessellation, _) = median(frames.iter().map(|frame| frame.1).collect());
-        let (all, slow) = median(frames.iter().map(|frame| frame.0 + frame.1).collect());
-        let verdict = if all < GOAL_MILLIS { "ok" } else { "TOO SLOW" };
+        let (all, _) = median(frames.iter().map(|frame| frame.0 + frame.1).collect());
+        let is_fast = goal.is_none_or(|goal| cpu < goal);
+        let verdict = match goal {
+            Some(_) if is_fast => "ok",
+            Some(_) => "TOO SLOW",
+            None => "(once a step)",
+        };
         println!(
-            "{name:22}  {all:6.2} ms median, {slow:6.2} ms of the slowest 5%: UI {ui:.2}, tessellation {tessellation:.2}  {verdict}"
+            "{name:22}  {cpu:6.2} ms of CPU a frame  {verdict}; by the wall {all:.2}: UI {ui:.2}, tessellation {tessellation:.2}"
         );
-        all < GOAL_MILLIS
+        is_fast
     };
     for _ in 0..5 {
         next(Vec::new(), &mut app);
     }
+    let begin = thread_nanos();
     let whole = (0..FRAMES).map(|_| next(Vec::new(), &mut app)).collect();
-    let mut is_fast = tell("the whole step:", whole);
+    let mut is_fast = tell("the whole step:", Some(GOAL_MILLIS), begin, whole);
     let pointer = |i: usize| Event::PointerMoved(Pos2::new(300.0 + 3.0 * (i % 100) as f32, 260.0));
+    let begin = thread_nanos();
     let hovered = (0..FRAMES).map(|i| next(vec![pointer(i)], &mut app)).collect();
-    is_fast &= tell("under the pointer:", hovered);
+    is_fast &= tell("under the pointer:", Some(GOAL_MILLIS), begin, hovered);
+    let begin = thread_nanos();
     let zoomed = (0..FRAMES)
         .map(|i| next(vec![pointer(i), Event::Zoom(if i < FRAMES / 2 { 1.08 } else { 1.0 / 1.08 })], &mut app))
         .collect();
-    is_fast &= tell("zooming:", zoomed);
+    is_fast &= tell("zooming:", Some(GOAL_MILLIS), begin, zoomed);
     let key = |key| Event::Key { key, physical_key: None, pressed: true, repeat: false, modifiers: Modifiers::NONE };
+    let begin = thread_nanos();
     let moved = (0..FRAMES)
         .map(|i| next(vec![key(if i % 2 == 0 { egui::Key::ArrowLeft } else { egui::Key::ArrowRight })], &mut app))
         .collect();
     // Each such frame works a step of 100,000 tasks out anew: not what has to come 60 times a second.
-    tell("another step each:", moved);
+    tell("another step each:", None, begin, moved);
 
     // As a window does it: a frame only when one is asked for.
     let (begin_cpu, begin) = (cpu_secs(), now_nanos());
