@@ -21,11 +21,12 @@ DISPLAY=:$(<"$work/display")
 export DISPLAY LIBGL_ALWAYS_SOFTWARE=1 HOME=$work XDG_DATA_HOME=$work
 unset WAYLAND_DISPLAY
 
-# Runs go to a folder that is thrown away.
+# Runs go to a folder that is thrown away, and pictures name no folder of this machine.
+cp -r "$repo/scenes" "$work"
 cd "$work"
 shot() { "$hadal" editor "$@" --size 1280x720; }
-shot "$repo/scenes/quickstart.ron" --run --theme dark --after "$seconds" --screenshot "$here/editor-quickstart.png"
-shot "$repo/scenes/quickstart.ron" runs/quickstart --theme light --view Routing --after 8 --screenshot "$here/editor-routing.png"
-shot "$repo/scenes/pipeline.ron" --run --theme light --after 60 --screenshot "$here/editor-pipeline.png"
-shot "$repo/scenes/deepseek_v3.ron" --theme dark --view Scene --after 20 --screenshot "$here/editor-plan.png"
+shot scenes/quickstart.ron --run --theme dark --after "$seconds" --screenshot "$here/editor-quickstart.png"
+shot scenes/quickstart.ron runs/quickstart --theme light --view Routing --after 8 --screenshot "$here/editor-routing.png"
+shot scenes/pipeline.ron --run --theme light --after 14 --screenshot "$here/editor-pipeline.png"
+shot scenes/deepseek_v3.ron --theme dark --view Scene --after 20 --screenshot "$here/editor-plan.png"
 echo "wrote $here/editor-*.png"

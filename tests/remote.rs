@@ -273,6 +273,7 @@ fn what_was_set_is_in_force_after_a_resume_too() {
     let parent = run.dir.parent().and_then(Path::to_str).expect("UTF-8");
     let resumed = Command::new(env!("CARGO_BIN_EXE_hadal"))
         .args(["run", "scenes/tiny.ron", "--resume", "--set=schedule=Constant(lr: 1e-3)"])
+        .arg("--set=telemetry.trace_steps=None")
         .args([format!("--set=train.steps={}", steps + 2), format!("--set=telemetry.dir={parent:?}")])
         .current_dir(env!("CARGO_MANIFEST_DIR"))
         .output()

@@ -222,7 +222,7 @@ fn the_formula_of_dualpipe_holds_if_f_is_i_and_w_is_short() {
 
 #[test]
 fn a_pair_shorter_than_its_half_or_longer_than_both_has_no_formula() {
-    for (fb, worst) in [(5.0, 16.0), (1.0, 8.0)] {
+    for (fb, worst) in [(5.0, 16.0), (1.0, 7.0)] {
         let costs = CellCosts::new(1.0, 1.0, 1.0).with_fb(fb);
         let simulated = run("dualpipe", 8, 16, &costs);
         assert!(!formula::holds(ScheduleKind::DualPipe, &costs));
