@@ -54,6 +54,10 @@ fn the_published_training_run_is_planned() {
     let causes = plan["idle_secs_by_cause"].as_object().unwrap();
     let sum: f64 = causes.values().map(|secs| secs.as_f64().unwrap()).sum();
     assert!((sum - number("bubble_secs")).abs() < 1e-6, "causes sum to the idle time");
+    let ranks = plan["idle_secs_by_cause_per_rank"].as_array().unwrap();
+    let of_rank = |rank: &Value| rank.as_object().unwrap().values().map(|secs| secs.as_f64().unwrap()).sum::<f64>();
+    let mean = ranks.iter().map(of_rank).sum::<f64>() / ranks.len() as f64;
+    assert!(ranks.len() == 16 && (mean - number("bubble_secs")).abs() < 1e-6, "{mean}");
     assert!((number("bubble_secs") / number("step_secs") - number("idle_fraction")).abs() < 1e-9);
     for key in ["mfu", "energy_kwh"] {
         assert!(number(key) > 0.0, "{key}");

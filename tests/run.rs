@@ -163,6 +163,28 @@ fn a_run_of_several_ranks_says_where_idle_time_and_bytes_went() {
 }
 
 #[test]
+fn a_run_on_priced_hardware_keeps_its_bill() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let sets = ["plan=(hardware: \"scenes/hardware/h100.ron\")", "train.max_train_secs=3600"];
+    let (code, _, stderr) = output(&strs(&run_args(dir.path(), &sets)));
+    assert_eq!(code, 0, "{stderr}");
+    let log = fs::read_to_string(dir.path().join("runs/tiny/log.jsonl")).expect("a log");
+    let lines: Vec<Value> = log.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+    let steps: Vec<&Value> = lines.iter().filter(|line| line.get("lr").is_some()).collect();
+    let number = |line: &Value, key: &str| line[key].as_f64().unwrap_or_else(|| panic!("no `{key}` in {line}"));
+    for pair in steps.windows(2) {
+        for key in ["cost_usd", "energy_kwh"] {
+            assert!(number(pair[0], key) > 0.0 && number(pair[0], key) < number(pair[1], key), "{key}");
+        }
+    }
+    let last = steps.last().expect("steps");
+    assert!((0.0..1.0).contains(&number(last, "mfu")) && number(last, "mfu") > 0.0, "{last}");
+    // An hour costs the device's price, and what was used is less.
+    assert!(number(last, "budget_usd") > number(last, "cost_usd") && number(last, "budget_usd") < 100.0, "{last}");
+    assert!(number(last, "budget_kwh") > number(last, "energy_kwh"));
+}
+
+#[test]
 fn schedules_are_measured_beside_their_plans() {
     let dir = tempfile::tempdir().expect("a folder");
     let path = |name: &str| dir.path().join(name).to_str().expect("UTF-8").to_owned();

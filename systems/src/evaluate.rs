@@ -112,7 +112,7 @@ fn record(
     tensors: Res<Tensors>,
     sums: Res<LossSums>,
     (mut work, ranks): (ResMut<Work>, Res<Ranks>),
-    session: Res<Session>,
+    (session, mut telemetry): (Res<Session>, ResMut<Telemetry>),
 ) -> Result {
     let nats = tensors.memory().read::<f64>(sums.0[0].main)[0];
     // The sum of a rank without the last stage is 0, and so is the part of one without a batch.
@@ -134,6 +134,8 @@ fn record(
         num_tokens: evaluation.num_tokens,
     };
     session.progress.evaluated(&result);
+    telemetry.scalar("val_loss_nats_per_token", result.loss_nats_per_token);
+    result.bits_per_byte.into_iter().for_each(|bits| telemetry.scalar("val_bits_per_byte", bits));
     (evaluation.result, evaluation.fresh) = (Some(result), Some(result));
     (evaluation.next, evaluation.nats, evaluation.num_tokens) = (0, 0.0, 0);
     *work = evaluation.then;

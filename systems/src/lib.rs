@@ -3,6 +3,7 @@ pub mod api;
 pub mod attention;
 pub mod bench;
 pub mod bench_schedules;
+mod bill;
 pub mod data;
 pub mod dense;
 pub mod dispatch;

@@ -20,6 +20,7 @@ use kernels::comm::Comm;
 
 use crate::{
     api::{GenerateRequest, Progress, RunReport, RunRequest},
+    bill,
     data::tokenizer::Tokenizer,
     distribute::Distribution,
     evaluate::Evaluation,
@@ -181,6 +182,7 @@ fn run_rank(request: &RunRequest, setup: RankSetup) -> Result<(Ran, ExitReason),
             }
         }
     }
+    bill::keep(&mut app, scene, &prepared.config).map_err(SessionError::input)?;
     let scene_text = loaded.to_ron().map_err(SessionError::runtime)?;
     let mut log = None;
     if ranks.is_first() {

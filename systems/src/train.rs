@@ -293,7 +293,7 @@ impl RankStep {
     }
 }
 
-fn record(world: &mut World) -> Result {
+pub(crate) fn record(world: &mut World) -> Result {
     let ranks = world.resource::<Ranks>().clone();
     world.insert_resource(Sent(ranks.comm.take_meter()));
     let all = ranks.exchange(&RankStep::of(world))?;

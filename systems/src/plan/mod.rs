@@ -9,7 +9,7 @@ pub mod simulate;
 use std::collections::BTreeMap;
 
 use engine::{
-    bubbles::{Accounting, BubbleCause},
+    bubbles::{Accounting, BubbleCause, RankBubbles},
     hardware::DeviceSpec,
     prelude::*,
 };
@@ -98,6 +98,8 @@ pub struct PlanReport {
     pub idle_fraction: f64,
     /// The same by cause.
     pub idle_secs_by_cause: BTreeMap<BubbleCause, f64>,
+    /// The same for each pipeline position.
+    pub idle_secs_by_cause_per_rank: Vec<BTreeMap<BubbleCause, f64>>,
     /// Idle share of each pipeline position.
     pub idle_fraction_per_rank: Vec<f64>,
     /// Bytes that a rank puts on links in a step, the most of any.
@@ -215,6 +217,7 @@ pub(crate) fn plan_on(
         bubble_secs,
         idle_fraction: bubble_secs / step_secs,
         idle_secs_by_cause: BubbleCause::ALL.map(|cause| (cause, simulated.accounting.mean_secs(cause))).into(),
+        idle_secs_by_cause_per_rank: simulated.accounting.ranks.iter().map(by_cause).collect(),
         idle_fraction_per_rank: simulated
             .accounting
             .ranks
@@ -235,6 +238,11 @@ pub(crate) fn plan_on(
     };
     let Simulated { accounting, spans, bytes_by_task, .. } = simulated;
     Ok(Planned { report, accounting, spans, bytes_by_task })
+}
+
+/// Idle seconds of a rank, every cause, also those that did not occur.
+fn by_cause(rank: &RankBubbles) -> BTreeMap<BubbleCause, f64> {
+    BubbleCause::ALL.map(|cause| (cause, rank.by_cause.get(&cause).map_or(0.0, |nanos| *nanos as f64 * 1e-9))).into()
 }
 
 /// What of a scene is simulated.
