@@ -48,7 +48,7 @@ impl Plugin for LivePlugin {
                 },
                 set_to: |world| world.resource::<Live>().lr,
                 set: |world, value| {
-                    world.resource_mut::<Live>().lr = not_negative(value)?;
+                    world.resource_mut::<Live>().lr = sensible(value)?;
                     Ok(())
                 },
             })
@@ -66,7 +66,7 @@ impl Plugin for LivePlugin {
                 },
                 set_to: |world| world.resource::<Live>().bias_speed,
                 set: |world, value| {
-                    world.resource_mut::<Live>().bias_speed = not_negative(value)?;
+                    world.resource_mut::<Live>().bias_speed = sensible(value)?;
                     Ok(())
                 },
             });
@@ -80,9 +80,14 @@ fn world_has_bias(world: &World) -> bool {
     has_routing && world.resource::<Model>().config.moe.as_ref().is_some_and(|moe| moe.correction_bias)
 }
 
-fn not_negative(value: Option<f64>) -> Result<Option<f64>, String> {
+/// No rate or speed of more is meant: a typing error must not end a run.
+const MOST: f64 = 100.0;
+
+fn sensible(value: Option<f64>) -> Result<Option<f64>, String> {
     match value {
-        Some(value) if !(value >= 0.0 && value.is_finite()) => Err(format!("expected 0 or more, found {value}")),
+        Some(value) if !(0.0..=MOST).contains(&value) => {
+            Err(format!("expected a number from 0 to {MOST}, found {value}"))
+        }
         value => Ok(value),
     }
 }

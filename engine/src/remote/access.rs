@@ -36,7 +36,11 @@ impl Token {
     /// Whether a request carries it; `None` if it carries none at all. Takes the same time whatever is wrong with it.
     pub(super) fn in_headers(&self, headers: &HeaderMap) -> Option<bool> {
         let given = headers.get(header::AUTHORIZATION)?.as_bytes();
-        let given = given.strip_prefix(b"Bearer ").unwrap_or(given);
+        // Names of schemes have no case (RFC 9110, section 11.1).
+        let given = match given.split_at_checked(b"Bearer ".len()) {
+            Some((scheme, token)) if scheme.eq_ignore_ascii_case(b"Bearer ") => token,
+            _ => given,
+        };
         Some(given.ct_eq(self.0.as_bytes()).into())
     }
 }
