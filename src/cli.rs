@@ -1,9 +1,17 @@
 //! What can be typed: verbs and their arguments. The texts here are the `--help` pages.
 
+mod bench;
+#[cfg(feature = "editor")]
+mod editor;
+
 use std::path::{Path, PathBuf};
 
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use systems::{hf::write::SaveDtype, scene::Compute};
+
+pub use bench::{Bench, BenchArgs, BenchHardwareArgs, BenchSchedulesArgs, BenchTrainArgs};
+#[cfg(feature = "editor")]
+pub use editor::{EditorArgs, EditorTheme};
 
 use crate::{units, verbs::ExpertsArgs};
 
@@ -278,143 +286,9 @@ pub struct ConvertArgs {
     pub json: Json,
 }
 
-/// Arguments of `editor`.
-#[cfg(feature = "editor")]
-#[derive(Debug, Args)]
-#[command(after_help = "\
-Examples:
-  hadal editor scenes/quickstart.ron
-  hadal editor scenes/pipeline.ron runs/pipeline
-  hadal editor --attach http://127.0.0.1:8421 --token runs/quickstart/remote.token
-  hadal editor scenes/quickstart.ron --run --screenshot editor.png --size 1280x720 --after 60")]
-pub struct EditorArgs {
-    /// Scene to edit and run, trace, run folder or address; of several sources, the second is compared with the first
-    #[arg(value_name = "SCENE|TRACE|FOLDER|URL")]
-    pub targets: Vec<String>,
-    /// Follow a run that listens, as `remote` in its scene lets it
-    #[arg(long, value_name = "URL")]
-    pub attach: Option<String>,
-    /// File with the token that lets the run be changed: remote.token in its folder
-    #[arg(long, value_name = "FILE")]
-    pub token: Option<PathBuf>,
-    /// Run the scene at once; an earlier run of this name is moved aside, not deleted
-    #[arg(long, requires = "targets")]
-    pub run: bool,
-    /// Bring a view to the front: Timeline, Routing, Curves, Scene, World or Memory
-    #[arg(long, value_name = "NAME")]
-    pub view: Option<String>,
-    /// Theme, instead of the one of last time
-    #[arg(long, value_name = "THEME")]
-    pub theme: Option<EditorTheme>,
-    /// Write a picture of the window to FILE, and close it
-    #[arg(long, value_name = "FILE")]
-    pub screenshot: Option<PathBuf>,
-    /// Size of the window in points
-    #[arg(long, value_name = "WxH", default_value = "1280x720", value_parser = size)]
-    pub size: (f32, f32),
-    /// Seconds that the window works before the picture
-    #[arg(long, value_name = "SECS", default_value_t = 3.0, requires = "screenshot")]
-    pub after: f64,
-}
-
-/// Light or dark.
-#[cfg(feature = "editor")]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum EditorTheme {
-    /// Dark on white
-    Light,
-    /// Light on black
-    Dark,
-}
-
-#[cfg(feature = "editor")]
-fn size(text: &str) -> Result<(f32, f32), String> {
-    let parse = |text: &str| text.trim().parse().ok().filter(|size| (100.0..=16384.0).contains(size));
-    let pair = text.split_once('x').and_then(|(width, height)| Some((parse(width)?, parse(height)?)));
-    pair.ok_or_else(|| "expected width and height as in 1280x720, each from 100 to 16384".into())
-}
-
 /// Arguments of `doctor`.
 #[derive(Debug, Args)]
 pub struct DoctorArgs {
-    #[command(flatten)]
-    pub json: Json,
-}
-
-/// Arguments of `bench`.
-#[derive(Debug, Args)]
-pub struct BenchArgs {
-    /// What to measure.
-    #[command(subcommand)]
-    pub what: Bench,
-}
-
-/// What to measure.
-#[derive(Debug, Subcommand)]
-pub enum Bench {
-    /// Steps of training, and generation, of a scene's model with fresh weights
-    Train(BenchTrainArgs),
-    /// What this machine's processors do, as a description of hardware
-    Hardware(BenchHardwareArgs),
-    /// Steps under each pipeline schedule on local ranks, beside what a plan predicts that was calibrated on one of them
-    Schedules(BenchSchedulesArgs),
-}
-
-/// Arguments of `bench schedules`.
-#[derive(Debug, Args)]
-#[command(after_help = "\
-Examples:
-  hadal bench hardware --threads 1 --save this_core.ron
-  hadal bench schedules --scene scenes/pipeline.ron --set mesh.pp=2 --hardware this_core.ron")]
-pub struct BenchSchedulesArgs {
-    /// Scene file
-    #[arg(long)]
-    pub scene: PathBuf,
-    #[command(flatten)]
-    pub overrides: Overrides,
-    /// This machine, as `hadal bench hardware` with the threads of one rank describes it; calibration corrects it
-    #[arg(long, value_name = "FILE")]
-    pub hardware: PathBuf,
-    /// Steps to measure of each schedule, after two that are not; the last 10 are kept
-    #[arg(long, value_name = "N", default_value_t = 10, value_parser = at_least::<1>)]
-    pub steps: usize,
-    #[command(flatten)]
-    pub json: Json,
-}
-
-/// Arguments of `bench hardware`.
-#[derive(Debug, Args)]
-pub struct BenchHardwareArgs {
-    /// Name of the description
-    #[arg(long, default_value = "this_cpu")]
-    pub name: String,
-    /// Threads of a rank; without it, as many as there are
-    #[arg(long, value_name = "N", value_parser = at_least::<1>)]
-    pub threads: Option<usize>,
-    /// File to write the description to, such as scenes/hardware/this_cpu.ron; without it, stdout
-    #[arg(long, value_name = "FILE")]
-    pub save: Option<PathBuf>,
-    #[command(flatten)]
-    pub json: Json,
-}
-
-/// Arguments of `bench train`.
-#[derive(Debug, Args)]
-pub struct BenchTrainArgs {
-    /// Scene file
-    #[arg(long)]
-    pub scene: PathBuf,
-    #[command(flatten)]
-    pub overrides: Overrides,
-    /// Leave MTP modules out, to compare with programs that have none
-    #[arg(long)]
-    pub no_mtp: bool,
-    /// Steps to measure, after two that are not
-    #[arg(long, value_name = "N", default_value_t = 10, value_parser = at_least::<1>)]
-    pub steps: usize,
-    /// Tokens to generate
-    #[arg(long, value_name = "N", default_value_t = 64, value_parser = at_least::<1>)]
-    pub generated_tokens: usize,
     #[command(flatten)]
     pub json: Json,
 }

@@ -4,8 +4,9 @@
 //! [`Hazards`] tracker, shared by the streams of a device, knows the last writer and readers of each buffer and reports an
 //! access that no event orders, whether or not the threads happened to collide.
 
+mod hazards;
+
 use std::{
-    collections::HashMap,
     num::NonZeroUsize,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, mpsc},
@@ -14,12 +15,15 @@ use std::{
 
 use parking_lot::{Condvar, Mutex};
 
+pub use hazards::Hazards;
+use hazards::VectorClock;
+
 use crate::{
     clock,
     cost::Cost,
     error::{Error, Result},
     memory::Memory,
-    tensor::{BufferId, Tensor},
+    tensor::Tensor,
 };
 
 /// A moment in a stream: reached when all that was enqueued before it is done.
@@ -83,54 +87,6 @@ impl Event {
     /// What the ops since the event before it on its stream waited for other ranks, in sum; nothing if it was not reached yet.
     pub fn waited(&self) -> Waited {
         self.state.done.lock().map(|(_, waited)| waited).unwrap_or_default()
-    }
-}
-
-type VectorClock = Vec<u64>;
-
-#[derive(Default)]
-struct Access {
-    writer: Option<(usize, u64, Arc<str>)>,
-    readers: Vec<(usize, u64, Arc<str>)>,
-}
-
-/// Last users of each buffer, over all streams of one device.
-#[derive(Default)]
-pub struct Hazards {
-    inner: Mutex<HazardsInner>,
-}
-
-#[derive(Default)]
-struct HazardsInner {
-    accesses: HashMap<BufferId, Access>,
-    num_streams: usize,
-}
-
-impl Hazards {
-    fn check(&self, stream: usize, clock: &VectorClock, task: &Arc<str>, reads: &[Tensor], writes: &[Tensor]) {
-        let mut inner = self.inner.lock();
-        let seen = |s: usize, n: u64| s == stream || clock.get(s).is_some_and(|&c| c >= n);
-        let now = clock[stream];
-        for tensor in reads {
-            let access = inner.accesses.entry(tensor.buffer).or_default();
-            if let Some((s, n, label)) = &access.writer
-                && !seen(*s, *n)
-            {
-                panic!("`{task}` reads {tensor:?}, which `{label}` writes on another stream: an edge is missing");
-            }
-            access.readers.retain(|(s, ..)| *s != stream);
-            access.readers.push((stream, now, task.clone()));
-        }
-        for tensor in writes {
-            let access = inner.accesses.entry(tensor.buffer).or_default();
-            for (s, n, label) in access.writer.iter().chain(&access.readers) {
-                if !seen(*s, *n) {
-                    panic!("`{task}` writes {tensor:?}, which `{label}` uses on another stream: an edge is missing");
-                }
-            }
-            access.readers.clear();
-            access.writer = Some((stream, now, task.clone()));
-        }
     }
 }
 
@@ -230,11 +186,7 @@ impl Stream {
     }
 
     fn build(name: &str, memory: &Memory, hazards: &Arc<Hazards>, num_threads: Option<NonZeroUsize>) -> Result<Self> {
-        let index = {
-            let mut inner = hazards.inner.lock();
-            inner.num_streams += 1;
-            inner.num_streams - 1
-        };
+        let index = { hazards.add_stream() };
         let backend = match memory.device() {
             crate::device::Device::Meta => Backend::Meta,
             crate::device::Device::Cpu => Self::spawn(name, memory, num_threads)?,
