@@ -4,6 +4,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use engine::{
+    bubbles::Accounting,
     calibrate::{self, Sample},
     hardware::DeviceSpec,
     prelude::*,
@@ -17,6 +18,7 @@ use crate::{
     generate::run_to_rest,
     local::{self, Silent},
     measure::{self, MeasurePlugin, RankSteps},
+    pipeline::source::ScheduleSource,
     placement::load::RoutingLoad,
     plan::{
         PlanRequest,
@@ -34,16 +36,7 @@ use crate::{
 const WARM_UP_STEPS: u64 = 2;
 
 /// Schedules to compare; the first is calibrated on.
-const SCHEDULES: [PipelineSchedule; 8] = [
-    PipelineSchedule::OneFOneB,
-    PipelineSchedule::GPipe,
-    PipelineSchedule::Interleaved { chunks: 2 },
-    PipelineSchedule::ZbH1,
-    PipelineSchedule::ZbH2,
-    PipelineSchedule::Zbv,
-    PipelineSchedule::DualPipe,
-    PipelineSchedule::DualPipeV,
-];
+const SCHEDULES: [PipelineSchedule; 8] = PipelineSchedule::BUILT;
 
 /// What to measure.
 pub struct SchedulesRequest {
@@ -135,7 +128,7 @@ pub fn bench(request: &SchedulesRequest) -> Result<SchedulesReport, SessionError
         };
         simulate(&work_of(&plan, &loaded.scene)?, distribution, per_rank, false)
     };
-    let mut lines = vec![line(&SCHEDULES[0], true, &plan(&loaded, &distribution)?, &calibration)];
+    let mut lines = vec![line(&distribution.schedule, true, &plan(&loaded, &distribution)?, &calibration)];
     for schedule in SCHEDULES[1..].iter().chain(&SCHEDULES[..1]) {
         let (loaded, distribution) = match under(schedule) {
             Ok(found) => found,
@@ -146,7 +139,7 @@ pub fn bench(request: &SchedulesRequest) -> Result<SchedulesReport, SessionError
         };
         let planned = plan(&loaded, &distribution)?;
         let measured = train(request, &loaded, &prepared, &distribution)?;
-        lines.push(line(schedule, *schedule == SCHEDULES[0], &planned, &measured));
+        lines.push(line(&distribution.schedule, *schedule == SCHEDULES[0], &planned, &measured));
     }
     Ok(SchedulesReport {
         pp: scene.mesh.pp,
@@ -205,18 +198,15 @@ fn samples(ranks: &[RankSteps]) -> Vec<Sample> {
     spans.map(|span| Sample { kind: span.kind.0.to_owned(), cost: span.cost, secs: own(span) }).collect()
 }
 
-fn line(schedule: &PipelineSchedule, is_calibrated_on: bool, planned: &Simulated, measured: &[RankSteps]) -> Line {
+fn line(schedule: &ScheduleSource, is_calibrated_on: bool, planned: &Simulated, measured: &[RankSteps]) -> Line {
     let mut steps = measure::steps(measured);
     steps.sort_by_key(|step| step.total_nanos);
     let (first, last) = (steps.first(), steps.last());
     let median = steps.get(steps.len() / 2);
-    let secs = |step: Option<&engine::bubbles::Accounting>| step.map_or(0.0, |step| step.step_secs());
-    let idle = |step: Option<&engine::bubbles::Accounting>| step.and_then(|step| step.idle_fraction()).unwrap_or(0.0);
+    let secs = |step: Option<&Accounting>| step.map_or(0.0, |step| step.step_secs());
+    let idle = |step: Option<&Accounting>| step.and_then(|step| step.idle_fraction()).unwrap_or(0.0);
     Line {
-        schedule: match schedule {
-            PipelineSchedule::Interleaved { chunks } => format!("Interleaved:{chunks}"),
-            other => format!("{other:?}"),
-        },
+        schedule: schedule.name(),
         is_calibrated_on,
         predicted_step_secs: planned.step_secs,
         measured_step_secs: secs(median),

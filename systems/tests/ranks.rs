@@ -210,24 +210,13 @@ fn check(case: &Case, one: &Step) {
     }
 }
 
-const ALL: [PipelineSchedule; 8] = [
-    PipelineSchedule::GPipe,
-    PipelineSchedule::OneFOneB,
-    PipelineSchedule::Interleaved { chunks: 2 },
-    PipelineSchedule::ZbH1,
-    PipelineSchedule::ZbH2,
-    PipelineSchedule::Zbv,
-    PipelineSchedule::DualPipe,
-    PipelineSchedule::DualPipeV,
-];
-
 /// All schedules on `pp` ranks against one rank, which needs no schedule.
 fn all_schedules(pp: u32, compute: DType) {
     let num_microbatches = 2 * pp.max(2) as usize;
     let with = |mesh, schedule| Case { compute, ..Case::new(mesh, schedule, num_microbatches) };
     let one = run(&with((1, 1, 1), PipelineSchedule::GPipe));
     assert!(one.gradients.values().all(|g| g.iter().any(|x| *x != 0.0)), "every parameter has a gradient");
-    for schedule in ALL {
+    for schedule in PipelineSchedule::BUILT {
         if pp == 1 && schedule == PipelineSchedule::DualPipe {
             continue;
         }
@@ -288,7 +277,7 @@ fn activations_computed_again_on_many_ranks() {
 fn pipelines_of_experts_and_data() {
     let with = |mesh, schedule| Case::new(mesh, schedule, 16);
     let one = run(&with((1, 1, 1), PipelineSchedule::GPipe));
-    for schedule in ALL {
+    for schedule in PipelineSchedule::BUILT {
         for mesh in [(2, 2, 1), (2, 1, 2), (2, 2, 2), (2, 4, 1)] {
             check(&with(mesh, schedule.clone()), &one);
         }

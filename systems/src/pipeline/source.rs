@@ -3,6 +3,21 @@
 use std::sync::Arc;
 
 use super::{ScheduleKind, action::Schedule, verify};
+use crate::scene::PipelineSchedule;
+
+impl PipelineSchedule {
+    /// Those that are built, interleaving with two stages a rank.
+    pub const BUILT: [PipelineSchedule; 8] = [
+        PipelineSchedule::OneFOneB,
+        PipelineSchedule::GPipe,
+        PipelineSchedule::Interleaved { chunks: 2 },
+        PipelineSchedule::ZbH1,
+        PipelineSchedule::ZbH2,
+        PipelineSchedule::Zbv,
+        PipelineSchedule::DualPipe,
+        PipelineSchedule::DualPipeV,
+    ];
+}
 
 /// A schedule, or the way to one.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -14,6 +29,14 @@ pub enum ScheduleSource {
 }
 
 impl ScheduleSource {
+    /// As on the command line.
+    pub fn name(&self) -> String {
+        match self {
+            ScheduleSource::Kind(kind) => kind.name(),
+            ScheduleSource::Text(_) => "from a file".into(),
+        }
+    }
+
     /// The schedule of `ranks` ranks for `microbatches` microbatches, verified.
     ///
     /// # Errors
