@@ -29,29 +29,27 @@ impl IdleReport {
     }
 }
 
-/// Causes of idle time by line, with seconds and percent of all time of compute streams, measured and, if there is one,
-/// predicted. A step is the mean step, and a rank the mean rank; the last line names the rank that was idle most.
+/// Causes of idle time by line, with seconds and percent of all time of compute streams for each of `columns`, which have
+/// names. A step is the mean step, and a rank the mean rank; the last line names the rank that was idle most in the last column.
 ///
 /// ```
 /// # use engine::{bubbles::{Accounting, RankBubbles}, bubbles_table::table};
 /// let ranks = vec![RankBubbles { busy_nanos: 1_500_000, idle_nanos: 500_000, ..RankBubbles::default() }];
 /// let measured = Accounting { num_steps: 1, total_nanos: 2_000_000, ranks };
-/// let text = table(&measured, None);
+/// let text = table(&[("measured", &measured)]);
 /// let idle = text.lines().find(|line| line.starts_with("  idle  ")).unwrap();
 /// assert!(idle.split_whitespace().eq(["idle", "0.000500", "25.0"]));
 /// ```
-pub fn table(measured: &Accounting, predicted: Option<&Accounting>) -> String {
-    let columns: Vec<(&str, &Accounting)> =
-        predicted.map(|it| ("predicted", it)).into_iter().chain([("measured", measured)]).collect();
+pub fn table(columns: &[(&str, &Accounting)]) -> String {
     let decimals = decimals(columns.iter().map(|(_, it)| it.step_secs()).fold(f64::INFINITY, f64::min));
     let mut text = format!("  {:18}", "idle time");
-    for (name, _) in &columns {
+    for (name, _) in columns {
         text += &format!("  {:>12}  {:>11}", format!("{name} s"), format!("{name} %"));
     }
     text.push('\n');
     let mut line = |name: &str, secs: &dyn Fn(&Accounting) -> f64| {
         text += &format!("  {name:18}");
-        for (_, accounting) in &columns {
+        for (_, accounting) in columns {
             let secs = secs(accounting);
             let whole = accounting.mean_idle_secs() + accounting.mean_busy_secs();
             let percent = if whole > 0.0 { 100.0 * secs / whole } else { 0.0 };
@@ -65,11 +63,12 @@ pub fn table(measured: &Accounting, predicted: Option<&Accounting>) -> String {
     line("idle", &Accounting::mean_idle_secs);
     line("busy", &Accounting::mean_busy_secs);
     text += &format!("  {:18}", "step");
-    for (_, accounting) in &columns {
+    for (_, accounting) in columns {
         text += &format!("  {:>12.decimals$}  {:11}", accounting.step_secs(), "");
     }
     let mut text = format!("{}\n", text.trim_end());
-    if let Some(worst) = measured.worst_rank().filter(|_| measured.ranks.len() > 1) {
+    let last = columns.last().filter(|(_, accounting)| accounting.ranks.len() > 1);
+    if let Some(worst) = last.and_then(|(_, accounting)| accounting.worst_rank()) {
         let (rank, percent) = (worst.rank, 100.0 * worst.idle_fraction());
         text += &format!("  rank {rank} was idle most, {percent:.1}% of its time\n");
     }
@@ -133,7 +132,7 @@ mod tests {
   step                      0.1600                     0.2000
   rank 1 was idle most, 50.0% of its time
 ";
-        let found = format!("\n{}", table(&measured(), Some(&predicted)));
+        let found = format!("\n{}", table(&[("predicted", &predicted), ("measured", &measured())]));
         assert_eq!(found, expected, "{found}");
     }
 
@@ -141,13 +140,13 @@ mod tests {
     fn measured_stands_alone() {
         let mut measured = measured();
         measured.ranks.truncate(1);
-        let found = table(&measured, None);
+        let found = table(&[("measured", &measured)]);
         assert!(found.starts_with("  idle time             measured s   measured %\n"), "{found}");
         assert!(found.ends_with("  step                      0.2000\n"), "{found}");
         for secs in [f64::INFINITY, 0.0, 1e-20, 2.0, 1e6] {
             assert!((3..=9).contains(&decimals(secs)));
         }
-        assert!(table(&Accounting::default(), None).contains("idle"), "nothing ran, nothing breaks");
+        assert!(table(&[("measured", &Accounting::default())]).contains("idle"), "nothing ran, nothing breaks");
     }
 
     #[test]

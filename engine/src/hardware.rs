@@ -14,6 +14,8 @@ use crate::{
     error::{Error, Result},
 };
 
+const JOULES_PER_KWH: f64 = 3.6e6;
+
 /// A figure and where it is from.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -100,6 +102,12 @@ impl PerFormat {
             Format::F64 => &self.f64,
         };
         figure.as_ref().map(|figure| figure.value)
+    }
+
+    /// The figure for what is kept in high precision beside products in `format`, or else for `format` itself: what the use
+    /// of a device is measured against.
+    pub fn high(&self, format: Format) -> Option<f64> {
+        self.get(format.high()).or(self.get(format))
     }
 
     fn figures_mut(&mut self) -> impl Iterator<Item = &mut Sourced<f64>> {
@@ -312,18 +320,18 @@ impl DeviceSpec {
         left
     }
 
-    /// Joules of one device over `busy_secs` of work and `idle_secs` of waiting, its share of the building included.
+    /// Kilowatt-hours of one device over `busy_secs` of work and `idle_secs` of waiting, its share of the building included.
     ///
     /// # Errors
     /// If watts or the PUE are not given.
-    pub fn energy_joules(&self, busy_secs: f64, idle_secs: f64) -> Result<f64> {
+    pub fn energy_kwh(&self, busy_secs: f64, idle_secs: f64) -> Result<f64> {
         let mut lookup = Lookup::new(self);
         let mut value = |figure: &Option<Sourced<f64>>, name: &str| {
             lookup.figure(figure.as_ref().map(|figure| figure.value), || name.to_owned())
         };
         let (busy, idle) = (value(&self.busy_watts, "busy_watts"), value(&self.idle_watts, "idle_watts"));
         let pue = value(&self.pue, "pue");
-        lookup.finish(pue * (busy * busy_secs + idle * idle_secs))
+        lookup.finish(pue * (busy * busy_secs + idle * idle_secs) / JOULES_PER_KWH)
     }
 
     /// US dollars of one device for `secs`.

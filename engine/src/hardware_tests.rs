@@ -111,6 +111,6 @@ fn only_what_is_needed_and_missing_is_an_error_and_all_of_it() {
 
 #[test]
 fn energy_and_price_are_of_one_device() {
-    assert_eq!(spec().energy_joules(2.0, 1.0).unwrap(), 1.5 * (1000.0 + 100.0));
+    assert_eq!(spec().energy_kwh(2.0, 1.0).unwrap(), 1.5 * (1000.0 + 100.0) / 3.6e6);
     assert_eq!(spec().price(1800.0).unwrap(), 1.0);
 }

@@ -15,8 +15,6 @@ use crate::{
     work::{Work, turn_of},
 };
 
-const JOULES_PER_KWH: f64 = 3.6e6;
-
 /// The hardware of a run, and how its time was used.
 #[derive(Resource)]
 struct Bill {
@@ -40,11 +38,10 @@ pub(crate) fn keep(app: &mut App, scene: &Scene, config: &ModelConfig) -> Result
     let device = hardware::load(&path.0, &[]).map_err(Box::new)?;
     let seq_len = scene.data.as_ref().map_or(0, |data| data.seq_len);
     let format = format_of(scene.precision.compute);
-    let peaks = &device.peak_flops_per_sec;
     app.insert_resource(Bill {
         num_ranks: f64::from(app.world().resource::<Ranks>().layout.mesh.num_ranks()),
         flops_per_token: model::flops_per_token(config, seq_len),
-        peak: peaks.get(format.high()).or(peaks.get(format)),
+        peak: device.peak_flops_per_sec.high(format),
         max_train_secs: scene.train.as_ref().and_then(|train| train.max_train_secs),
         busy_secs: 0.0,
         idle_secs: 0.0,
@@ -66,8 +63,8 @@ fn tell(mut bill: ResMut<Bill>, training: Res<Training>, mut telemetry: ResMut<T
     let idle_share = bill.idle_secs / (bill.busy_secs + bill.idle_secs).max(1e-9);
     let usd = |secs: f64| bill.device.price(secs).ok().map(|usd| usd * bill.num_ranks);
     let kwh = |secs: f64| {
-        let joules = bill.device.energy_joules(secs * (1.0 - idle_share), secs * idle_share).ok()?;
-        Some(joules * bill.num_ranks / JOULES_PER_KWH)
+        let kwh = bill.device.energy_kwh(secs * (1.0 - idle_share), secs * idle_share).ok();
+        kwh.map(|kwh| kwh * bill.num_ranks)
     };
     let mut put = |name: &str, value: Option<f64>| value.into_iter().for_each(|value| telemetry.scalar(name, value));
     put("cost_usd", usd(training.train_secs));

@@ -185,7 +185,7 @@ impl Comparison {
 
     /// For a person: causes by line.
     pub fn table(&self) -> String {
-        bubbles_table::table(&self.measured, Some(&self.predicted))
+        bubbles_table::table(&[("predicted", &self.predicted), ("measured", &self.measured)])
     }
 }
 

@@ -203,7 +203,7 @@ fn text(path: &Path, planned: &Planned) -> String {
     }
     let mut text = table.render(&format!("plan of {}", path.display()));
     text.push('\n');
-    text += &bubbles_table::table(&planned.accounting, None).replace("measured", " planned");
+    text += &bubbles_table::table(&[("planned", &planned.accounting)]);
     text
 }
 

@@ -32,7 +32,6 @@ const MAX_MICROBATCH_TOKENS: usize = 1 << 24;
 /// Microbatches of a rank that can be planned: their tasks are held in memory.
 const MAX_MICROBATCHES: usize = 4096;
 const SECS_PER_HOUR: f64 = 3_600.0;
-const JOULES_PER_KWH: f64 = 3.6e6;
 
 /// A scene to plan.
 pub struct PlanRequest<'a> {
@@ -162,7 +161,7 @@ pub(crate) fn plan_on(
     let num_ranks = f64::from(mesh.num_ranks());
     let tokens_per_step = tokens(microbatches);
     let flops_per_token = model::flops_per_token(config, seq_len);
-    let peak = device.peak_flops_per_sec.get(format.high()).or(device.peak_flops_per_sec.get(format));
+    let peak = device.peak_flops_per_sec.high(format);
     let mut notes = Vec::new();
     let mfu = peak.map_or(f64::NAN, |peak| flops_per_token * tokens_per_step / (step_secs * num_ranks * peak));
     let bubble_secs = simulated.accounting.mean_idle_secs();
@@ -184,14 +183,13 @@ pub(crate) fn plan_on(
         }
     };
     let cost_usd = run_secs.and_then(&mut money);
-    let energy_kwh =
-        run_secs.and_then(|secs| match device.energy_joules(secs * busy_share, secs * (1.0 - busy_share)) {
-            Ok(joules) => Some(joules * num_ranks / JOULES_PER_KWH),
-            Err(missing) => {
-                notes.push(format!("no energy: {missing}"));
-                None
-            }
-        });
+    let energy_kwh = run_secs.and_then(|secs| match device.energy_kwh(secs * busy_share, secs * (1.0 - busy_share)) {
+        Ok(kwh) => Some(kwh * num_ranks),
+        Err(missing) => {
+            notes.push(format!("no energy: {missing}"));
+            None
+        }
+    });
     let main = ModelConfig { num_nextn_predict_layers: 0, ..config.clone() };
     let device_memory_bytes = device.memory_bytes.value;
     let fits = simulated.bytes.iter().all(|bytes| bytes.total <= device_memory_bytes);

@@ -130,7 +130,7 @@ mod tests {
             let spec = shipped(name);
             spec.task_secs("k", &cost, Format::Bf16).unwrap();
             assert_eq!(spec.task_secs("k", &cost, Format::Fp8).is_ok(), name != "a100.ron", "{name}");
-            assert!(spec.price(1.0).is_ok() && spec.energy_joules(1.0, 1.0).is_ok(), "{name}");
+            assert!(spec.price(1.0).is_ok() && spec.energy_kwh(1.0, 1.0).is_ok(), "{name}");
             let text = to_ron(&spec, "again").unwrap();
             let again = loaded(&text).unwrap_or_else(|errors| panic!("{name}:\n{errors}"));
             assert_eq!(DeviceSpec { file: spec.file.clone(), ..again }, spec);
