@@ -157,9 +157,11 @@ fn many_ranks_are_one_to_the_bit() {
 fn an_encoded_row_is_the_row_quantized_on_any_number_of_ranks() {
     for n in [1, 2, 4, 8] {
         for wire in [Wire::Bf16, Wire::Fp8] {
-            check::<f32>(n, 300, ROUTINGS[0], wire);
-            check::<f64>(n, 130, ROUTINGS[1], wire);
-            check::<bf16>(n, 64, ROUTINGS[2], wire);
+            for routing in ROUTINGS {
+                check::<f32>(n, 300, routing, wire);
+                check::<f64>(n, 130, routing, wire);
+                check::<bf16>(n, 64, routing, wire);
+            }
         }
     }
 }
