@@ -3,7 +3,11 @@
 //! A task entity holds what the engine needs to order, launch and show it; what its handler needs is one more component on
 //! the same entity, of a type that only the handler's plugin knows.
 
-use std::{fmt, sync::Arc};
+use std::{
+    collections::BTreeSet,
+    fmt,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use bevy_ecs::{prelude::*, system::SystemParam};
 use kernels::{
@@ -17,6 +21,29 @@ use crate::{error::Error, stream::Queue};
 /// What a task does; picks its handler. Unique over all plugins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct TaskKind(pub &'static str);
+
+/// Kinds that come from elsewhere; one with more has names that are no kinds.
+const MAX_READ_KINDS: usize = 4096;
+/// Bytes of the name of a kind that comes from elsewhere.
+const MAX_KIND_LEN: usize = 256;
+
+impl TaskKind {
+    /// The kind called `name`, read from a file or a connection. Names live as long as the process, so that there is a limit to
+    /// how many there are and how long: none beyond it.
+    pub fn read(name: &str) -> Option<Self> {
+        static KINDS: Mutex<BTreeSet<&'static str>> = Mutex::new(BTreeSet::new());
+        let mut kinds = KINDS.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = kinds.get(name) {
+            return Some(TaskKind(known));
+        }
+        if kinds.len() >= MAX_READ_KINDS || name.len() > MAX_KIND_LEN {
+            return None;
+        }
+        let name: &'static str = Box::leak(name.to_owned().into_boxed_str());
+        kinds.insert(name);
+        Some(TaskKind(name))
+    }
+}
 
 impl fmt::Display for TaskKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

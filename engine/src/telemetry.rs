@@ -80,6 +80,17 @@ impl Span {
     }
 }
 
+/// The spans of several ranks as those of one snapshot: what each waited for is still the same task.
+pub fn join<'a>(ranks: impl IntoIterator<Item = &'a [Span]>) -> Vec<Span> {
+    let mut all = Vec::new();
+    for spans in ranks {
+        let before = all.len() as u32;
+        let moved = |span: &Span| Span { waited_for: span.waited_for.map(|task| task + before), ..span.clone() };
+        all.extend(spans.iter().map(moved));
+    }
+    all
+}
+
 /// One step as seen from outside.
 #[derive(Clone, Debug, Default)]
 pub struct Snapshot {

@@ -84,7 +84,7 @@ fn report(args: &CheckArgs, checked: &Checked) -> Report {
 }
 
 fn model(config: &ModelConfig) -> Model {
-    let main = ModelConfig { num_nextn_predict_layers: 0, ..config.clone() };
+    let main = config.without_mtp();
     let (all, without_mtp) = (num_params(config), num_params(&main));
     Model {
         num_params: all,

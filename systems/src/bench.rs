@@ -16,7 +16,6 @@ use crate::{
     api::{BenchReport, BenchRequest, KindReport},
     generate::{Generation, run_to_rest},
     hf::config::{ConfigDocument, HfConfig},
-    model_config::ModelConfig,
     params::{num_activated_params, num_params},
     scene::Compute,
     session::SessionError,
@@ -106,7 +105,7 @@ pub fn bench(request: BenchRequest) -> Result<BenchReport, SessionError> {
     let config = &setup.config;
     let document = ConfigDocument::from_config(HfConfig::from_model(config)).map_err(SessionError::runtime)?;
     let total: Cost = costs.values().copied().sum();
-    let without_mtp = ModelConfig { num_nextn_predict_layers: 0, ..config.clone() };
+    let without_mtp = config.without_mtp();
     Ok(BenchReport {
         config: serde_json::from_str(document.text()).map_err(SessionError::runtime)?,
         num_params: num_params(config),

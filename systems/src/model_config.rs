@@ -148,6 +148,12 @@ pub struct Yarn {
 }
 
 impl ModelConfig {
+    /// The same without modules for multi-token prediction.
+    #[must_use]
+    pub fn without_mtp(&self) -> Self {
+        ModelConfig { num_nextn_predict_layers: 0, ..self.clone() }
+    }
+
     /// Whether decoder layer `layer` (MTP modules count on from `num_hidden_layers`) has routed experts.
     pub fn is_moe_layer(&self, layer: usize) -> bool {
         self.moe.as_ref().is_some_and(|moe| layer >= moe.first_k_dense_replace)

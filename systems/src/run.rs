@@ -393,7 +393,7 @@ fn exit_code(reason: &ExitReason) -> u8 {
 fn report(app: &App, config: &ModelConfig, reason: ExitReason) -> RunReport {
     let world = app.world();
     let (training, run) = (world.resource::<Training>(), world.resource::<RunDir>());
-    let without_mtp = ModelConfig { num_nextn_predict_layers: 0, ..config.clone() };
+    let without_mtp = config.without_mtp();
     let text = world.get_resource::<Generation>().map(|generation| generation.text().to_owned());
     RunReport {
         num_params: num_params(config),

@@ -89,7 +89,7 @@ pub fn prepare(loaded: &Loaded, with_mtp: bool) -> Result<Prepared, SessionError
     let scene = &loaded.scene;
     let (mut config, init) = model_of(loaded)?;
     if !with_mtp || scene.mtp.is_none() {
-        config.num_nextn_predict_layers = 0;
+        config = config.without_mtp();
     }
     if config.num_nextn_predict_layers > MAX_MTP {
         return Err(SessionError::input(format!(

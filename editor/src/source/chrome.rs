@@ -4,7 +4,7 @@
 use std::{
     borrow::Cow,
     collections::{BTreeMap, BTreeSet},
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
 };
 
 use engine::{
@@ -13,9 +13,6 @@ use engine::{
 };
 use serde::Deserialize;
 use serde_json::Value;
-
-/// Distinct kinds of tasks that are told apart; a file with more has names that are no kinds.
-const MAX_KINDS: usize = 4096;
 
 /// A scalar of steps from another program's trace, which does not say what waited for what: idle time has no cause in them.
 pub const FOREIGN: &str = "is_foreign_trace";
@@ -122,19 +119,9 @@ fn nanos(micros: f64) -> u64 {
     (micros * 1000.0).round().max(0.0) as u64
 }
 
-/// A task kind of this name. Names live as long as the program: there are few, and files repeat them.
+/// The kind of this name; a file with too many has names that are no kinds.
 pub fn kind(name: &str) -> TaskKind {
-    static KINDS: Mutex<BTreeSet<&'static str>> = Mutex::new(BTreeSet::new());
-    let mut kinds = KINDS.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(known) = kinds.get(name) {
-        return TaskKind(known);
-    }
-    if kinds.len() >= MAX_KINDS {
-        return TaskKind("other");
-    }
-    let kept: &'static str = Box::leak(name.to_owned().into_boxed_str());
-    kinds.insert(kept);
-    TaskKind(kept)
+    TaskKind::read(name).unwrap_or(TaskKind("other"))
 }
 
 /// Names of streams by process and thread, from the metadata.

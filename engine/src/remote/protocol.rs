@@ -7,11 +7,7 @@
 //!
 //! A frame comes from elsewhere: nothing in it is believed before it is checked.
 
-use std::{
-    borrow::Cow,
-    collections::BTreeMap,
-    sync::{Arc, Mutex, PoisonError},
-};
+use std::{borrow::Cow, sync::Arc};
 
 use kernels::cost::Cost;
 use serde::{Deserialize, Serialize};
@@ -31,9 +27,6 @@ pub const MAX_MESSAGE_BYTES: usize = 1 << 20;
 
 /// Longest frame that a client takes, in bytes: a step of some million tasks.
 pub const MAX_FRAME_BYTES: usize = 64 << 20;
-
-/// Kinds of tasks that a process keeps names for; a peer that sends more is not one of ours.
-const MAX_KINDS: usize = 4096;
 
 /// A frame is not what it should be.
 #[derive(Debug, thiserror::Error)]
@@ -204,7 +197,7 @@ fn snapshot(wire: WireSnapshot<'_>) -> Result<Snapshot, FrameError> {
         }
         Ok(Span {
             label: span.label.into(),
-            kind: kind(text(span.kind)?)?,
+            kind: TaskKind::read(text(span.kind)?).ok_or_else(too_many_kinds)?,
             pass: PASSES[usize::from(span.role_and_pass >> 2 & 3)],
             stage: span.stage,
             layer: span.layer,
@@ -230,19 +223,8 @@ fn snapshot(wire: WireSnapshot<'_>) -> Result<Snapshot, FrameError> {
     })
 }
 
-/// The kind called `name`. Names of kinds live as long as the process, so there is a limit to how many come from elsewhere.
-pub fn kind(name: &str) -> Result<TaskKind, FrameError> {
-    static KINDS: Mutex<BTreeMap<&'static str, TaskKind>> = Mutex::new(BTreeMap::new());
-    let mut kinds = KINDS.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(kind) = kinds.get(name) {
-        return Ok(*kind);
-    }
-    if kinds.len() >= MAX_KINDS || name.len() > 256 {
-        return Err(FrameError::Damaged(format!("more than {MAX_KINDS} kinds of tasks, or one with a name of a page")));
-    }
-    let name: &'static str = Box::leak(name.to_owned().into_boxed_str());
-    kinds.insert(name, TaskKind(name));
-    Ok(TaskKind(name))
+fn too_many_kinds() -> FrameError {
+    FrameError::Damaged("more kinds of tasks than there can be, or one with a name of a page".into())
 }
 
 fn damaged(error: postcard::Error) -> FrameError {

@@ -15,7 +15,7 @@ use std::{
 
 use crossbeam::channel::{self, RecvTimeoutError, TryRecvError, TrySendError};
 
-use super::Snapshot;
+use super::{Snapshot, join};
 
 /// Where the snapshots of a run go. Clones are the same feed.
 #[derive(Clone, Default)]
@@ -56,18 +56,10 @@ fn merge(ranks: &[Arc<Snapshot>]) -> Snapshot {
     let first = &ranks[0];
     let begin = ranks.iter().map(|rank| rank.interval_nanos.0).min().unwrap_or_default();
     let end = ranks.iter().map(|rank| rank.interval_nanos.1).max().unwrap_or_default();
-    let mut spans = Vec::with_capacity(ranks.iter().map(|rank| rank.spans.len()).sum());
-    for rank in ranks {
-        let shift = spans.len() as u32;
-        spans.extend(rank.spans.iter().cloned().map(|mut span| {
-            span.waited_for = span.waited_for.map(|task| task + shift);
-            span
-        }));
-    }
     Snapshot {
         step: first.step,
         interval_nanos: (begin, end),
-        spans: spans.into(),
+        spans: join(ranks.iter().map(|rank| &*rank.spans)).into(),
         scalars: first.scalars.clone(),
         histograms: first.histograms.clone(),
     }

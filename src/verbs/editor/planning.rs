@@ -3,7 +3,10 @@
 use std::sync::{Mutex, PoisonError};
 
 use editor::workbench::{PlannedStep, WhatIf};
-use engine::{hardware::DeviceSpec, telemetry::Snapshot};
+use engine::{
+    hardware::DeviceSpec,
+    telemetry::{Snapshot, join},
+};
 use systems::{
     hardware::{HardwareRequest, measure},
     placement::load::RoutingLoad,
@@ -21,7 +24,7 @@ pub fn plan(checked: &Checked, what_if: &WhatIf, machine: &Mutex<Option<DeviceSp
     let scene = &checked.loaded.scene;
     let mut config = checked.model.clone().ok_or("the scene has no model: add a section `model`")?;
     if scene.mtp.is_none() {
-        config.num_nextn_predict_layers = 0;
+        config = config.without_mtp();
     }
     let section = scene.plan.clone();
     let mut notes = Vec::new();
@@ -79,14 +82,7 @@ fn this_machine(known: &Mutex<Option<DeviceSpec>>) -> Result<DeviceSpec, String>
 
 fn snapshot(planned: Planned) -> Snapshot {
     let Planned { report, spans, bytes_by_task, .. } = planned;
-    let mut all = Vec::with_capacity(spans.iter().map(Vec::len).sum());
-    for of_rank in spans {
-        let before = all.len() as u32;
-        all.extend(of_rank.into_iter().map(|mut span| {
-            span.waited_for = span.waited_for.map(|task| task + before);
-            span
-        }));
-    }
+    let all = join(spans.iter().map(Vec::as_slice));
     let end = all.iter().map(|span| span.end_nanos).max().unwrap_or(0);
     let mut histograms = Vec::new();
     for (bytes, by_task) in report.peak_bytes_per_rank.iter().zip(bytes_by_task) {

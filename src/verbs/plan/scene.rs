@@ -33,7 +33,7 @@ pub fn run(path: &Path, args: &PlanArgs, output: &Output) -> Result<ExitCode, Fa
     let config = checked.model.clone();
     let mut config = config.ok_or_else(|| Failure::usage("the scene has no model", "add a section `model`"))?;
     if checked.loaded.scene.mtp.is_none() {
-        config.num_nextn_predict_layers = 0;
+        config = config.without_mtp();
     }
     let section = checked.loaded.scene.plan.clone();
     let device = device(args, section.as_ref().and_then(|plan| plan.hardware.as_ref()), &checked.loaded.scene)?;

@@ -190,7 +190,7 @@ pub(crate) fn plan_on(
             None
         }
     });
-    let main = ModelConfig { num_nextn_predict_layers: 0, ..config.clone() };
+    let main = config.without_mtp();
     let device_memory_bytes = device.memory_bytes.value;
     let fits = simulated.bytes.iter().all(|bytes| bytes.total <= device_memory_bytes);
     notes.extend(advice(&simulated, device, mesh.pp));

@@ -12,7 +12,7 @@ const CACHE_BYTES: u64 = 2;
 /// looked up), and 3 times the forward's core attention, causal, over whole sequences. The convention of the tables in
 /// arXiv 2505.09343; MTP modules and recomputation are not in it.
 pub fn flops_per_token(config: &ModelConfig, seq_len: usize) -> f64 {
-    let main = ModelConfig { num_nextn_predict_layers: 0, ..config.clone() };
+    let main = config.without_mtp();
     let looked_up: usize = param_specs(&main)
         .iter()
         .filter(|spec| spec.kind == ParamKind::Embedding && !config.tie_word_embeddings)
