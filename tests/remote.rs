@@ -114,11 +114,11 @@ impl Run {
     }
 
     /// Optimizer steps done, as the run says.
-    fn train_step(&self) -> u64 {
+    fn step(&self) -> u64 {
         let answer = self.post(None, br#"{"jsonrpc":"2.0","id":1,"method":"run.status"}"#);
         let body = answer.split("\r\n\r\n").nth(1).unwrap_or_else(|| panic!("no body: {answer:?}"));
         let status: Value = serde_json::from_str(body).expect("JSON");
-        status["result"]["train_step"].as_u64().unwrap_or_else(|| panic!("no step: {status}"))
+        status["result"]["step"].as_u64().unwrap_or_else(|| panic!("no step: {status}"))
     }
 }
 
@@ -199,11 +199,11 @@ fn a_run_is_watched_paused_stepped_changed_saved_and_stopped() {
         // Paused, it stands; a step is one step.
         let paused = watcher.ask("run.pause", Value::Null).expect("it pauses");
         assert_eq!((&paused["state"], &paused["num_ranks"]), (&json!("paused"), &json!(ranks)));
-        let at = paused["train_step"].as_u64().expect("a step");
+        let at = paused["step"].as_u64().expect("a step");
         std::thread::sleep(Duration::from_millis(200));
-        assert_eq!(run.train_step(), at);
+        assert_eq!(run.step(), at);
         let stepped = watcher.ask("run.step", Value::Null).expect("it steps");
-        assert_eq!((stepped["train_step"].as_u64(), &stepped["state"]), (Some(at + 1), &json!("paused")));
+        assert_eq!((stepped["step"].as_u64(), &stepped["state"]), (Some(at + 1), &json!("paused")));
 
         // The learning rate is in force in the next step, and the log says so.
         let set = watcher.ask("run.set", json!({ "path": "lr", "value": 2.5e-4 })).expect("it is set");
@@ -253,6 +253,38 @@ fn a_run_is_watched_paused_stepped_changed_saved_and_stopped() {
     }
 }
 
+/// Batches of validation come between training steps: they are no steps to who watches, and their result belongs to one.
+#[test]
+fn steps_are_those_of_training() {
+    let mut run = start(&["eval=(every_steps: 2, max_tokens: 2048)"]);
+    let mut watcher = Watcher::connect(&run, Some(run.token()));
+    watcher.connected();
+    let at = watcher.ask("run.pause", Value::Null).expect("it pauses")["step"].as_u64().expect("a step");
+    let asked: Vec<_> = (0..4).map(|_| watcher.client.call("run.step", Value::Null)).collect();
+    for (i, asked) in asked.into_iter().enumerate() {
+        let status = watcher.wait(|event| match event {
+            ClientEvent::Reply { id, result } if *id == asked => Some(result.clone()),
+            _ => None,
+        });
+        assert_eq!(status.expect("it steps")["step"], at + 1 + i as u64, "each is answered when it is done");
+    }
+    // Validation after the last of them may be still to come: it is done with the next.
+    watcher.ask("run.step", Value::Null).expect("it steps");
+    watcher.ask("run.stop", Value::Null).expect("it stops");
+    assert_eq!(run.ended(), Some(0));
+    watcher.wait(|event| matches!(event, ClientEvent::Lost { .. }).then_some(()));
+    let (steps, figures): (Vec<_>, Vec<_>) = watcher.snapshots.iter().partition(|snapshot| !snapshot.spans.is_empty());
+    assert!(steps.windows(2).all(|pair| pair[1].step == pair[0].step + 1), "one step after the other");
+    assert!(steps.iter().all(|snapshot| snapshot.scalar("loss_nats_per_token").is_some()), "all of them train");
+    assert_eq!(steps.last().map(|snapshot| snapshot.step), Some(at + 5));
+    assert!(figures.len() >= 2, "{} of them", figures.len());
+    for snapshot in figures {
+        assert_eq!(snapshot.step % 2, 0);
+        let names: Vec<_> = snapshot.scalars.iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(names, ["val_loss_nats_per_token", "val_bits_per_byte"]);
+    }
+}
+
 #[test]
 fn what_was_set_is_in_force_after_a_resume_too() {
     let mut run = start(&["schedule=Constant(lr: 1e-3)"]);
@@ -262,8 +294,8 @@ fn what_was_set_is_in_force_after_a_resume_too() {
         assert!(run.post(Some(&token), body.as_bytes()).starts_with("HTTP/1.1 200"));
     };
     post(&run, "run.set", json!({ "path": "lr", "value": 7e-4 }));
-    let at = run.train_step();
-    while run.train_step() < at + 2 {}
+    let at = run.step();
+    while run.step() < at + 2 {}
     post(&run, "run.stop", Value::Null);
     assert_eq!(run.ended(), Some(0));
     let state = fs::read_to_string(run.dir.join("latest/train/state.json")).expect("a state");
@@ -301,8 +333,8 @@ fn the_wrong_token_is_refused_and_no_token_may_look() {
         _ => None,
     });
     assert!(why.contains("remote.token"), "{why}");
-    let at = run.train_step();
-    while run.train_step() < at + 3 {}
+    let at = run.step();
+    while run.step() < at + 3 {}
 }
 
 #[test]

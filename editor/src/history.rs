@@ -45,10 +45,17 @@ pub struct History {
 }
 
 impl History {
-    /// Adds a step. One of the same number replaces the old one; a number below the newest begins anew, as after a run was
-    /// continued from an earlier checkpoint.
+    /// Adds a step. Of the newest step, what has no tasks is more of its figures, as validation; else one of the same number
+    /// replaces the old one. A number below the newest begins anew, as after a run was continued from an earlier checkpoint.
     pub fn push(&mut self, snapshot: Arc<Snapshot>) {
         self.version += 1;
+        if let Some(last) = self.steps.back_mut().filter(|last| last.step == snapshot.step && snapshot.spans.is_empty())
+        {
+            let whole = Arc::make_mut(last);
+            replace(&mut whole.scalars, &snapshot.scalars);
+            replace(&mut whole.histograms, &snapshot.histograms);
+            return self.draw(&snapshot);
+        }
         while self.steps.back().is_some_and(|last| last.step >= snapshot.step) {
             if let Some(old) = self.steps.pop_back() {
                 self.num_spans -= old.spans.len();
@@ -57,24 +64,22 @@ impl History {
         for curve in self.curves.values_mut() {
             curve.cut(snapshot.step);
         }
-        for (name, value) in &snapshot.scalars {
-            if value.is_finite() {
-                match self.curves.get_mut(name) {
-                    Some(curve) => curve.push([snapshot.step as f64, *value]),
-                    None => {
-                        let mut curve = Curve { stride: 1, ..Curve::default() };
-                        curve.push([snapshot.step as f64, *value]);
-                        self.curves.insert(name.clone(), curve);
-                    }
-                }
-            }
-        }
+        self.draw(&snapshot);
         self.num_spans += snapshot.spans.len();
         self.steps.push_back(snapshot);
         while self.steps.len() > MAX_STEPS || (self.num_spans > MAX_SPANS && self.steps.len() > 1) {
             if let Some(old) = self.steps.pop_front() {
                 self.num_spans -= old.spans.len();
             }
+        }
+    }
+
+    /// Puts the scalars of a step on their curves.
+    fn draw(&mut self, snapshot: &Snapshot) {
+        for (name, value) in snapshot.scalars.iter().filter(|(_, value)| value.is_finite()) {
+            let curve = self.curves.entry(name.clone()).or_insert_with(|| Curve { stride: 1, ..Curve::default() });
+            curve.cut(snapshot.step);
+            curve.push([snapshot.step as f64, *value]);
         }
     }
 
@@ -129,6 +134,12 @@ impl History {
     }
 }
 
+/// Puts `new` into `list`, in place of what has the same name.
+fn replace<T: Clone>(list: &mut Vec<(String, T)>, new: &[(String, T)]) {
+    list.retain(|(name, _)| new.iter().all(|(other, _)| other != name));
+    list.extend_from_slice(new);
+}
+
 impl Curve {
     fn push(&mut self, point: [f64; 2]) {
         if self.seen.is_multiple_of(self.stride) {
@@ -179,6 +190,21 @@ mod tests {
         let mut history = History::default();
         [1, 2, 3, 4, 2].into_iter().for_each(|n| history.push(step(n, n as f64)));
         assert_eq!(history.range(), Some((1, 2)));
+        assert_eq!(history.curve("x").unwrap().points, [[1.0, 1.0], [2.0, 2.0]]);
+    }
+
+    #[test]
+    fn figures_that_come_later_join_their_step() {
+        let one_task = r#"{"traceEvents": [{"ph": "X", "name": "a", "pid": 0, "tid": 1, "ts": 0, "dur": 1, "args": {"step": 2}}]}"#;
+        let spans = crate::source::chrome::parse(one_task).unwrap()[0].spans.clone();
+        let task = Snapshot { spans, ..(*step(2, 2.0)).clone() };
+        let later = Snapshot { step: 2, scalars: vec![("val".into(), 7.0)], ..Snapshot::default() };
+        let mut history = History::default();
+        [step(1, 1.0), Arc::new(task), Arc::new(later)].into_iter().for_each(|snapshot| history.push(snapshot));
+        let last = history.at(None).unwrap();
+        assert_eq!((last.spans.len(), last.scalar("x"), last.scalar("val")), (1, Some(2.0), Some(7.0)));
+        assert_eq!(history.steps().len(), 2);
+        assert_eq!(history.curve("val").unwrap().points, [[2.0, 7.0]]);
         assert_eq!(history.curve("x").unwrap().points, [[1.0, 1.0], [2.0, 2.0]]);
     }
 

@@ -94,7 +94,7 @@ pub fn join<'a>(ranks: impl IntoIterator<Item = &'a [Span]>) -> Vec<Span> {
 /// One step as seen from outside.
 #[derive(Clone, Debug, Default)]
 pub struct Snapshot {
-    /// Number of the step.
+    /// Number of the step, as whoever recorded it counts steps.
     pub step: u64,
     /// When it began and ended; its spans lie in between.
     pub interval_nanos: (u64, u64),
@@ -166,10 +166,26 @@ fn covered_nanos(spans: &[Span], begin: u64, end: u64) -> u64 {
     covered
 }
 
+/// What listeners are told of the step being recorded.
+#[derive(Default)]
+enum Told {
+    /// All of it.
+    #[default]
+    Step,
+    /// Nothing of it, but this, which belongs to a step that they were told of before.
+    Figures(Snapshot),
+    /// Nothing.
+    Nothing,
+}
+
 /// The step being recorded, and the listeners.
 #[derive(Resource, Default)]
 pub struct Telemetry {
     current: Snapshot,
+    /// The step's number for listeners, if it is not that of the engine.
+    number: Option<u64>,
+    told: Told,
+    num_told: u64,
     times: StepTimes,
     bubbles: Accounting,
     last: Option<Arc<Snapshot>>,
@@ -199,6 +215,30 @@ impl Telemetry {
         put(&mut self.current.histograms, name.into(), values);
     }
 
+    /// Gives the step being recorded a number of its own: listeners, logs and traces count the steps that matter to them, and
+    /// the engine may do others in between.
+    pub fn number(&mut self, step: u64) {
+        self.number = Some(step);
+    }
+
+    /// Whether listeners are told of the step being recorded; if nobody says, they are.
+    pub fn set_told(&mut self, told: bool) {
+        self.told = if told { Told::Step } else { Told::Nothing };
+    }
+
+    /// Tells listeners figures that belong to a step that they were told of before, instead of the step being recorded.
+    pub fn add_to(&mut self, step: u64, scalars: Vec<(String, f64)>) {
+        for (name, value) in &scalars {
+            self.scalar(name.clone(), *value);
+        }
+        self.told = Told::Figures(Snapshot { step, scalars, ..Snapshot::default() });
+    }
+
+    /// How many steps listeners were told of, or would have been, had there been any.
+    pub fn num_told(&self) -> u64 {
+        self.num_told
+    }
+
     /// Spans of the step being recorded, in launch order.
     pub fn spans(&self) -> &Arc<[Span]> {
         &self.current.spans
@@ -214,7 +254,7 @@ impl Telemetry {
         &self.bubbles
     }
 
-    /// The snapshot published last.
+    /// The step recorded last, whether or not listeners were told of it.
     pub fn last(&self) -> Option<&Arc<Snapshot>> {
         self.last.as_ref()
     }
@@ -252,10 +292,17 @@ impl Telemetry {
     /// Closes the record and sends it.
     pub(crate) fn publish(&mut self, step: u64) {
         let mut snapshot = std::mem::take(&mut self.current);
-        snapshot.step = step;
+        snapshot.step = self.number.take().unwrap_or(step);
         let snapshot = Arc::new(snapshot);
-        self.feed.publish(self.rank, snapshot.clone());
-        self.last = Some(snapshot);
+        self.last = Some(snapshot.clone());
+        match std::mem::take(&mut self.told) {
+            Told::Step => {
+                self.num_told += 1;
+                self.feed.publish(self.rank, snapshot);
+            }
+            Told::Figures(figures) => self.feed.publish(self.rank, Arc::new(figures)),
+            Told::Nothing => {}
+        }
     }
 }
 
@@ -312,6 +359,30 @@ pub(crate) mod tests {
         assert_eq!(telemetry.last().unwrap().scalars, [("x".to_owned(), 50.0)]);
         drop(telemetry);
         assert_eq!(slow.try_recv().unwrap_err(), TryRecvError::Disconnected);
+    }
+
+    #[test]
+    fn steps_in_between_are_not_told_but_their_figures_are() {
+        let mut telemetry = Telemetry::default();
+        let listener = telemetry.subscribe(8);
+        telemetry.number(7);
+        telemetry.scalar("x", 1.0);
+        telemetry.publish(20);
+        for engine_step in 21..=22 {
+            telemetry.set_told(false);
+            telemetry.scalar("own", 2.0);
+            if engine_step == 22 {
+                telemetry.add_to(7, vec![("y".to_owned(), 3.0)]);
+            }
+            telemetry.publish(engine_step);
+            assert_eq!((telemetry.last().unwrap().step, telemetry.num_told()), (engine_step, 1));
+        }
+        telemetry.publish(23);
+        assert_eq!(telemetry.num_told(), 2);
+        let told: Vec<_> =
+            std::iter::from_fn(|| listener.try_recv().ok()).map(|s| (s.step, s.scalars.clone())).collect();
+        let named = |name: &str, value| vec![(name.to_owned(), value)];
+        assert_eq!(told, [(7, named("x", 1.0)), (7, named("y", 3.0)), (23, vec![])]);
     }
 
     #[test]

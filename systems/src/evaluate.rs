@@ -2,7 +2,7 @@
 
 use bevy_app::prelude::*;
 use bevy_ecs::prelude::*;
-use engine::prelude::*;
+use engine::{prelude::*, telemetry::Telemetry};
 
 use crate::{
     data::packing::Batch,
@@ -14,6 +14,7 @@ use crate::{
     pipeline::stage::Stages,
     ranks::Ranks,
     session::Session,
+    train::Training,
     work::{Work, turn_of},
 };
 
@@ -49,6 +50,15 @@ pub struct EvaluationResult {
     pub bits_per_byte: Option<f64>,
     /// Targets.
     pub num_tokens: u64,
+}
+
+impl EvaluationResult {
+    /// As logs, curves and whoever watches call it.
+    pub fn scalars(&self) -> Vec<(String, f64)> {
+        let bits = self.bits_per_byte.map(|bits| ("val_bits_per_byte".to_owned(), bits));
+        let loss = ("val_loss_nats_per_token".to_owned(), self.loss_nats_per_token);
+        std::iter::once(loss).chain(bits).collect()
+    }
 }
 
 impl Evaluation {
@@ -112,7 +122,7 @@ fn record(
     tensors: Res<Tensors>,
     sums: Res<LossSums>,
     (mut work, ranks): (ResMut<Work>, Res<Ranks>),
-    (session, mut telemetry): (Res<Session>, ResMut<Telemetry>),
+    (session, training, mut telemetry): (Res<Session>, Option<Res<Training>>, ResMut<Telemetry>),
 ) -> Result {
     let nats = tensors.memory().read::<f64>(sums.0[0].main)[0];
     // The sum of a rank without the last stage is 0, and so is the part of one without a batch.
@@ -134,8 +144,9 @@ fn record(
         num_tokens: evaluation.num_tokens,
     };
     session.progress.evaluated(&result);
-    telemetry.scalar("val_loss_nats_per_token", result.loss_nats_per_token);
-    result.bits_per_byte.into_iter().for_each(|bits| telemetry.scalar("val_bits_per_byte", bits));
+    if let Some(training) = training {
+        telemetry.add_to(training.step, result.scalars());
+    }
     (evaluation.result, evaluation.fresh) = (Some(result), Some(result));
     (evaluation.next, evaluation.nats, evaluation.num_tokens) = (0, 0.0, 0);
     *work = evaluation.then;

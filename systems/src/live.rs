@@ -52,8 +52,8 @@ impl Plugin for LivePlugin {
                     Ok(())
                 },
             })
-            .status_field("train_step", |world| world.resource::<Training>().step.into())
-            .status_field("num_train_steps", |world| world.resource::<Training>().train.steps.into())
+            .status_field("step", |world| world.resource::<Training>().step.into())
+            .status_field("num_steps", |world| world.resource::<Training>().train.steps.into())
             .status_field("work", |world| format!("{:?}", world.resource::<Work>()).to_lowercase().into());
         let has_bias = world_has_bias(app.world());
         if has_bias {

@@ -245,7 +245,6 @@ fn keep(world: &mut World) -> Result {
         let (step, total) = (training.step, training.train.steps);
         if was_training {
             let mut line = (*snapshot).clone();
-            line.step = step;
             line.histograms.retain(|(name, _)| observe::is_logged(name));
             run.write(&line)?;
             if let (Some(range), Some(trace)) =
@@ -258,10 +257,7 @@ fn keep(world: &mut World) -> Result {
         let just_evaluated = world.resource_mut::<Evaluation>().fresh.take();
         if let Some(result) = just_evaluated {
             run.val = Some(result);
-            let mut line = Snapshot { step, ..Snapshot::default() };
-            line.scalars.push(("val_loss_nats_per_token".into(), result.loss_nats_per_token));
-            line.scalars.extend(result.bits_per_byte.map(|b| ("val_bits_per_byte".to_owned(), b)));
-            run.write(&line)?;
+            run.write(&Snapshot { step, scalars: result.scalars(), ..Snapshot::default() })?;
         }
         let training = world.resource::<Training>();
         if was_training && work == Work::Train {

@@ -294,6 +294,8 @@ impl RankStep {
 }
 
 pub(crate) fn record(world: &mut World) -> Result {
+    let step = world.resource::<Training>().step + 1;
+    world.resource_mut::<Telemetry>().number(step);
     let ranks = world.resource::<Ranks>().clone();
     world.insert_resource(Sent(ranks.comm.take_meter()));
     let all = ranks.exchange(&RankStep::of(world))?;
@@ -304,7 +306,6 @@ pub(crate) fn record(world: &mut World) -> Result {
     let loss = sum(0) / num_targets.max(1) as f64;
     let grad_norm = f64::from_bits(all[0].sum_squares).sqrt();
     if !(loss.is_finite() && grad_norm.is_finite()) {
-        let step = world.resource::<Training>().step + 1;
         world.resource::<Session>().progress.note(&format!(
             "step {step}: loss {loss} and gradient norm {grad_norm} are not finite; running the step again to find where"
         ));
@@ -321,8 +322,7 @@ pub(crate) fn record(world: &mut World) -> Result {
 
     let mut training = world.resource_mut::<Training>();
     let (mut max_vio, mut num_idle) = (0f64, 0);
-    training.step += 1;
-    let step = training.step;
+    training.step = step;
     for (i, (_, counts)) in rows.iter().enumerate() {
         let (vio, idle) = load_summary(counts);
         (max_vio, num_idle) = (max_vio.max(vio), num_idle + idle);
@@ -358,7 +358,6 @@ pub(crate) fn record(world: &mut World) -> Result {
     }
     tell(&mut telemetry, &report);
     telemetry.scalar("bias_speed", bias_speed);
-    telemetry.scalar("train_step", step as f64);
     Figures::tell(world, &all.iter().map(|rank| &rank.figures).collect::<Vec<_>>());
     let mut loads = world.query::<(&ExpertKey, &mut ExpertLoad)>();
     for (key, mut load) in loads.iter_mut(world) {

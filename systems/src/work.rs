@@ -2,6 +2,7 @@
 //! microbatches that Admit brings in; this resource says whose turn it is to bring them.
 
 use bevy_ecs::prelude::*;
+use engine::telemetry::Telemetry;
 
 /// Whose turn it is.
 #[derive(Resource, Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -29,6 +30,8 @@ pub fn turn_of(work: Work) -> impl Fn(Res<Turn>) -> bool + Clone {
     move |now: Res<Turn>| now.0 == work
 }
 
-pub(crate) fn begin_turn(work: Res<Work>, mut turn: ResMut<Turn>) {
+/// Listeners follow training; batches of evaluation, tokens and repeated steps come in between.
+pub(crate) fn begin_turn(work: Res<Work>, mut turn: ResMut<Turn>, mut telemetry: ResMut<Telemetry>) {
     turn.0 = *work;
+    telemetry.set_told(*work == Work::Train);
 }

@@ -5,6 +5,7 @@
 //! everywhere. A signal that any rank has seen stops all of them before the same step.
 
 use std::{
+    collections::VecDeque,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -65,9 +66,9 @@ impl Plugin for ControlPlugin {
             inbox: self.inbox.clone().filter(|_| self.comm.rank() == 0),
             signal: self.signal.clone(),
             paused: false,
-            steps: 0,
             goes_on: true,
-            stepping: Vec::new(),
+            stepping: VecDeque::new(),
+            num_told: 0,
         })
         .add_systems(Update, handle.in_set(ControlSystems));
     }
@@ -81,11 +82,11 @@ pub struct Control {
     inbox: Option<Inbox>,
     signal: Arc<AtomicUsize>,
     paused: bool,
-    /// Steps to be done although the run is paused.
-    steps: usize,
     goes_on: bool,
-    /// Who waits for the end of a step.
-    stepping: Vec<Reply>,
+    /// Steps to be done although the run is paused: who waits for the end of each.
+    stepping: VecDeque<Reply>,
+    /// Steps that listeners were told of: what the engine does in between counts for none.
+    num_told: u64,
 }
 
 impl Control {
@@ -103,7 +104,7 @@ impl Control {
     }
 
     fn holds(&self) -> bool {
-        self.paused && self.steps == 0
+        self.paused && self.stepping.is_empty()
     }
 
     pub(super) fn status(&self, world: &World) -> Map<String, Value> {
@@ -143,11 +144,12 @@ fn handle(world: &mut World) -> Result {
 }
 
 fn lead(world: &mut World) -> Result {
-    if world.resource::<Control>().steps == 0 && !world.resource::<Control>().stepping.is_empty() {
-        let status = methods::status(world);
-        for reply in std::mem::take(&mut world.resource_mut::<Control>().stepping) {
-            reply.send(Ok(status.clone()));
-        }
+    let num_told = world.resource::<Telemetry>().num_told();
+    let mut control = world.resource_mut::<Control>();
+    if std::mem::replace(&mut control.num_told, num_told) < num_told
+        && let Some(reply) = control.stepping.pop_front()
+    {
+        reply.send(Ok(methods::status(world)));
     }
     let mut num_answered = 0;
     loop {
@@ -180,9 +182,7 @@ fn lead(world: &mut World) -> Result {
         }
     }
     exchange(world, Some(Order::Go))?;
-    let mut control = world.resource_mut::<Control>();
-    control.goes_on = true;
-    control.steps = control.steps.saturating_sub(1);
+    world.resource_mut::<Control>().goes_on = true;
     Ok(())
 }
 
@@ -201,8 +201,8 @@ fn answer(world: &mut World, Request { method, params, may_change, reply }: Requ
     }
     if method.name == RUN_STEP {
         let mut control = world.resource_mut::<Control>();
-        (control.paused, control.steps) = (true, control.steps + 1);
-        control.stepping.push(reply);
+        control.paused = true;
+        control.stepping.push_back(reply);
         return Ok(());
     }
     if method.access == Access::ChangesAllRanks {
