@@ -323,6 +323,8 @@ fn the_wrong_token_is_refused_and_no_token_may_look() {
         let answer = run.post(token, pause);
         assert!(answer.starts_with("HTTP/1.1 401") && answer.contains("-32001"), "{token:?}: {answer}");
     }
+    let batch = [&b"["[..], pause, b",", pause, b"]"].concat();
+    assert!(run.post(None, &batch).starts_with("HTTP/1.1 401"), "of a batch, too");
     let mut looking = Watcher::connect(&run, None);
     assert_eq!(looking.connected(), "tiny");
     looking.next_snapshot();

@@ -18,7 +18,7 @@ mod values;
 mod world;
 
 pub use methods::{Access, AppControlExt, Method};
-pub use plugin::{Control, ControlPlugin, ControlSystems};
+pub use plugin::{Control, ControlPlugin, ControlSystems, Note};
 pub use values::{LiveValue, params_of};
 
 use crate::telemetry::{self, Feed};

@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::{
+    collections::BTreeSet,
     sync::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
@@ -32,11 +33,15 @@ struct Part {
 /// The speed in each step, by rank.
 type Story = Arc<Mutex<Vec<Vec<f64>>>>;
 
+/// What was told of requests.
+type Notes = Arc<Mutex<Vec<String>>>;
+
 struct Run {
     handle: ControlHandle,
     signal: Arc<AtomicUsize>,
     comm: Comm,
     story: Story,
+    notes: Notes,
     ranks: Vec<JoinHandle<ExitReason>>,
 }
 
@@ -46,14 +51,21 @@ fn start(num_ranks: u32) -> Run {
     inbox.feed().set_num_ranks(num_ranks as usize);
     let signal = Arc::new(AtomicUsize::new(0));
     let story: Story = Arc::new(Mutex::new(vec![Vec::new(); num_ranks as usize]));
+    let notes = Notes::default();
     let spawn = |comm: Comm| {
-        let (inbox, signal, story) = (inbox.clone(), signal.clone(), story.clone());
+        let (inbox, signal, story, notes) = (inbox.clone(), signal.clone(), story.clone(), notes.clone());
         let body = move || {
             let rank = comm.rank() as usize;
             let mut app = App::new();
             app.add_plugins((
                 EnginePlugin::default(),
-                ControlPlugin { name: "r".into(), comm, inbox: Some(inbox), signal },
+                ControlPlugin {
+                    name: "r".into(),
+                    comm,
+                    inbox: Some(inbox),
+                    signal,
+                    note: Arc::new(move |line| notes.lock().unwrap().push(line.to_owned())),
+                },
             ))
             .init_resource::<Speed>()
             .live_value(LiveValue {
@@ -83,7 +95,7 @@ fn start(num_ranks: u32) -> Run {
                 .in_set(StepSystems::Admit),
             );
             let whole = app.world_mut().spawn((Part { number: 1 }, Name::new("whole"))).id();
-            app.world_mut().spawn((Part { number: 2 }, ChildOf(whole)));
+            app.world_mut().spawn((Part { number: 2 + rank as u32 }, ChildOf(whole)));
             app.world_mut().spawn(Name::new("not shown"));
             crate::app::run(&mut app)
         };
@@ -92,7 +104,7 @@ fn start(num_ranks: u32) -> Run {
     let comms = if num_ranks == 1 { vec![Comm::solo()] } else { Comm::local(num_ranks, 1) };
     let comm = comms[0].clone();
     let ranks = comms.into_iter().map(spawn).collect();
-    Run { handle, signal, comm, story, ranks }
+    Run { handle, signal, comm, story, notes, ranks }
 }
 
 impl Run {
@@ -131,6 +143,12 @@ fn a_run_is_paused_stepped_changed_and_stopped() {
         let back = run.ask("run.set", json!({ "path": "speed", "value": null })).unwrap();
         assert_eq!((&back["value"], &back["set"]), (&json!(1.0), &Value::Null));
         assert_eq!(run.ask("run.resume", json!({})).unwrap()["state"], "running");
+        let notes = std::mem::take(&mut *run.notes.lock().unwrap());
+        let told = ["run.pause", "run.step", "run.set {\"path\":\"speed\",\"value\":5}"];
+        assert!(
+            told.iter().zip(&notes).all(|(told, note)| *note == format!("asked from outside: {told}")),
+            "{notes:?}"
+        );
         while run.step() < at + 5 {}
         assert_eq!(run.ask("run.stop", Value::Null).unwrap(), Value::Null);
         let handle = run.handle.clone();
@@ -180,6 +198,8 @@ fn wrong_requests_are_answered_with_what_was_expected() {
         ("run.set", json!(["speed", 1]), RpcError::INVALID_PARAMS, "by name"),
         ("world.get", json!({ "entity": 12345 }), RpcError::INVALID_PARAMS, "no entity 12345"),
         ("world.list", json!({ "with": "Whole" }), RpcError::INVALID_PARAMS, "there are: `Part`"),
+        ("world.list", json!({ "rank": 1 }), RpcError::INVALID_PARAMS, "below 1, found 1"),
+        ("run.pause", json!({ "for": 3 }), RpcError::INVALID_PARAMS, "takes no parameters, found `for`"),
         ("world.list", json!({ "width": 3 }), RpcError::INVALID_PARAMS, "unknown field `width`"),
     ] {
         let error = run.ask(method, params).unwrap_err();
@@ -211,6 +231,25 @@ fn the_world_is_seen_through_what_is_exposed() {
     assert_eq!((queried["entities"].as_array().unwrap().len(), &queried["num_left_out"]), (1, &json!(1)));
     run.ask("run.stop", Value::Null).unwrap();
     run.end();
+}
+
+#[test]
+fn every_rank_can_be_looked_at() {
+    for paused in [false, true] {
+        let run = start(3);
+        if paused {
+            run.ask("run.pause", Value::Null).unwrap();
+        }
+        for rank in 0..3 {
+            let queried = run.ask("world.query", json!({ "components": ["Part"], "rank": rank })).unwrap();
+            let of = |entity: &Value| entity["components"]["Part"]["number"].as_u64();
+            let numbers: BTreeSet<_> = queried["entities"].as_array().unwrap().iter().filter_map(of).collect();
+            assert_eq!(numbers, [1, 2 + rank].into());
+        }
+        assert_eq!(code(run.ask("world.get", json!({ "entity": 12345, "rank": 2 }))), RpcError::INVALID_PARAMS);
+        run.ask("run.stop", Value::Null).unwrap();
+        run.end();
+    }
 }
 
 #[test]

@@ -61,5 +61,13 @@ pub enum Error {
     },
 }
 
+impl Error {
+    /// Ends the op that finds it, as a panic would, and its stream fails with it; but nothing is printed, since whoever
+    /// synchronizes gets the error.
+    pub fn raise(self) -> ! {
+        std::panic::resume_unwind(Box::new(self))
+    }
+}
+
 /// Result of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

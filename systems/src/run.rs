@@ -210,6 +210,10 @@ fn run_rank(request: &RunRequest, setup: RankSetup) -> Result<(Ran, ExitReason),
             comm: ranks.comm.clone(),
             inbox: Some(inbox.clone()),
             signal: stop.clone(),
+            note: {
+                let progress = progress.clone();
+                Arc::new(move |line| progress.note(line))
+            },
         },
         MeasurePlugin,
         live::LivePlugin,

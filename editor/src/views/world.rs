@@ -1,4 +1,4 @@
-//! The world of a run: its entities as a tree, the components of the one that is looked at, and the values that can be changed while
+//! The world of a rank: its entities as a tree, the components of the one that is looked at, and the values that can be changed while
 //! it runs. All of it is asked for, and only when something is shown: a run does not tell its world by itself.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -23,6 +23,8 @@ pub struct World {
     asking_values: Option<u64>,
     setting: Option<u64>,
     was_live: bool,
+    shown_rank: u32,
+    seen_version: u64,
     error: Option<String>,
 }
 
@@ -42,10 +44,24 @@ impl View for World {
     fn ui(&mut self, ui: &mut Ui, desk: &mut Desk) {
         self.take(desk);
         let is_live = desk.is_live();
-        if is_live && !self.was_live {
+        let is_other_rank = self.shown_rank != Self::rank(desk);
+        if is_other_rank {
+            // Entities of another world have other numbers.
+            (self.selected, self.components) = (None, None);
+        }
+        if is_live && (!self.was_live || is_other_rank) {
             self.refresh(desk);
         }
         self.was_live = is_live;
+        // Components follow the run, as fast as it answers.
+        let version = desk.main().map_or(0, |track| track.history.version());
+        if let Some(entity) = self.selected
+            && is_live
+            && self.getting.is_none()
+            && std::mem::replace(&mut self.seen_version, version) != version
+        {
+            self.look_at(desk, entity);
+        }
         ui.horizontal_wrapped(|ui| {
             if ui.add_enabled(is_live, egui::Button::new("Refresh")).clicked() {
                 self.refresh(desk);
@@ -80,18 +96,28 @@ impl View for World {
         if let Some(entity) = asked {
             self.selected = Some(entity);
             self.components = None;
-            self.getting = desk.call("world.get", json!({ "entity": entity }));
+            self.look_at(desk, entity);
         }
         self.inspector(ui);
     }
 }
 
 impl World {
+    /// The rank whose world is shown.
+    fn rank(desk: &Desk) -> u32 {
+        desk.cursor.rank.unwrap_or(0)
+    }
+
+    fn look_at(&mut self, desk: &mut Desk, entity: u64) {
+        self.getting = desk.call("world.get", json!({ "entity": entity, "rank": Self::rank(desk) }));
+    }
+
     fn refresh(&mut self, desk: &mut Desk) {
-        self.listing = desk.call("world.list", json!({}));
+        self.shown_rank = Self::rank(desk);
+        self.listing = desk.call("world.list", json!({ "rank": self.shown_rank }));
         self.asking_values = desk.call("run.values", json!({}));
         if let Some(entity) = self.selected {
-            self.getting = desk.call("world.get", json!({ "entity": entity }));
+            self.look_at(desk, entity);
         }
     }
 

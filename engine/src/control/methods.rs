@@ -17,6 +17,8 @@ use super::{
 pub enum Access {
     /// Nothing: anyone may look.
     Reads,
+    /// Nothing, and `rank` among the parameters says on which rank; if it is left out, on the first.
+    ReadsAnyRank,
     /// Changes how the run goes on, on the rank that was asked.
     Changes,
     /// The same, and is done by every rank, between the same two steps.
@@ -28,7 +30,7 @@ pub enum Access {
 pub struct Method {
     /// Its name, as `run.status`.
     pub name: &'static str,
-    /// One line: parameters, and what comes back.
+    /// One line: parameters, and what comes back. If it begins with `{}`, there are no parameters.
     pub about: &'static str,
     /// Whom it concerns.
     pub access: Access,
@@ -48,7 +50,7 @@ pub(super) struct StatusFields(Vec<StatusField>);
 type StatusField = (&'static str, fn(&World) -> Value);
 
 /// The methods that every run has. `run.step` is answered after the step, so its answer is the plugin's.
-pub(super) const METHODS: [Method; 14] = [
+pub(super) const METHODS: [Method; 15] = [
     Method {
         name: "rpc.discover",
         about: "{} -> the methods, each with one line",
@@ -108,32 +110,38 @@ pub(super) const METHODS: [Method; 14] = [
     },
     Method {
         name: "world.list",
-        about: "{with: component?, limit: 20000} -> entities of the first rank: [{entity, name, components, parent}]",
-        access: Access::Reads,
+        about: "{with: component?, limit: 20000, rank: 0} -> entities of a rank: [{entity, name, components, parent}]",
+        access: Access::ReadsAnyRank,
         run: world::list,
     },
     Method {
         name: "world.get",
-        about: "{entity} -> {entity, name, parent, components: {name: value}}",
-        access: Access::Reads,
+        about: "{entity, rank: 0} -> {entity, name, parent, components: {name: value}}",
+        access: Access::ReadsAnyRank,
         run: world::get,
     },
     Method {
         name: "world.query",
-        about: "{components: [name], limit: 20000} -> entities that have them all: [{entity, name, components: {name: value}}]",
-        access: Access::Reads,
+        about: "{components: [name], limit: 20000, rank: 0} -> entities that have them all: [{entity, name, components: {name: value}}]",
+        access: Access::ReadsAnyRank,
         run: world::query,
     },
     Method {
         name: "graph.get",
-        about: "{} -> the step's tasks: [{label, kind, pass, stream, stage, layer, microbatch, deps}]",
-        access: Access::Reads,
+        about: "{rank: 0} -> the step's tasks of a rank: [{label, kind, pass, stream, stage, layer, microbatch, deps}]",
+        access: Access::ReadsAnyRank,
         run: world::graph,
     },
     // A connection does these by itself; here they are listed.
     Method {
         name: "telemetry.subscribe",
         about: "{format: binary or json} -> {version}; then each step's snapshot, over a WebSocket",
+        access: Access::Reads,
+        run: needs_socket,
+    },
+    Method {
+        name: "rpc.unwatch",
+        about: "{id} -> null; ends what a method that only reads began with `+watch` behind its name: it is answered again after each step that changes its answer",
         access: Access::Reads,
         run: needs_socket,
     },
@@ -147,9 +155,28 @@ fn needs_socket(_: &mut World, _: &Value) -> RpcResult {
 /// The method whose answer waits for the step.
 pub(super) const RUN_STEP: &str = "run.step";
 
+impl Access {
+    /// Whether it leaves the run as it was.
+    pub fn only_reads(self) -> bool {
+        matches!(self, Access::Reads | Access::ReadsAnyRank)
+    }
+}
+
+impl Method {
+    /// `Err` if there are parameters, and the method has none.
+    pub(super) fn check_params(&self, params: &Value) -> Result<(), RpcError> {
+        match params.as_object().and_then(|params| params.keys().next()) {
+            Some(name) if self.about.starts_with("{}") => {
+                Err(RpcError::params(format!("`{}` takes no parameters, found `{name}`", self.name)))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
 fn discover(world: &mut World, _: &Value) -> RpcResult {
     let methods = &world.resource::<Methods>().0;
-    let line = |method: &Method| json!({ "name": method.name, "about": method.about, "needs_token": method.access != Access::Reads });
+    let line = |method: &Method| json!({ "name": method.name, "about": method.about, "needs_token": !method.access.only_reads() });
     Ok(json!({ "methods": methods.iter().map(line).collect::<Vec<_>>() }))
 }
 

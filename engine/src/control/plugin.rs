@@ -20,8 +20,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::{
-    Inbox, Reply, Request, RpcError,
-    methods::{self, Access, METHODS, Methods, RUN_STEP},
+    Inbox, Reply, Request, RpcError, RpcResult,
+    methods::{self, Access, METHODS, Method, Methods, RUN_STEP},
     values::LiveValues,
 };
 use crate::{
@@ -49,7 +49,12 @@ pub struct ControlPlugin {
     pub inbox: Option<Inbox>,
     /// Number of the signal that asked to stop; 0 for none.
     pub signal: Arc<AtomicUsize>,
+    /// Is told in words what was changed from outside.
+    pub note: Note,
 }
+
+/// Takes a line for whoever reads along.
+pub type Note = Arc<dyn Fn(&str) + Send + Sync>;
 
 impl Plugin for ControlPlugin {
     fn build(&self, app: &mut App) {
@@ -65,6 +70,7 @@ impl Plugin for ControlPlugin {
             comm: self.comm.clone(),
             inbox: self.inbox.clone().filter(|_| self.comm.rank() == 0),
             signal: self.signal.clone(),
+            note: self.note.clone(),
             paused: false,
             goes_on: true,
             stepping: VecDeque::new(),
@@ -81,6 +87,7 @@ pub struct Control {
     comm: Comm,
     inbox: Option<Inbox>,
     signal: Arc<AtomicUsize>,
+    note: Note,
     paused: bool,
     goes_on: bool,
     /// Steps to be done although the run is paused: who waits for the end of each.
@@ -129,6 +136,8 @@ enum Order {
     Go,
     /// Every rank does this.
     Call { method: String, params: Value },
+    /// One rank does this, and all get its answer.
+    Ask { rank: u32, method: String, params: Value },
 }
 
 /// What a rank brings to the exchange.
@@ -194,9 +203,22 @@ fn answer(world: &mut World, Request { method, params, may_change, reply }: Requ
             return Ok(());
         }
     };
-    if method.access != Access::Reads && !may_change {
+    if !method.access.only_reads() && !may_change {
         let message = format!("`{}` changes the run, which needs its token", method.name);
         reply.send(Err(RpcError::new(RpcError::NO_TOKEN, message)));
+        return Ok(());
+    }
+    if let Err(error) = method.check_params(&params) {
+        reply.send(Err(error));
+        return Ok(());
+    }
+    if !method.access.only_reads() {
+        let control = world.resource::<Control>();
+        let of_what = if params.is_null() { String::new() } else { format!(" {params}") };
+        (control.note)(&format!("asked from outside: {}{of_what}", method.name));
+    }
+    if method.access == Access::ReadsAnyRank {
+        reply.send(ask_rank(world, &method, params)?);
         return Ok(());
     }
     if method.name == RUN_STEP {
@@ -217,6 +239,31 @@ fn answer(world: &mut World, Request { method, params, may_change, reply }: Requ
     Ok(())
 }
 
+/// What `method` comes to on the rank that the parameters name.
+fn ask_rank(world: &mut World, method: &Method, mut params: Value) -> Result<RpcResult> {
+    let rank = params.as_object_mut().and_then(|params| params.remove("rank")).unwrap_or(0.into());
+    let num_ranks = world.resource::<Control>().comm.num_ranks();
+    match rank.as_u64().and_then(|rank| u32::try_from(rank).ok()).filter(|&rank| rank < num_ranks) {
+        Some(0) => Ok((method.run)(world, &params)),
+        Some(rank) => {
+            exchange(world, Some(Order::Ask { rank, method: method.name.to_owned(), params }))?;
+            if world.resource::<Exit>().reason().is_some() {
+                Ok(Err(RpcError::over()))
+            } else {
+                hear(world, rank, None)
+            }
+        }
+        None => Ok(Err(RpcError::params(format!("expected a `rank` below {num_ranks}, found {rank}")))),
+    }
+}
+
+/// Brings the answer of `rank` to all.
+fn hear(world: &World, rank: u32, mine: Option<RpcResult>) -> Result<RpcResult> {
+    let answers = world.resource::<Control>().comm.all_gather_bytes(serde_json::to_vec(&mine)?)?;
+    let answer: Option<RpcResult> = serde_json::from_slice(&answers[rank as usize])?;
+    Ok(answer.unwrap_or_else(|| Err(RpcError::failed(format!("rank {rank} gave no answer")))))
+}
+
 fn follow(world: &mut World) -> Result {
     loop {
         let order = exchange(world, None)?;
@@ -232,6 +279,11 @@ fn follow(world: &mut World) -> Result {
                 if world.resource::<Exit>().reason().is_some() {
                     return Ok(());
                 }
+            }
+            Some(Order::Ask { rank, method, params }) => {
+                let is_mine = world.resource::<Control>().comm.rank() == rank;
+                let mine = is_mine.then(|| (methods::find(world, &method)?.run)(world, &params));
+                let _for_who_asked = hear(world, rank, mine)?;
             }
             Some(Order::Go) | None => return Ok(()),
         }

@@ -98,8 +98,9 @@ async fn post(Extension(Granted(handle)): Extension<Granted>, body: Body) -> Res
         Err(answer) => Some(answer),
     };
     let Some(answer) = answer else { return StatusCode::NO_CONTENT.into_response() };
-    let code = answer["error"]["code"].as_i64();
-    let status = if code == Some(RpcError::NO_TOKEN) { StatusCode::UNAUTHORIZED } else { StatusCode::OK };
+    let needs_token = |answer: &Value| answer["error"]["code"].as_i64() == Some(RpcError::NO_TOKEN);
+    let refused = answer.as_array().map_or_else(|| needs_token(&answer), |batch| batch.iter().all(needs_token));
+    let status = if refused { StatusCode::UNAUTHORIZED } else { StatusCode::OK };
     (status, json_of(&answer)).into_response()
 }
 

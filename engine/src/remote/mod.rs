@@ -20,5 +20,6 @@ pub mod protocol;
 mod rpc;
 pub mod server;
 mod session;
+mod watch;
 
 pub use server::{Server, ServerError, ServerOptions};

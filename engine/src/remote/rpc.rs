@@ -82,13 +82,27 @@ fn start(handle: &ControlHandle, value: Value) -> Asked {
     Ok((id, receiver))
 }
 
+/// Asks, and waits for the answer.
+pub(super) async fn ask(handle: &ControlHandle, method: &str, params: Value) -> RpcResult {
+    let (sender, receiver) = oneshot::channel();
+    handle.call_with(method, params, move |result| {
+        // Whoever asked may have gone.
+        let _ = sender.send(result);
+    });
+    wait(receiver).await
+}
+
 async fn answer(asked: Asked) -> Option<Value> {
     let (id, receiver) = match asked {
         Ok(asked) => asked,
         Err(answer) => return Some(answer),
     };
     let id = id?;
-    let result = match tokio::time::timeout(ANSWER_PATIENCE, receiver).await {
+    Some(response(&id, wait(receiver).await))
+}
+
+async fn wait(receiver: oneshot::Receiver<RpcResult>) -> RpcResult {
+    match tokio::time::timeout(ANSWER_PATIENCE, receiver).await {
         Ok(answered) => answered.unwrap_or_else(|_| Err(RpcError::over())),
         Err(_) => Err(RpcError::new(
             RpcError::BUSY,
@@ -97,8 +111,7 @@ async fn answer(asked: Asked) -> Option<Value> {
                 ANSWER_PATIENCE.as_secs()
             ),
         )),
-    };
-    Some(response(&id, result))
+    }
 }
 
 #[cfg(test)]

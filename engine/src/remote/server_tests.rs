@@ -4,7 +4,7 @@
 use std::{
     io::{Read, Write},
     net::{Shutdown, TcpStream},
-    sync::atomic::{AtomicBool, Ordering},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
 };
 
 use serde_json::{Value, json};
@@ -20,6 +20,7 @@ use crate::{
 struct Fake {
     handle: ControlHandle,
     stop: Arc<AtomicBool>,
+    num_published: Arc<AtomicU64>,
     thread: Option<JoinHandle<()>>,
     server: Option<Server>,
     dir: tempfile::TempDir,
@@ -30,11 +31,15 @@ fn start(bind: &str) -> Fake {
     let (handle, inbox) = control::channel();
     let stop = Arc::new(AtomicBool::new(false));
     let stopped = stop.clone();
+    let num_published = Arc::new(AtomicU64::new(0));
+    let published = num_published.clone();
     let body = move || {
         while !stopped.load(Ordering::Relaxed) {
             let Some(request) = inbox.recv_timeout(Duration::from_millis(5)) else { continue };
             request.reply.send(match request.method.as_str() {
                 "run.status" => Ok(json!({ "name": "fake" })),
+                // Changes with every second step.
+                "world.get" => Ok(json!(published.load(Ordering::Relaxed) / 2)),
                 method if request.may_change => Ok(json!(method)),
                 _ => Err(RpcError::new(RpcError::NO_TOKEN, "no token")),
             });
@@ -42,7 +47,7 @@ fn start(bind: &str) -> Fake {
     };
     let thread = std::thread::Builder::new().name("fake run".into()).spawn(body).unwrap();
     let options = ServerOptions { bind: bind.parse().unwrap(), dir: dir.path().to_owned(), handle: handle.clone() };
-    Fake { handle, stop, thread: Some(thread), server: Some(Server::start(options).unwrap()), dir }
+    Fake { handle, stop, num_published, thread: Some(thread), server: Some(Server::start(options).unwrap()), dir }
 }
 
 impl Fake {
@@ -56,6 +61,7 @@ impl Fake {
 
     fn publish(&self, step: u64, num_spans: usize) {
         let spans = (0..num_spans).map(|i| span(&format!("task {i}"), 0, "compute", i as u64, i as u64 + 1)).collect();
+        self.num_published.fetch_add(1, Ordering::Relaxed);
         self.handle.feed().publish(0, Arc::new(Snapshot { step, spans, ..Snapshot::default() }));
     }
 
@@ -205,6 +211,36 @@ fn a_client_follows_asks_and_finds_the_run_again() {
         _ => None,
     });
     assert!(why.contains("cannot enter"), "another run has another token: {why}");
+    fake.end();
+}
+
+#[test]
+fn what_is_watched_is_told_when_it_has_changed() {
+    let fake = start("127.0.0.1:0");
+    let client = client(&fake, Some(fake.token()));
+    wait(&client, |event| matches!(event, ClientEvent::Connected { .. }).then_some(()));
+    let watched = client.call("world.get+watch", json!({}));
+    let answer = |asked| {
+        wait(&client, |event| match event {
+            ClientEvent::Reply { id, result } if id == asked => Some(result),
+            _ => None,
+        })
+    };
+    assert_eq!(answer(watched), Ok(json!(0)));
+    (1..=2).for_each(|step| fake.publish(step, 1));
+    assert_eq!(answer(watched), Ok(json!(1)), "and not after the first step, which changed nothing");
+    assert_eq!(
+        answer(client.call("rpc.unwatch", json!({ "id": watched + 1 }))).unwrap_err().code,
+        RpcError::INVALID_PARAMS
+    );
+    assert_eq!(answer(client.call("rpc.unwatch", json!({ "id": watched }))), Ok(Value::Null));
+    (3..=4).for_each(|step| fake.publish(step, 1));
+    let changes = client.call("run.pause+watch", Value::Null);
+    assert_eq!(answer(changes).unwrap_err().code, RpcError::NO_TOKEN, "a watch only looks, whoever asks");
+    assert!(
+        std::iter::from_fn(|| client.try_event())
+            .all(|event| !matches!(event, ClientEvent::Reply { id, .. } if id == watched))
+    );
     fake.end();
 }
 

@@ -17,6 +17,7 @@ use tokio::{
 use super::{
     protocol, rpc,
     server::{Connection, Shared},
+    watch::{self, Watches},
 };
 use crate::{
     control::{ControlHandle, RpcError, RpcResult, params_of},
@@ -66,10 +67,18 @@ struct Session {
     /// There may be a snapshot.
     ready: Arc<Notify>,
     answers: mpsc::Sender<String>,
+    watches: Watches,
 }
 
 /// The connection is over.
 struct Over;
+
+const UNWATCH: &str = "rpc.unwatch";
+
+/// Whether a method is for the connection itself.
+fn is_own(method: &str) -> bool {
+    method.starts_with("telemetry.") || method.ends_with(watch::SUFFIX) || method == UNWATCH
+}
 
 /// Speaks with a peer until it goes, is let go, or the run is over.
 pub(super) async fn run(
@@ -82,7 +91,15 @@ pub(super) async fn run(
     let (answers, mut answered) = mpsc::channel(MAX_OPEN);
     let ready = Arc::new(Notify::new());
     let mut stopped = shared.stopped.clone();
-    let mut session = Session { socket, shared, handle, subscription: None, ready: ready.clone(), answers };
+    let mut session = Session {
+        socket,
+        shared,
+        handle,
+        subscription: None,
+        ready: ready.clone(),
+        answers,
+        watches: Watches::default(),
+    };
     session.subscription = format.map(|format| session.subscribe(format));
     let mut num_unanswered = 0;
     let mut pings = tokio::time::interval(PING_EVERY);
@@ -157,16 +174,9 @@ impl Session {
             Ok(value) => value,
             Err(answer) => return self.send_json(&answer).await,
         };
-        let own = value.get("method").and_then(Value::as_str).is_some_and(|method| method.starts_with("telemetry."));
-        if own {
+        if value.get("method").and_then(Value::as_str).is_some_and(is_own) {
             return match rpc::call(value) {
-                Ok(call) => {
-                    let result = self.telemetry(&call.method, &call.params);
-                    match call.id {
-                        Some(id) => self.send_json(&protocol::response(&id, result)).await,
-                        None => Ok(()),
-                    }
-                }
+                Ok(call) => self.own(call).await,
                 Err(answer) => self.send_json(&answer).await,
             };
         }
@@ -190,6 +200,22 @@ impl Session {
     }
 
     /// What concerns this connection and not the run.
+    async fn own(&mut self, rpc::Call { id, method, params }: rpc::Call) -> Result<(), Over> {
+        let result = match method.strip_suffix(watch::SUFFIX) {
+            Some(watched) => {
+                let begun = self.watches.begin(&self.handle, id.clone(), watched, params, self.answers.clone());
+                let Err(error) = begun else { return Ok(()) };
+                Err(error)
+            }
+            None if method == UNWATCH => self.watches.end(&params),
+            None => self.telemetry(&method, &params),
+        };
+        match id {
+            Some(id) => self.send_json(&protocol::response(&id, result)).await,
+            None => Ok(()),
+        }
+    }
+
     fn telemetry(&mut self, method: &str, params: &Value) -> RpcResult {
         match method {
             "telemetry.subscribe" => {

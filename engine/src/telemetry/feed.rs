@@ -96,7 +96,15 @@ impl Receiver {
         self.receiver.try_recv().map(|parts| parts.whole())
     }
 
-    /// The same, waiting for one.
+    /// Drops the oldest snapshot not yet received: for who only wants to know that there was one.
+    ///
+    /// # Errors
+    /// As [`Receiver::try_recv`].
+    pub fn skip(&self) -> Result<(), TryRecvError> {
+        self.receiver.try_recv().map(drop)
+    }
+
+    /// The same as [`Receiver::try_recv`], waiting for one.
     ///
     /// # Errors
     /// `Timeout`, or `Disconnected` when the run is over and all was received.

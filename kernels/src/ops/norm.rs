@@ -59,7 +59,7 @@ pub fn check_finite(s: &mut Stream, x: Tensor, task: std::sync::Arc<str>, name: 
     s.launch(&[x], &[], move |m| {
         let bad = with_float!(x.dtype, T => m.read::<T>(x).iter().map(|v| v.as_f64()).find(|v| !v.is_finite()));
         if let Some(value) = bad {
-            std::panic::panic_any(crate::error::Error::NotFinite { task: task.to_string(), tensor: name, value });
+            crate::error::Error::NotFinite { task: task.to_string(), tensor: name, value }.raise();
         }
     });
 }

@@ -123,9 +123,7 @@ fn argmax<T: Float>(logits: &[T], row: usize) -> (usize, T::Acc) {
     );
     match logits.iter().position(|x| x.to_acc() == max) {
         Some(best) if !nan && max.is_finite() => (best, max),
-        _ => {
-            std::panic::panic_any(not_finite(format!("logits of row {row}"), if nan { f64::NAN } else { max.as_f64() }))
-        }
+        _ => not_finite(format!("logits of row {row}"), if nan { f64::NAN } else { max.as_f64() }).raise(),
     }
 }
 

@@ -156,11 +156,7 @@ impl<A: Real> Row<'_, A> {
 
 #[cold]
 fn not_a_number(t: usize) -> ! {
-    std::panic::panic_any(Error::NotFinite {
-        task: "gate".into(),
-        tensor: format!("logits of token {t}"),
-        value: f64::NAN,
-    })
+    Error::NotFinite { task: "gate".into(), tensor: format!("logits of token {t}"), value: f64::NAN }.raise()
 }
 
 #[inline(always)]
