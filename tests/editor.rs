@@ -38,6 +38,13 @@ impl Display {
     }
 
     fn hadal(&self, dir: &Path, arguments: &[&str]) -> String {
+        let (code, stderr) = self.exit(dir, arguments);
+        assert_eq!(code, Some(0), "{arguments:?}: {stderr}");
+        stderr
+    }
+
+    /// Exit code, and what was said on stderr.
+    fn exit(&self, dir: &Path, arguments: &[&str]) -> (Option<i32>, String) {
         let output = Command::new(env!("CARGO_BIN_EXE_hadal"))
             .args(arguments)
             .current_dir(dir)
@@ -50,8 +57,7 @@ impl Display {
             .output()
             .unwrap();
         let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert!(output.status.success(), "{arguments:?}: {stderr}");
-        stderr
+        (output.status.code(), stderr)
     }
 }
 
@@ -104,6 +110,30 @@ fn the_window_draws_lanes_and_cells() {
     display.hadal(dir.path(), &[&["editor", &quickstart, "runs/tiny"], &picture[..]].concat());
 
     check(&shot);
+}
+
+#[test]
+fn a_picture_of_what_is_not_there_is_an_error() {
+    let Some(display) = Display::start() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("damaged.json"), "[{\"ph\": \"X\", ]").unwrap();
+    std::fs::create_dir(dir.path().join("empty")).unwrap();
+    std::fs::write(dir.path().join("wrong.ron"), "(trian: ())").unwrap();
+    let check = |arguments: &[&str], code, why: &str| {
+        let (found, stderr) = display
+            .exit(dir.path(), &[&["editor"], arguments, &["--screenshot", "shot.png", "--after", "0.5"]].concat());
+        assert!(found == Some(code) && stderr.contains(why), "{arguments:?}: {found:?} {stderr}");
+    };
+    check(&["none.json"], 2, "none.json: expected a scene, a trace, a run's folder or an address");
+    check(&["damaged.json"], 2, "damaged.json: expected a Chrome trace");
+    check(&["empty"], 2, "expected a run's folder, with log.jsonl or trace.json");
+    check(&["wrong.ron", "none.json"], 2, "none.json");
+    check(&["wrong.ron", "--run"], 2, "trian");
+    assert!(!dir.path().join("shot.png").exists());
+    #[cfg(feature = "remote")]
+    check(&["--attach", "http://127.0.0.1:1"], 1, "http://127.0.0.1:1");
+    // A scene with errors can be looked at: the picture shows them.
+    check(&["wrong.ron"], 0, "");
 }
 
 #[cfg(feature = "remote")]

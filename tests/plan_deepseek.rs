@@ -113,4 +113,23 @@ fn the_timeline_is_a_trace_whose_bubbles_have_causes() {
     assert_eq!(ranks.into_iter().collect::<Vec<_>>(), [0, 1, 2, 3]);
     let bubbles: Vec<&Value> = events.iter().filter(|event| event["name"] == "bubble").collect();
     assert!(!bubbles.is_empty() && bubbles.iter().all(|bubble| bubble["args"]["cause"].is_string()));
+
+    // The trace says that it is a plan's, so that nobody takes it for measured.
+    let trace = trace.to_str().unwrap();
+    let (code, _, stderr) =
+        plan(&["scenes/pipeline.ron", "--hardware", "scenes/hardware/h100.ron", "--calibrate", trace]);
+    assert_eq!(code, 2, "{stderr}");
+    assert!(stderr.contains("expected a trace of a run, found one of a plan"), "{stderr}");
+}
+
+#[test]
+fn a_search_says_what_it_leaves_out() {
+    let scene = ["scenes/tiny.ron", "--hardware", "scenes/hardware/h100.ron", "--search", "2"];
+    let sets = ["precision.compute=Bf16", "mesh.pp=2", "batch.num_microbatches=4", "pipeline.schedule=OneFOneB"];
+    let args: Vec<&str> = scene.into_iter().chain(sets.iter().flat_map(|set| ["--set", set])).collect();
+    let note = "note: the search leaves out `pipeline.stages` of the scene";
+    let (code, _, stderr) = plan(&args);
+    assert!(code == 0 && !stderr.contains("note:"), "{code} {stderr}");
+    let (code, _, stderr) = plan(&[&args[..], &["--set", "pipeline.stages=[2,1]"]].concat());
+    assert!(code == 0 && stderr.matches(note).count() == 1, "{code} {stderr}");
 }

@@ -4,12 +4,14 @@ use std::{path::PathBuf, sync::Arc};
 
 use egui::{CentralPanel, Color32, Context, Key, Modifiers, Panel, RichText, Ui};
 use egui_tiles::{Behavior, SimplificationOptions, TileId, Tiles, Tree, UiResponse};
+use engine::trace::TraceWriter;
 use serde::{Deserialize, Serialize};
 
 use crate::{
     desk::{Desk, Link},
     dialog::{Dialog, Picker, Purpose},
     help::{self, pressed},
+    source::chrome,
     theme::{self, ColorBy, Palette},
     units,
     view::{Views, registry},
@@ -411,15 +413,20 @@ fn short(name: &str) -> &str {
 fn export(desk: &Desk, path: &str) -> Result<usize, String> {
     let failed = |e: std::io::Error| format!("cannot write {path}: {e}");
     let kept = desk.main().into_iter().flat_map(|track| track.history.steps());
+    let mut is_planned = false;
     let mut steps: Vec<_> = kept.filter(|snapshot| !snapshot.spans.is_empty()).cloned().collect();
     if steps.is_empty() {
         let planned = desk.document.as_ref().and_then(|document| document.planned.as_ref());
         steps.extend(planned.map(|planned| planned.snapshot.clone()));
+        is_planned = true;
     }
     if steps.is_empty() {
         return Err("there are no tasks to export: neither steps nor a plan".into());
     }
-    let mut writer = engine::trace::TraceWriter::create(std::path::Path::new(path)).map_err(failed)?;
+    is_planned |= steps.iter().any(|step| step.scalar(chrome::PLANNED).is_some());
+    let file = std::io::BufWriter::new(std::fs::File::create(path).map_err(failed)?);
+    let writer = if is_planned { TraceWriter::planned(file) } else { TraceWriter::new(file) };
+    let mut writer = writer.map_err(failed)?;
     for step in &steps {
         writer.push(step).map_err(failed)?;
     }

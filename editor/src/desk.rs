@@ -81,6 +81,8 @@ pub struct Desk {
     pub startup: std::collections::VecDeque<String>,
     /// Whether the scene that is opened first is run at once.
     pub runs_at_startup: bool,
+    /// What could not be opened or started, and why: of use to whoever waits for it and is not before the window.
+    pub failures: Vec<String>,
     num_opened: usize,
     /// Ranks of a step, as they were found.
     known_ranks: Option<(Arc<Snapshot>, Vec<u32>)>,
@@ -108,6 +110,7 @@ impl Desk {
             recent: Vec::new(),
             startup: std::collections::VecDeque::new(),
             runs_at_startup: false,
+            failures: Vec::new(),
             num_opened: 0,
             known_ranks: None,
             run_state: None,
@@ -126,6 +129,17 @@ impl Desk {
     /// Says what went wrong in the status bar.
     pub fn complain(&mut self, message: impl Into<String>) {
         (self.message, self.message_is_error) = (message.into(), true);
+    }
+
+    /// The same, and remembers it.
+    fn fail(&mut self, message: String) {
+        self.failures.push(message.clone());
+        self.complain(message);
+    }
+
+    /// Whether something is being opened or started, or will be.
+    pub fn is_opening(&self) -> bool {
+        self.opening.is_busy() || self.starting.is_busy() || !self.startup.is_empty()
     }
 
     /// Opens a scene, a trace, a folder or an address, on a thread; `beside` compares it with what is open.
@@ -147,13 +161,14 @@ impl Desk {
 
     /// Shows a source: instead of what is shown, or `beside` it.
     pub fn attach(&mut self, source: Box<dyn Source>, beside: bool) {
+        let begins_at = source.begins_at();
         let track = Track { source, history: History::default(), link: Link::Connecting, num_dropped: 0 };
         if beside && !self.tracks.is_empty() {
             self.tracks.truncate(1);
         } else {
             self.tracks.clear();
             (self.run_state, self.status_call) = (None, None);
-            self.cursor = Cursor::default();
+            self.cursor = Cursor { step: begins_at, rank: None };
             self.selected = None;
         }
         self.tracks.push(track);
@@ -206,7 +221,7 @@ impl Desk {
                         self.run(false);
                     }
                 }
-                Err(error) => self.complain(error),
+                Err(error) => self.fail(error),
             }
         }
         if let Some(result) = self.starting.poll() {
@@ -216,7 +231,7 @@ impl Desk {
                     self.say(format!("running {}", source.name()));
                     self.attach(source, false);
                 }
-                Err(error) => self.complain(error),
+                Err(error) => self.fail(error),
             }
         }
         let mut asks_status = false;

@@ -5,6 +5,7 @@
 //! the program gives: so the editor has no word of models but for what it shows.
 
 pub mod app;
+pub mod axes;
 pub mod background;
 pub mod desk;
 pub mod dialog;

@@ -19,6 +19,11 @@ pub trait Source: Send {
     /// For titles and the status bar.
     fn name(&self) -> &str;
 
+    /// The step to look at first; none follows the newest.
+    fn begins_at(&self) -> Option<u64> {
+        None
+    }
+
     /// What happened since the last call, oldest first.
     fn poll(&mut self) -> Vec<SourceEvent>;
 

@@ -50,10 +50,35 @@ pub fn percent(share: f64) -> String {
     format!("{:.1}%", 100.0 * share)
 }
 
-/// With three digits, whole numbers without a point.
+/// A mark of an axis whose marks are `step` apart: short whatever its size, and told apart from its neighbors.
+pub fn tick(value: f64, step: f64) -> String {
+    let (size, power) = (value.abs(), |value: f64| value.log10().floor());
+    if size < step * 1e-6 {
+        return "0".into();
+    }
+    let decimals = (-power(step * 1.000_001)).max(0.0);
+    if size < 1e6 && decimals <= 4.0 {
+        return format!("{value:.0$}", decimals as usize);
+    }
+    let digits = (power(size * 1.000_001) - power(step * 1.000_001)).clamp(0.0, 4.0);
+    format!("{value:.0$e}", digits as usize)
+}
+
+/// A mark of an axis of powers of ten, which has few digits.
+pub fn log_tick(value: f64) -> String {
+    if !(1e-2..1e4).contains(&value.abs()) {
+        return format!("{value:.1e}").replace(".0e", "e");
+    }
+    let text = three(value);
+    if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.').to_owned() } else { text }
+}
+
+/// With three digits, whole numbers without a point; very large and very small ones as powers of ten.
 pub fn three(value: f64) -> String {
     let size = value.abs();
     let decimals = match size {
+        _ if !value.is_finite() => return value.to_string(),
+        _ if size >= 1e9 => return format!("{value:.2e}"),
         _ if size >= 100.0 || value.fract() == 0.0 => 0,
         _ if size >= 10.0 => 1,
         _ if size >= 0.01 => 2,
@@ -65,6 +90,22 @@ pub fn three(value: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn numbers_are_short_whatever_their_size() {
+        assert_eq!(
+            [three(1e30), three(-2.5e12), three(f64::INFINITY), three(f64::NAN)],
+            ["1.00e30", "-2.50e12", "inf", "NaN"]
+        );
+        assert_eq!([count(1e30), secs(f64::NAN)], ["1.00e18 T", "NaN days"]);
+        assert_eq!([0.5, 20.0, 1e8, 1.5e-7].map(log_tick), ["0.5", "20", "1e8", "1.5e-7"]);
+        let ticks = |values: [f64; 3], step| values.map(|value| tick(value, step));
+        assert_eq!(ticks([0.0, 0.003, -0.001], 0.001), ["0", "0.003", "-0.001"]);
+        assert_eq!(ticks([4.64, 4.6402, 4.6404], 0.0002), ["4.6400", "4.6402", "4.6404"]);
+        assert_eq!(ticks([0.0, 20_000.0, 150_000.0], 10_000.0), ["0", "20000", "150000"]);
+        assert_eq!(ticks([-5e29, 5e29, 1e30], 5e29), ["-5e29", "5e29", "1.0e30"]);
+        assert_eq!(ticks([2e-6, 4e-6, 1e300], 2e-6), ["2e-6", "4e-6", "1.0000e300"]);
+    }
 
     #[test]
     fn numbers_have_three_digits_and_a_unit() {

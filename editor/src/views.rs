@@ -1,6 +1,7 @@
 //! The views, a file each; see [`crate::view`].
 
 pub mod curves;
+pub mod elsewhere;
 pub mod form;
 pub mod heat;
 pub mod highlight;

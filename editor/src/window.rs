@@ -1,10 +1,17 @@
 //! The window of the operating system, and a picture of it for those who write about it.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use eframe::{NativeOptions, Renderer};
 
-use crate::{app::EditorApp, dialog, workbench::Workbench};
+use crate::{app::EditorApp, desk::Link, dialog, workbench::Workbench};
+
+/// A picture waits for what is being opened, and looks this often.
+const POLL: Duration = Duration::from_millis(50);
 
 /// How a window is opened.
 pub struct WindowOptions {
@@ -32,11 +39,22 @@ pub struct Picture {
     pub after_secs: f64,
 }
 
+/// Why there was no window, or no picture of it.
+#[derive(Debug)]
+pub enum WindowError {
+    /// There is no display or no OpenGL.
+    Display(String),
+    /// What was to be in the picture could not be opened or started.
+    Target(String),
+    /// Nobody answered at the address, or the picture cannot be written.
+    Picture(String),
+}
+
 /// Opens the window and returns when it is closed.
 ///
 /// # Errors
-/// If there is no display or no OpenGL; or if the picture cannot be written.
-pub fn open(options: WindowOptions) -> Result<(), String> {
+/// If there is no display or no OpenGL. If a picture is wanted, also if there is nothing to take one of, or it cannot be written.
+pub fn open(options: WindowOptions) -> Result<(), WindowError> {
     let WindowOptions { workbench, targets, runs, view, is_dark, size, picture } = options;
     let is_picture = picture.is_some();
     let native = NativeOptions {
@@ -50,7 +68,7 @@ pub fn open(options: WindowOptions) -> Result<(), String> {
         persist_window: !is_picture,
         ..NativeOptions::default()
     };
-    let failure: Arc<std::sync::Mutex<Option<String>>> = Arc::default();
+    let failure: Arc<Mutex<Option<WindowError>>> = Arc::default();
     let shared = failure.clone();
     let run = eframe::run_native(
         "hadal",
@@ -70,8 +88,10 @@ pub fn open(options: WindowOptions) -> Result<(), String> {
             Ok(Box::new(Framed { app, shot }))
         }),
     );
-    run.map_err(|e| format!("cannot open a window: {e}; it needs X11 or Wayland, and OpenGL"))?;
-    let failed = failure.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+    let no_display =
+        |e| WindowError::Display(format!("cannot open a window: {e}; it needs X11 or Wayland, and OpenGL"));
+    run.map_err(no_display)?;
+    let failed = failure.lock().unwrap_or_else(PoisonError::into_inner).take();
     failed.map_or(Ok(()), Err)
 }
 
@@ -85,7 +105,13 @@ struct Shot {
     picture: Picture,
     begin_secs: Option<f64>,
     is_taken: bool,
-    failure: Arc<std::sync::Mutex<Option<String>>>,
+    failure: Arc<Mutex<Option<WindowError>>>,
+}
+
+impl Shot {
+    fn fail(&self, why: WindowError) {
+        *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(why);
+    }
 }
 
 impl eframe::App for Framed {
@@ -97,19 +123,36 @@ impl eframe::App for Framed {
         self.app.ui(ui, frame);
         let Some(shot) = self.shot.as_mut().filter(|shot| !shot.is_taken) else { return };
         let ctx = ui.ctx().clone();
+        let desk = &self.app.desk;
+        if !desk.failures.is_empty() {
+            shot.is_taken = true;
+            shot.fail(WindowError::Target(desk.failures.join("\n")));
+            ctx.send_viewport_cmd(egui::ViewportCommand::Close);
+            return;
+        }
+        if desk.is_opening() {
+            ctx.request_repaint_after(POLL);
+            return;
+        }
         let now_secs = ctx.input(|input| input.time);
         let begin_secs = *shot.begin_secs.get_or_insert(now_secs);
         let left_secs = shot.picture.after_secs - (now_secs - begin_secs);
         if left_secs > 0.0 {
-            ctx.request_repaint_after(std::time::Duration::from_secs_f64(left_secs));
+            ctx.request_repaint_after(Duration::from_secs_f64(left_secs));
             return;
         }
         shot.is_taken = true;
+        // The picture is taken all the same: it shows that there is no one.
+        for track in desk.tracks.iter().filter(|track| track.history.range().is_none()) {
+            if let Link::Lost(why) = &track.link {
+                shot.fail(WindowError::Picture(format!("{}: {why}", track.source.name())));
+            }
+        }
         let (path, failure, closing) = (shot.picture.path.clone(), shot.failure.clone(), ctx.clone());
         ctx.request_screenshot(move |image| {
             if let Err(error) = write_png(&path, &image) {
                 let message = format!("cannot write {}: {error}", path.display());
-                *failure.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(message);
+                *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(WindowError::Picture(message));
             }
             closing.send_viewport_cmd(egui::ViewportCommand::Close);
             closing.request_repaint();

@@ -65,6 +65,45 @@ fn a_folder_has_the_figures_of_its_log_and_the_tasks_of_its_trace() {
 }
 
 #[test]
+fn a_run_begins_at_the_last_step_that_was_traced() {
+    let dir = tempfile::tempdir().unwrap();
+    let lines: Vec<String> = (1..=9).map(|step| format!("{{\"step\":{step},\"lr\":0.5}}")).collect();
+    fs::write(dir.path().join("log.jsonl"), lines.join("\n")).unwrap();
+    let begins_at = || FileSource::open(dir.path()).unwrap().begins_at();
+    assert_eq!(begins_at(), None, "without tasks, at the newest");
+    for (traced, begin) in [(&[2, 3][..], Some(3)), (&[9], None)] {
+        let steps: Vec<Snapshot> = traced.iter().map(|step| common::snapshot(*step)).collect();
+        fs::write(dir.path().join("trace.json"), written(&steps)).unwrap();
+        assert_eq!(begins_at(), begin);
+    }
+}
+
+#[test]
+fn a_step_that_a_log_tells_twice_has_each_figure_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let lines = "{\"step\":1,\"lr\":1.0,\"load/layer 1\":[1]}\n{\"step\":1,\"lr\":0.5,\"load/layer 1\":[2]}\n{\"step\":1,\"x\":3.0}\n";
+    fs::write(dir.path().join("log.jsonl"), lines).unwrap();
+    let events = FileSource::open(dir.path()).unwrap().poll();
+    let step = events.iter().find_map(|event| match event {
+        SourceEvent::Snapshot(snapshot) => Some(snapshot),
+        _ => None,
+    });
+    let step = step.unwrap();
+    assert_eq!(step.scalars, [("lr".to_owned(), 0.5), ("x".to_owned(), 3.0)]);
+    assert_eq!(step.histograms, [("load/layer 1".to_owned(), vec![2.0])]);
+}
+
+#[test]
+fn a_plans_trace_is_known_for_one() {
+    let is_planned = |text: &str| chrome::parse(text).unwrap()[0].scalar(chrome::PLANNED).is_some();
+    let mut writer = TraceWriter::planned(Vec::new()).unwrap();
+    writer.push(&common::snapshot(0)).unwrap();
+    let planned = String::from_utf8(writer.finish().unwrap()).unwrap();
+    assert!(is_planned(&planned));
+    assert!(!is_planned(&written(&[common::snapshot(0)])), "what does not say so was measured");
+}
+
+#[test]
 fn a_trace_of_deepseeks_shape_tells_how_much_communication_is_hidden() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/profile.json");
     let read = chrome::parse(&fs::read_to_string(path).unwrap()).unwrap();

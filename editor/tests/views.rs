@@ -9,10 +9,14 @@ use std::sync::Arc;
 use common::{FakeBench, FakeSource, editor, recorded, settle, snapshot};
 use editor::{
     desk::{Link, Selected},
-    source::SourceEvent,
+    source::{SourceEvent, chrome, file::FileSource},
 };
-use egui::{Key, Modifiers, Theme, accesskit::Role};
+use egui::{
+    Key, Modifiers, Theme,
+    accesskit::{Role, Toggled},
+};
 use egui_kittest::kittest::{NodeT, Queryable};
+use engine::telemetry::Snapshot;
 
 const SIZE: [f32; 2] = [1280.0, 720.0];
 
@@ -260,6 +264,96 @@ fn memory_marks_its_peak_and_curves_are_there_for_what_is_told() {
     h.state_mut().show("Memory");
     h.run_steps(3);
     h.get_by_label_contains("measured memory of rank 0, peak 83.9 MiB");
+    h.check_accessibility();
+}
+
+/// A recorded run of nine steps of which the third and fourth have tasks.
+fn traced() -> FileSource {
+    let step = |number| match number {
+        3 | 4 => snapshot(number),
+        // What a log tells: neither tasks nor bytes over them.
+        _ => Snapshot { step: number, spans: Vec::new().into(), histograms: Vec::new(), ..snapshot(number) },
+    };
+    FileSource::of("runs/a".into(), (1..=9).map(step).collect())
+}
+
+#[test]
+fn a_step_without_tasks_says_which_steps_have_them() {
+    let mut h = editor(SIZE, Theme::Dark, FakeBench::default());
+    h.state_mut().desk.attach(Box::new(traced()), false);
+    settle(&mut h, |app| app.desk.now().is_some_and(|now| now.step == 4));
+    h.get_by_label("measured step 4");
+    for (key, step) in [(Key::End, 9), (Key::ArrowLeft, 8)] {
+        h.key_press(key);
+        h.run();
+        h.get_by_label(&format!("step {step} has no tasks; steps 3 to 4 have"));
+    }
+    assert!(h.query_by_label_contains("measured step").is_none(), "no other step stands for the one under the cursor");
+    h.get_by_label("Go to step 4").click();
+    h.run();
+    h.get_by_label("measured step 4");
+    assert!(h.query_by_label_contains("has no tasks").is_none());
+
+    h.state_mut().show_only("Memory");
+    h.run_steps(3);
+    h.get_by_label_contains("measured memory of rank 0, peak");
+    h.state_mut().desk.cursor.step = Some(1);
+    h.run_steps(3);
+    h.get_by_label("step 1 has no bytes over its tasks; steps 3 to 4 have");
+    h.get_by_label("measured peaks of rank 0, 57.2 MiB together");
+    h.get_by_label("Go to step 3").click();
+    h.run_steps(3);
+    h.get_by_label_contains("measured memory of rank 0, peak");
+    h.check_accessibility();
+}
+
+#[test]
+fn a_plan_is_not_called_measured() {
+    let mut h = editor(SIZE, Theme::Dark, FakeBench::default());
+    let mut plan = snapshot(0);
+    plan.scalars = vec![(chrome::PLANNED.into(), 1.0)];
+    h.state_mut().desk.attach(Box::new(FileSource::of("plan.json".into(), vec![plan.clone()])), false);
+    settle(&mut h, |app| app.desk.now().is_some());
+    h.get_by_label("planned step 0");
+    h.get_by_label_contains("planned plan.json: 1.");
+    assert!(h.query_by_label_contains("measured").is_none());
+    h.state_mut().desk.attach(Box::new(FileSource::of("plan.json".into(), vec![plan])), true);
+    settle(&mut h, |app| app.desk.tracks.len() == 2 && app.desk.tracks[1].history.range().is_some());
+    h.get_by_label("compared plan step 0");
+}
+
+#[test]
+fn curves_are_taken_away_and_brought_back_and_stand_values_of_any_size() {
+    let (mut h, source) = recorded(SIZE, Theme::Dark, 6);
+    let mut wild = snapshot(7);
+    wild.scalars = vec![
+        ("loss_nats_per_token".into(), 1e30),
+        ("val_loss_nats_per_token".into(), f64::NAN),
+        ("grad_norm".into(), f64::INFINITY),
+        ("lr".into(), f64::MAX),
+        ("tokens_per_sec".into(), f64::MIN),
+        ("overhead_share".into(), 0.1),
+    ];
+    source.tell(SourceEvent::Snapshot(Arc::new(wild)));
+    let mut after = snapshot(8);
+    after.scalars.push(("overhead_share".into(), 0.2));
+    source.tell(SourceEvent::Snapshot(Arc::new(after)));
+    settle(&mut h, |app| app.desk.now().is_some_and(|now| now.step == 8));
+    h.state_mut().show_only("Curves");
+    h.run_steps(6);
+    // Whatever the values, plots stay in columns that are equally wide, and inside of the window.
+    let titles = ["loss, nats a token", "gradient norm", "learning rate", "tokens/s", "MaxVio", "idle share"];
+    let rects = titles.map(|title| h.get_by_label(&format!("curve {title}")).rect());
+    for rect in rects {
+        assert!((rect.width() - rects[0].width()).abs() < 1.0 && rect.width() > 200.0, "{rects:?}");
+        assert!(rect.right() <= SIZE[0] && rect.bottom() <= SIZE[1], "{rects:?}");
+    }
+    h.get_by_label("show overhead share").click();
+    h.run_steps(3);
+    assert!(h.get_by_label("show overhead share").accesskit_node().toggled() == Some(Toggled::False));
+    h.get_by_label("show overhead share").click();
+    h.run_steps(3);
+    assert!(h.get_by_label("show overhead share").accesskit_node().toggled() == Some(Toggled::True));
     h.check_accessibility();
 }
 

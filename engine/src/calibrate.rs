@@ -16,6 +16,7 @@ use serde_json::Value;
 use crate::{
     error::Result,
     hardware::{DeviceSpec, Format},
+    trace::{ORIGIN, PLANNED},
 };
 
 /// What measured spans say about the model.
@@ -127,6 +128,15 @@ pub enum TraceError {
         /// What is wrong.
         message: String,
     },
+    /// Its times were computed.
+    #[error(
+        "{}: expected a trace of a run, found one of a plan, whose times were computed and not measured; \
+         take `trace.json` of a run's folder", path.display()
+    )]
+    Planned {
+        /// The file.
+        path: PathBuf,
+    },
     /// No task has a cost.
     #[error(
         "{} has {num_tasks} tasks and none says what it cost: `args.cost` is written by this version's traces of runs; \
@@ -143,7 +153,7 @@ pub enum TraceError {
 /// The tasks of a trace that [`crate::trace::TraceWriter`] wrote, also if the run was cut off while writing it.
 ///
 /// # Errors
-/// If the file cannot be read, a line that is not the last is no event, or no task has a cost.
+/// If the file cannot be read, a line that is not the last is no event, it is of a plan, or no task has a cost.
 pub fn read_trace(path: &Path) -> Result<Vec<Sample>, TraceError> {
     let text = fs::read_to_string(path).map_err(|source| TraceError::Io { path: path.to_owned(), source })?;
     let (mut samples, mut num_tasks) = (Vec::new(), 0);
@@ -162,6 +172,9 @@ pub fn read_trace(path: &Path) -> Result<Vec<Sample>, TraceError> {
                 return Err(TraceError::Syntax { path: path.to_owned(), line: i + 1, message });
             }
         };
+        if event["ph"] == "M" && event["name"] == ORIGIN && event["args"]["name"] == PLANNED {
+            return Err(TraceError::Planned { path: path.to_owned() });
+        }
         if event["ph"] != "X" || event["cat"] == "bubble" {
             continue;
         }

@@ -103,5 +103,9 @@ fn a_trace_that_cannot_be_used_says_why() {
     fs::write(file.path(), "[\n{\"ph\": },\n{}\n]").unwrap();
     let error = read_trace(file.path()).unwrap_err().to_string();
     assert!(error.contains(":2: expected an event"), "{error}");
+    let writer = TraceWriter::planned(Vec::new()).unwrap();
+    fs::write(file.path(), writer.finish().unwrap()).unwrap();
+    let error = read_trace(file.path()).unwrap_err().to_string();
+    assert!(error.contains("expected a trace of a run, found one of a plan"), "{error}");
     assert!(read_trace(Path::new("none.json")).unwrap_err().to_string().starts_with("cannot read the trace none.json"));
 }

@@ -2,7 +2,7 @@
 //! for the bubbles of compute streams, so that idle time has a cause and is not just a gap.
 //!
 //! The file is one JSON array that is written as the run goes; a run that is cut off leaves it without its closing bracket,
-//! which viewers accept.
+//! which viewers accept. A trace of a plan says so in its first event; one that says nothing was measured.
 
 use std::{
     collections::BTreeMap,
@@ -19,6 +19,11 @@ use crate::{
     task::Role,
     telemetry::Snapshot,
 };
+
+/// Name of the metadata event that says where the times of a trace are from; its `args.name` is [`PLANNED`] or is not known.
+pub const ORIGIN: &str = "origin";
+/// What [`ORIGIN`] says where times were computed and not measured.
+pub const PLANNED: &str = "planned";
 
 /// Writes a trace, step by step.
 pub struct TraceWriter<W: Write> {
@@ -46,6 +51,16 @@ impl<W: Write> TraceWriter<W> {
     pub fn new(mut out: W) -> io::Result<Self> {
         out.write_all(b"[")?;
         Ok(TraceWriter { out, lanes: BTreeMap::new(), is_empty: true })
+    }
+
+    /// The same for steps that were computed: whoever reads it is told that nothing in it was measured.
+    ///
+    /// # Errors
+    /// If `out` cannot be written.
+    pub fn planned(out: W) -> io::Result<Self> {
+        let mut writer = TraceWriter::new(out)?;
+        writer.metadata(ORIGIN, 0, 0, PLANNED)?;
+        Ok(writer)
     }
 
     /// Adds a step.
@@ -224,6 +239,18 @@ mod tests {
         assert_eq!(filled, [whole, whole, 3 * 6], "tasks and bubbles fill a compute lane; another lane has no bubbles");
         let names: Vec<&Value> = events.iter().filter(|e| e["name"] == "thread_name").map(|e| &e["pid"]).collect();
         assert_eq!(names, [0, 1, 1]);
+    }
+
+    #[test]
+    fn a_plan_says_so_before_all_else() {
+        let written = |writer: io::Result<TraceWriter<Vec<u8>>>| {
+            let mut writer = writer.unwrap();
+            writer.push(&Snapshot { spans: step().into(), ..Snapshot::default() }).unwrap();
+            serde_json::from_slice::<Vec<Value>>(&writer.finish().unwrap()).unwrap()
+        };
+        let (planned, measured) = (written(TraceWriter::planned(Vec::new())), written(TraceWriter::new(Vec::new())));
+        let mark = json!({"ph": "M", "name": "origin", "pid": 0, "tid": 0, "args": {"name": "planned"}});
+        assert_eq!((&planned[0], &planned[1..]), (&mark, &measured[..]));
     }
 
     #[test]

@@ -5,7 +5,7 @@ mod workbench;
 
 use std::{process::ExitCode, sync::Arc};
 
-use editor::window::{self, Picture, WindowOptions};
+use editor::window::{self, Picture, WindowError, WindowOptions};
 
 use crate::{
     cli::{EditorArgs, EditorTheme},
@@ -16,7 +16,7 @@ use workbench::Bench;
 /// Opens the window.
 ///
 /// # Errors
-/// If there is no display, or the picture cannot be written.
+/// If there is no display; with a picture, also if there is nothing to take one of, or it cannot be written.
 pub fn editor(args: EditorArgs) -> Result<ExitCode, Failure> {
     let mut targets = args.targets;
     targets.extend(args.attach);
@@ -32,10 +32,16 @@ pub fn editor(args: EditorArgs) -> Result<ExitCode, Failure> {
     });
     // A run that was started in the window ends with a checkpoint.
     bench.wait();
-    opened.map_err(|message| Failure::Other {
-        exit_code: crate::failure::RUNTIME,
-        message,
-        help: Some("without a display: hadal run SCENE, and hadal editor --attach URL where there is one".into()),
+    opened.map_err(|why| match why {
+        WindowError::Display(message) => Failure::Other {
+            exit_code: crate::failure::RUNTIME,
+            message,
+            help: Some("without a display: hadal run SCENE, and hadal editor --attach URL where there is one".into()),
+        },
+        WindowError::Target(message) => {
+            Failure::usage(message, "no picture was taken; without --screenshot the window opens all the same")
+        }
+        WindowError::Picture(message) => Failure::runtime(message),
     })?;
     Ok(ExitCode::SUCCESS)
 }

@@ -10,12 +10,16 @@ use std::{
 use engine::{
     task::{Pass, Role, TaskKind},
     telemetry::{Snapshot, Span},
+    trace,
 };
 use serde::Deserialize;
 use serde_json::Value;
 
 /// A scalar of steps from another program's trace, which does not say what waited for what: idle time has no cause in them.
 pub const FOREIGN: &str = "is_foreign_trace";
+
+/// A scalar of steps from a plan's trace: nothing in them was measured.
+pub const PLANNED: &str = "is_planned";
 
 /// Categories of slices that a device ran, in PyTorch's traces.
 const DEVICE_CATEGORIES: [&str; 3] = ["kernel", "gpu_memcpy", "gpu_memset"];
@@ -74,8 +78,16 @@ type Annotation<'a> = (u64, u64, &'a str);
 /// If the text is no trace, or has no slices on streams.
 pub fn parse(text: &str) -> Result<Vec<Snapshot>, String> {
     let events = events(text)?;
-    let snapshots =
+    let mut snapshots =
         if events.iter().any(|event| event.args.get("step").is_some()) { own(&events) } else { profiled(&events) };
+    let says_planned = |event: &Event| {
+        event.ph == "M"
+            && event.name == trace::ORIGIN
+            && event.args.get("name").is_some_and(|name| name == trace::PLANNED)
+    };
+    if events.iter().any(says_planned) {
+        snapshots.iter_mut().for_each(|snapshot| snapshot.scalars.push((PLANNED.to_owned(), 1.0)));
+    }
     if snapshots.iter().all(|snapshot| snapshot.spans.is_empty()) {
         let slices = events.iter().filter(|event| event.ph == "X").count();
         return Err(format!(

@@ -16,6 +16,7 @@ pub const HIDDEN_SHARE: &str = "communication_hidden_share";
 pub struct FileSource {
     name: String,
     events: Vec<SourceEvent>,
+    begins_at: Option<u64>,
 }
 
 impl FileSource {
@@ -40,15 +41,22 @@ impl FileSource {
             }
         }
         let num_steps = steps.len();
+        // A log goes on after the steps that were traced: there is most to see at the last of those.
+        let traced = steps.iter().rfind(|step| !step.spans.is_empty()).map(|step| step.step);
+        let begins_at = traced.filter(|traced| steps.last().is_some_and(|last| last.step != *traced));
         events.extend(steps.into_iter().map(|step| SourceEvent::Snapshot(Arc::new(step))));
-        events.push(SourceEvent::Ended(format!("{num_steps} recorded steps")));
-        FileSource { name, events }
+        events.push(SourceEvent::Ended(format!("{num_steps} recorded step{}", if num_steps == 1 { "" } else { "s" })));
+        FileSource { name, events, begins_at }
     }
 }
 
 impl Source for FileSource {
     fn name(&self) -> &str {
         &self.name
+    }
+
+    fn begins_at(&self) -> Option<u64> {
+        self.begins_at
     }
 
     fn poll(&mut self) -> Vec<SourceEvent> {
@@ -83,9 +91,11 @@ fn folder(path: &Path) -> Result<Vec<Snapshot>, String> {
             let step = steps.entry(line.step).or_insert_with(|| Snapshot { step: line.step, ..Snapshot::default() });
             for (name, value) in line.fields.into_iter().filter(|(name, _)| name != "step") {
                 match value {
-                    Value::Number(number) => step.scalars.extend(number.as_f64().map(|value| (name, value))),
+                    Value::Number(number) => {
+                        number.as_f64().into_iter().for_each(|value| put(&mut step.scalars, &name, value));
+                    }
                     Value::Array(values) => {
-                        step.histograms.push((name, values.iter().filter_map(Value::as_f64).collect()));
+                        put(&mut step.histograms, &name, values.iter().filter_map(Value::as_f64).collect());
                     }
                     _ => {}
                 }
@@ -93,4 +103,12 @@ fn folder(path: &Path) -> Result<Vec<Snapshot>, String> {
         }
     }
     Ok(steps.into_values().collect())
+}
+
+/// A step that is told twice, as after a run went on from a checkpoint, has the figures of the last time.
+fn put<T>(values: &mut Vec<(String, T)>, name: &str, value: T) {
+    match values.iter_mut().find(|(known, _)| known == name) {
+        Some((_, known)) => *known = value,
+        None => values.push((name.to_owned(), value)),
+    }
 }

@@ -1,9 +1,10 @@
 //! Memory: bytes of each class on a rank over the tasks of the step, with the peak marked. What lives for the whole step is below
-//! what comes and goes.
+//! what comes and goes. A log tells peaks only: those have no time, and are drawn without.
 
 use egui::{Align2, FontId, Grid, Mesh, Rect, Role, ScrollArea, Sense, Stroke, Ui, WidgetInfo, pos2, vec2};
 use engine::telemetry::Snapshot;
 
+use super::elsewhere;
 use crate::{desk::Desk, help::key, paint, theme::Palette, units, view::View};
 
 /// Prefix of figures: then the rank, if there are several, and the class.
@@ -106,6 +107,10 @@ impl View for MemoryView {
             .as_ref()
             .and_then(|document| document.planned.as_ref())
             .map(|planned| planned.snapshot.clone());
+        let changes = |snapshot: &Snapshot| {
+            snapshot.histograms.iter().any(|(name, _)| name == LIVE_BYTES || name.starts_with(BYTES))
+        };
+        elsewhere::ui(ui, desk, "bytes over its tasks", changes);
         let blocks = [("measured", measured), ("predicted", planned.filter(|snapshot| tells(snapshot)))];
         if blocks.iter().all(|(_, snapshot)| snapshot.is_none()) {
             ui.label("no step or plan tells its bytes yet");
@@ -119,7 +124,11 @@ impl View for MemoryView {
                 let fullest = ranks.iter().max_by(|a, b| a.peak().1.total_cmp(&b.peak().1)).map(|rank| rank.rank);
                 let rank = desk.cursor.rank.filter(|shown| ranks.iter().any(|rank| rank.rank == *shown)).or(fullest);
                 if let Some(rank) = ranks.iter().find(|known| Some(known.rank) == rank) {
-                    chart(ui, title, rank, limit);
+                    if rank.num_tasks() > 1 {
+                        chart(ui, title, rank, limit);
+                    } else {
+                        peaks(ui, title, rank, limit, snapshot.step);
+                    }
                 }
                 if ranks.len() > 1 {
                     ui.label("peaks of all ranks");
@@ -135,6 +144,35 @@ impl View for MemoryView {
             }
         });
     }
+}
+
+/// What a step without tasks tells: the peak of each class, beside each other and not over time.
+fn peaks(ui: &mut Ui, title: &str, rank: &RankMemory, limit: Option<f64>, step: u64) {
+    let palette = Palette::of(ui.ctx());
+    let (_, sum) = rank.peak();
+    let whole = limit.unwrap_or(sum).max(sum).max(1.0);
+    ui.horizontal_wrapped(|ui| {
+        let of = limit.map_or_else(String::new, |limit| format!(" of {}", units::bytes(limit)));
+        ui.strong(format!("{title}, step {step}, rank {}: peaks of {}{of} together", rank.rank, units::bytes(sum)));
+    });
+    let (rect, response) = ui.allocate_exact_size(vec2(ui.available_width(), 24.0), Sense::hover());
+    let label = || format!("{title} peaks of rank {}, {} together", rank.rank, units::bytes(sum));
+    response.widget_info(|| WidgetInfo::labeled(Role::Image, true, label()));
+    let mut mesh = Mesh::default();
+    paint::quad(&mut mesh, rect, palette.lane());
+    let mut left = rect.left();
+    for (i, class) in rank.classes.iter().enumerate() {
+        let width = (RankMemory::at(class, 0) / whole) as f32 * rect.width();
+        let part = Rect::from_min_size(pos2(left, rect.top()), vec2(width, rect.height()));
+        paint::quad(&mut mesh, part, palette.curve(i));
+        left += width;
+    }
+    paint::add(ui.painter(), mesh);
+    ui.horizontal_wrapped(|ui| {
+        for (i, class) in rank.classes.iter().enumerate() {
+            key(ui, palette.curve(i), format!("{} {}", class.name, units::bytes(RankMemory::at(class, 0))));
+        }
+    });
 }
 
 fn chart(ui: &mut Ui, title: &str, rank: &RankMemory, limit: Option<f64>) {

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use egui::{Align2, ComboBox, DragValue, FontId, Rect, Role, ScrollArea, Sense, Stroke, StrokeKind, Ui, pos2, vec2};
-use egui_plot::{Line, Plot, PlotPoints, VLine};
+use egui_plot::{LineStyle, Plot, VLine};
 use engine::telemetry::Snapshot;
 
 use super::{
@@ -12,6 +12,7 @@ use super::{
     what_if::Strip,
 };
 use crate::{
+    axes,
     desk::{Desk, Selected},
     loads::{self, LayerLoads, RankTraffic},
     paint,
@@ -244,23 +245,19 @@ impl Routing {
             selected.expert,
             if bias.is_empty() { String::new() } else { format!("; bias, 1 is {largest:.3}") }
         ));
-        Plot::new("expert over time")
+        let plot = Plot::new("expert over time")
             .height(84.0)
             .allow_scroll(false)
             .allow_drag(false)
             .allow_zoom(false)
-            .include_y(0.0)
-            .grid_color(palette.rule())
-            .y_axis_min_width(GUTTER - 6.0)
-            .show(ui, |plot| {
-                plot.line(Line::new("load", PlotPoints::from(load)).color(palette.curve(0)));
-                if !bias.is_empty() {
-                    plot.line(Line::new("bias", PlotPoints::from(bias)).color(palette.curve(1)));
-                }
-                if let Some(step) = cursor {
-                    plot.vline(VLine::new("step", step as f64).color(palette.cursor()));
-                }
-            });
+            .include_y(0.0);
+        axes::styled(plot, false, palette).show(ui, |plot| {
+            axes::curve(plot, "load", &load, palette.curve(0), LineStyle::Solid);
+            axes::curve(plot, "bias", &bias, palette.curve(1), LineStyle::Solid);
+            if let Some(step) = cursor {
+                plot.vline(VLine::new("step", step as f64).color(palette.cursor()));
+            }
+        });
         if let Some((step, expert)) = clicked {
             desk.cursor.step = Some(step);
             desk.selected = Some(Selected { expert, ..selected });

@@ -7,13 +7,15 @@ use egui::{Key, Modifiers, Rect, Role, ScrollArea, Sense, Ui, pos2, vec2};
 use engine::telemetry::Snapshot;
 
 use super::{
+    elsewhere,
     lanes::{self, Lanes, Zoom},
     timeline_paint::{self as draw, Placed, Style},
 };
 use crate::{
-    desk::Desk,
+    desk::{Desk, Track},
     help::{key, pressed},
     paint::{self, Hatch},
+    source::chrome,
     theme::{ColorBy, Palette},
     units,
     view::View,
@@ -49,8 +51,12 @@ impl View for Timeline {
 
     fn ui(&mut self, ui: &mut Ui, desk: &mut Desk) {
         self.tools(ui, desk);
+        let is_elsewhere = elsewhere::ui(ui, desk, "tasks", has_spans);
         let blocks = blocks(desk);
         if blocks.iter().all(Option::is_none) {
+            if is_elsewhere {
+                return;
+            }
             let busy = desk.document.as_ref().is_some_and(crate::document::Document::is_busy);
             ui.label(if busy {
                 "planning the scene"
@@ -176,14 +182,26 @@ impl Timeline {
     }
 }
 
-/// Measured, compared and predicted.
+fn has_spans(snapshot: &Snapshot) -> bool {
+    !snapshot.spans.is_empty()
+}
+
+/// Measured, compared and predicted. What is looked at is the step under the cursor and no other, but for the newest one, which is
+/// followed; what it is compared with has tasks of other steps.
 fn blocks(desk: &Desk) -> [Option<Block>; 3] {
-    let has_spans = |snapshot: &Snapshot| !snapshot.spans.is_empty();
-    let of = |title, at: usize| {
-        let track = desk.tracks.get(at)?;
-        let snapshot = track.history.latest(desk.cursor.step, has_spans)?;
-        Some(Block { title, name: track.source.name().to_owned(), snapshot: snapshot.clone() })
+    let block = |titles: [&'static str; 2], track: &Track, snapshot: &Arc<Snapshot>| {
+        let title = titles[usize::from(snapshot.scalar(chrome::PLANNED).is_some())];
+        Block { title, name: track.source.name().to_owned(), snapshot: snapshot.clone() }
     };
+    let main = desk.main().and_then(|track| {
+        let now = if desk.cursor.step.is_none() { desk.now_with_spans() } else { desk.now() };
+        Some(block(["measured", "planned"], track, now.filter(|now| has_spans(now))?))
+    });
+    let compared = desk.tracks.get(1).and_then(|track| {
+        let before = track.history.latest(desk.cursor.step, has_spans);
+        let found = before.or_else(|| track.history.steps().find(|snapshot| has_spans(snapshot)))?;
+        Some(block(["compared", "compared plan"], track, found))
+    });
     let planned = desk.document.as_ref().and_then(|document| {
         let planned = document.planned.as_ref()?;
         let name = document.title();
@@ -193,7 +211,7 @@ fn blocks(desk: &Desk) -> [Option<Block>; 3] {
             snapshot: planned.snapshot.clone(),
         })
     });
-    [of("measured", 0), of("compared", 1), planned]
+    [main, compared, planned]
 }
 
 /// A line over the block: what it is, and where its idle time went.
@@ -201,7 +219,8 @@ fn head(ui: &mut Ui, block: &Block, lanes: &Lanes, palette: Palette) {
     ui.horizontal_wrapped(|ui| {
         let name = block.name.rsplit('/').next().unwrap_or_default();
         let mut text = format!("{} {name}: ", block.title);
-        if block.title != "predicted" {
+        // A plan is of no step by number.
+        if matches!(block.title, "measured" | "compared") {
             text += &format!("step {}, ", block.snapshot.step);
         }
         text += &units::nanos(lanes.length_nanos as f64);

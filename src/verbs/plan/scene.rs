@@ -44,6 +44,9 @@ pub fn run(path: &Path, args: &PlanArgs, output: &Output) -> Result<ExitCode, Fa
     let request =
         PlanRequest { loaded: &checked.loaded, config, device, load: routing, with_spans: args.trace.is_some() };
     if let Some(most) = args.search {
+        if let Some(note) = search::left_out(&checked.loaded.scene) {
+            eprintln!("note: {note}");
+        }
         return search_verb::run(&request, most, output);
     }
     if args.compare {
@@ -114,7 +117,7 @@ fn routing_load(text: &str) -> Result<RoutingLoad, Failure> {
 fn write_trace(path: &Path, planned: &Planned) -> Result<(), Failure> {
     let failed = |e: std::io::Error| Failure::runtime(format!("write {}: {e}", path.display()));
     let file = BufWriter::new(File::create(path).map_err(failed)?);
-    let mut writer = TraceWriter::new(file).map_err(failed)?;
+    let mut writer = TraceWriter::planned(file).map_err(failed)?;
     let end = planned.spans.iter().flatten().map(|span| span.end_nanos).max().unwrap_or(0);
     for spans in &planned.spans {
         let snapshot = Snapshot { spans: spans.clone().into(), interval_nanos: (0, end), ..Snapshot::default() };

@@ -49,7 +49,11 @@ pub fn run(request: &PlanRequest, most: usize, output: &Output) -> Result<ExitCo
         text += &format!("\ncheapest: {}\n", describe(cheapest));
     }
     if let Some(best) = report.candidates.first() {
-        text += &format!("fastest, as overrides: {}\n", best.overrides().join(" "));
+        let sets = best.overrides(&request.loaded.scene).into_iter().map(|set| {
+            // A shell takes brackets for its own.
+            if set.contains(['(', '[']) { format!(" --set '{set}'") } else { format!(" --set {set}") }
+        });
+        text += &format!("fastest, as overrides:{}\n", sets.collect::<String>());
     } else if let Some(nearest) = report.too_large.first() {
         text += &format!("\nnone fits; the nearest: {}\n", describe(nearest));
     }

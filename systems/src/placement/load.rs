@@ -320,6 +320,23 @@ mod tests {
     }
 
     #[test]
+    fn measured_shares_are_scaled_and_must_be_of_the_model() {
+        let shares = |layers: &[&[f64]]| RoutingLoad::Shares(layers.iter().map(|layer| layer.to_vec()).collect());
+        let three = shares(&[&[1.0, 3.0], &[0.5, 0.5], &[0.0, 9.0]]);
+        assert_eq!(three.shares(3, 0, 2).unwrap(), [[0.25, 0.75], [0.5, 0.5], [0.0, 1.0]]);
+        assert_eq!(three.shares(2, 1, 2).unwrap(), [[0.25, 0.75], [0.5, 0.5]], "that of a module is left out");
+        let check = |load: &RoutingLoad, layers, experts, found: &str| {
+            let error = load.shares(layers, 0, experts).unwrap_err().to_string();
+            assert_eq!(error, format!("expected loads of {layers} layers with {experts} experts, found {found}"));
+        };
+        check(&three, 4, 2, "3 with 2");
+        check(&three, 3, 4, "3 with 2");
+        check(&shares(&[]), 1, 2, "0 with 0");
+        check(&shares(&[&[0.0, 0.0]]), 1, 2, "1 with 2");
+        check(&shares(&[&[1.0, 1.0], &[1.0]]), 2, 2, "2 with 2");
+    }
+
+    #[test]
     fn layers_and_seeds_have_orders_of_their_own() {
         let zipf = |seed| RoutingLoad::Zipf { exponent: 1.0, seed }.shares(2, 0, 64).unwrap();
         assert_eq!(zipf(1), zipf(1));

@@ -106,6 +106,23 @@ fn layouts(scene: &Scene, num_ranks: u32, num_layers: usize, num_experts: usize)
     list
 }
 
+/// Fields of a scene's pipeline that were made for one layout.
+fn of_one_layout(scene: &Scene) -> impl Iterator<Item = &'static str> {
+    let pipeline = scene.pipeline.as_ref();
+    let stages = pipeline.and_then(|pipeline| pipeline.stages.as_ref()).map(|_| "stages");
+    let order = pipeline.and_then(|pipeline| pipeline.overlap_order.as_ref()).map(|_| "overlap_order");
+    stages.into_iter().chain(order)
+}
+
+/// What a search does not keep of a scene, for the person who asks for one.
+pub fn left_out(scene: &Scene) -> Option<String> {
+    let names: Vec<String> = of_one_layout(scene).map(|name| format!("`pipeline.{name}`")).collect();
+    let names = names.join(" and ");
+    (!names.is_empty()).then(|| {
+        format!("the search leaves out {names} of the scene, made for one layout: those it plans are balanced and overlap as usual")
+    })
+}
+
 /// Plans up to `most` layouts, spread over all that there are; `progress` is told how many are done, of how many.
 ///
 /// # Errors
@@ -196,17 +213,74 @@ fn candidate(request: &PlanRequest, scene: Scene, distribution: &Distribution) -
 }
 
 impl Candidate {
-    /// What makes a scene this layout, as `--set` takes it.
-    pub fn overrides(&self) -> Vec<String> {
+    /// What makes a scene `of` which the search was made this layout, as `--set` takes it.
+    pub fn overrides(&self, of: &Scene) -> Vec<String> {
         let Mesh { pp, ep, dp, .. } = self.scene.mesh;
-        vec![
+        let mut overrides = vec![
             format!("mesh.pp={pp}"),
             format!("mesh.ep={ep}"),
             format!("mesh.dp={dp}"),
             format!("pipeline.schedule={}", self.schedule),
+            format!("recompute={:?}", self.scene.recompute),
             format!("batch.microbatch_sequences={}", self.scene.batch.microbatch_sequences),
             format!("batch.num_microbatches={}", self.scene.batch.num_microbatches),
             "batch.ramp=[]".to_owned(),
-        ]
+        ];
+        overrides.extend(of_one_layout(of).map(|name| format!("pipeline.{name}=None")));
+        overrides
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "tests")]
+
+    use super::*;
+
+    fn scene(pipeline: &str) -> Scene {
+        Scene::parse(&format!("(pipeline: ({pipeline}))"), &[]).unwrap().scene
+    }
+
+    #[test]
+    fn what_is_of_one_layout_is_said_to_be_left_out() {
+        let check = |pipeline: &str, names: Option<&str>| {
+            let said = left_out(&scene(pipeline));
+            let begin = names.map(|names| format!("the search leaves out {names} of the scene"));
+            assert!(said.is_some() == begin.is_some(), "{said:?}");
+            assert!(said.zip(begin).is_none_or(|(said, begin)| said.starts_with(&begin)), "{pipeline}");
+        };
+        assert_eq!(left_out(&Scene::default()), None);
+        check("schedule: DualPipe", None);
+        check("stages: [3, 2]", Some("`pipeline.stages`"));
+        check("stages: [3, 2], overlap_order: [\"a\"]", Some("`pipeline.stages` and `pipeline.overlap_order`"));
+    }
+
+    #[test]
+    fn overrides_make_the_scene_the_layout() {
+        let text =
+            "(mesh: (pp: 4), batch: (num_microbatches: 8), pipeline: (schedule: DualPipe, stages: [1, 2, 2, 1]))";
+        let of = Scene::parse(text, &[]).unwrap().scene;
+        let all = layouts(&of, 4, 8, 8);
+        assert!(all.len() > 50, "{}", all.len());
+        for scene in all {
+            let candidate = Candidate {
+                pp: 0,
+                ep: 0,
+                dp: 0,
+                schedule: format!("{:?}", scene.pipeline.clone().unwrap().schedule),
+                microbatch_sequences: 0,
+                recompute: String::new(),
+                step_secs: 0.0,
+                tokens_per_sec: 0.0,
+                idle_fraction: 0.0,
+                peak_bytes: 0,
+                fits: true,
+                usd_per_trillion_tokens: None,
+                scene,
+            };
+            let overrides = candidate.overrides(&of);
+            let made = Scene::parse(text, &overrides).unwrap_or_else(|errors| panic!("{overrides:?}: {errors}")).scene;
+            assert_eq!(made, candidate.scene, "{overrides:?}");
+        }
     }
 }

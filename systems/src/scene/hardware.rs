@@ -46,6 +46,9 @@ fn spec(read: Result<Read, Vec<Finding>>, sources: &Sources) -> Result<DeviceSpe
     Err(findings)
 }
 
+/// What a figure that is too large for a number is told.
+const FINITE: &str = "be a finite number, of 1.7e308 at most";
+
 /// Judges the figures below `node`: their sources, and the range of their values.
 fn figures(node: &Node, path: &str, findings: &mut Vec<Finding>) {
     let Kind::Struct { fields, .. } = &node.kind else { return };
@@ -63,10 +66,13 @@ fn figures(node: &Node, path: &str, findings: &mut Vec<Finding>) {
                     wrong("say where the figure is from");
                 }
             }
+            ("value", Kind::Word(word)) if matches!(&**word, "inf" | "NaN") => wrong(FINITE),
             ("value", Kind::Number(text)) => {
                 let Ok(value) = ron::from_str::<f64>(text) else { continue };
                 let name = path.rsplit('.').next().unwrap_or_default();
-                let (holds, expected) = if path.contains("efficiency") {
+                let (holds, expected) = if value.is_infinite() {
+                    (false, FINITE)
+                } else if path.contains("efficiency") {
                     (value > 0.0 && value <= 1.0, "be above 0 and at most 1")
                 } else if MAY_BE_ZERO.contains(&name) {
                     (value >= 0.0 && value.is_finite(), "be 0 or more")
@@ -198,6 +204,27 @@ mod tests {
             "6 errors in the hardware",
         ] {
             assert!(text.contains(want), "expected `{want}` in\n{text}");
+        }
+    }
+
+    #[test]
+    fn a_figure_that_is_too_large_is_said_to_be() {
+        let text = fs::read_to_string(file("h100.ron")).unwrap();
+        let line = text.lines().find(|line| line.trim_start().starts_with("memory_bytes_per_sec:")).unwrap();
+        for (number, found) in [
+            ("1e400", "the number 1e400"),
+            ("-1e400", "the number -1e400"),
+            ("inf", "the word `inf`"),
+            ("NaN", "the word `NaN`"),
+        ] {
+            let wrong = format!("    memory_bytes_per_sec: (value: {number}, source: \"s\"),");
+            let error = loaded(&text.replace(line, &wrong)).unwrap_err().to_string();
+            assert!(
+                error.contains(&format!(
+                    "`memory_bytes_per_sec.value` must be a finite number, of 1.7e308 at most, but is {found}"
+                )),
+                "{number}: {error}"
+            );
         }
     }
 

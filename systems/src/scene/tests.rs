@@ -321,3 +321,25 @@ fn no_damage_to_a_text_is_a_panic() {
     }
     assert!(num_faulty > text.len(), "{num_faulty}");
 }
+
+#[test]
+fn a_text_that_is_not_saved_stands_for_the_file_at_its_path() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("base.ron"), "(seed: 7, train: (steps: 5))").unwrap();
+    fs::create_dir(dir.path().join("texts")).unwrap();
+    fs::write(dir.path().join("texts/a.txt"), "a").unwrap();
+    let path = dir.path().join("edited.ron");
+    // What is saved is not looked at, and need not be there.
+    for saved in [None, Some("(seed: 1)"), Some("nonsense")] {
+        saved.into_iter().for_each(|text| fs::write(&path, text).unwrap());
+        let text = format!("(extends: \"base.ron\", {})", DATA.replace("a.txt", "texts/a.txt"));
+        let loaded = Scene::load_text(&path, &text, &sets(&["train.steps=6"])).unwrap();
+        let scene = loaded.scene;
+        assert_eq!((&*scene.name, scene.seed, scene.train.unwrap().steps), ("edited", 7, 6));
+        let ScenePath(train) = &scene.data.unwrap().train.0[0];
+        assert_eq!(train, &dir.path().canonicalize().unwrap().join("texts/a.txt"), "paths are seen from its folder");
+    }
+    let errors = Scene::load_text(&path, "(\n    sed: 1,\n)", &[]).unwrap_err();
+    let place = errors.errors[0].place.as_ref().unwrap();
+    assert_eq!((&*place.file, place.line, place.column), (&*path.display().to_string(), 2, 5));
+}
