@@ -67,10 +67,18 @@ impl History {
         self.draw(&snapshot);
         self.num_spans += snapshot.spans.len();
         self.steps.push_back(snapshot);
-        while self.steps.len() > MAX_STEPS || (self.num_spans > MAX_SPANS && self.steps.len() > 1) {
-            if let Some(old) = self.steps.pop_front() {
-                self.num_spans -= old.spans.len();
-            }
+        while self.num_spans > MAX_SPANS && self.steps.len() > 1 {
+            self.forget(0);
+        }
+        if self.steps.len() > MAX_STEPS {
+            // Few steps of a log have their tasks, and those are what is looked for.
+            self.forget(self.steps.iter().position(|old| old.spans.is_empty()).unwrap_or(0));
+        }
+    }
+
+    fn forget(&mut self, at: usize) {
+        if let Some(old) = self.steps.remove(at) {
+            self.num_spans -= old.spans.len();
         }
     }
 
@@ -172,6 +180,12 @@ mod tests {
         Arc::new(Snapshot { step, scalars: vec![("x".into(), loss)], ..Snapshot::default() })
     }
 
+    fn with_a_task(n: u64) -> Arc<Snapshot> {
+        let task = r#"{"traceEvents": [{"ph": "X", "name": "a", "pid": 0, "tid": 1, "ts": 0, "dur": 1, "args": {"step": 2}}]}"#;
+        let spans = crate::source::chrome::parse(task).unwrap()[0].spans.clone();
+        Arc::new(Snapshot { spans, ..(*step(n, n as f64)).clone() })
+    }
+
     #[test]
     fn the_cursor_finds_steps_and_neighbors() {
         let mut history = History::default();
@@ -195,12 +209,10 @@ mod tests {
 
     #[test]
     fn figures_that_come_later_join_their_step() {
-        let one_task = r#"{"traceEvents": [{"ph": "X", "name": "a", "pid": 0, "tid": 1, "ts": 0, "dur": 1, "args": {"step": 2}}]}"#;
-        let spans = crate::source::chrome::parse(one_task).unwrap()[0].spans.clone();
-        let task = Snapshot { spans, ..(*step(2, 2.0)).clone() };
+        let task = with_a_task(2);
         let later = Snapshot { step: 2, scalars: vec![("val".into(), 7.0)], ..Snapshot::default() };
         let mut history = History::default();
-        [step(1, 1.0), Arc::new(task), Arc::new(later)].into_iter().for_each(|snapshot| history.push(snapshot));
+        [step(1, 1.0), task, Arc::new(later)].into_iter().for_each(|snapshot| history.push(snapshot));
         let last = history.at(None).unwrap();
         assert_eq!((last.spans.len(), last.scalar("x"), last.scalar("val")), (1, Some(2.0), Some(7.0)));
         assert_eq!(history.steps().len(), 2);
@@ -211,8 +223,11 @@ mod tests {
     #[test]
     fn long_histories_stay_small() {
         let mut history = History::default();
-        (0..50_000).for_each(|n| history.push(step(n, n as f64)));
+        (0..3).for_each(|n| history.push(step(n, n as f64)));
+        history.push(with_a_task(3));
+        (4..50_000).for_each(|n| history.push(step(n, n as f64)));
         assert_eq!(history.steps().len(), MAX_STEPS);
+        assert_eq!(history.steps().next().unwrap().step, 3, "the one with tasks is kept");
         let points = &history.curve("x").unwrap().points;
         assert!(points.len() <= MAX_POINTS && points.len() > MAX_POINTS / 4, "{}", points.len());
         assert!(points.windows(2).all(|pair| pair[0][0] < pair[1][0]));
