@@ -178,12 +178,24 @@ impl Float for bf16 {
     }
     #[inline(always)]
     fn of_f64(x: f64) -> bf16 {
-        bf16::from_f64(x)
+        bf16::from_f32(to_odd(x))
     }
     #[inline(always)]
     fn as_f64(self) -> f64 {
         f64::from(self)
     }
+}
+
+/// To f32 towards zero, with the last bit set where that lost something: what is then rounded to fewer bits is rounded once.
+/// (`bf16::from_f64` looks at the upper half of the f64 only, and takes what is a little above a tie for one.)
+#[inline(always)]
+fn to_odd(x: f64) -> f32 {
+    let near = x as f32;
+    if f64::from(near) == x || x.is_nan() {
+        return near;
+    }
+    let bits = near.to_bits() - u32::from(f64::from(near).abs() > x.abs());
+    f32::from_bits(bits | 1)
 }
 
 impl Real for f64 {
@@ -255,6 +267,23 @@ mod tests {
             let (got, want) = (x.exp_fast(), f64::from(x).exp());
             assert!((f64::from(got) - want).abs() <= 2.4e-7 * want, "exp({x}) = {want}, got {got}");
         }
+    }
+
+    #[test]
+    fn bf16_is_rounded_once_from_f64() {
+        for bits in (0..0x7f7f_u16).step_by(7) {
+            let (low, high) = (bf16::from_bits(bits), bf16::from_bits(bits + 1));
+            let even = if bits % 2 == 0 { low } else { high };
+            let tie = (low.to_f64() + high.to_f64()) / 2.0;
+            for sign in [1.0, -1.0] {
+                let of = |x: f64| bf16::of_f64(sign * x).to_f64() * sign;
+                let found = [of(tie.next_down()), of(tie), of(tie.next_up()), of(low.to_f64())];
+                assert_eq!(found, [low, even, high, low].map(bf16::to_f64), "around {tie:e}");
+            }
+        }
+        assert_eq!([bf16::of_f64(1e300), bf16::of_f64(-1e300)], [bf16::INFINITY, bf16::NEG_INFINITY]);
+        assert_eq!((bf16::of_f64(f64::INFINITY), bf16::of_f64(1e-300)), (bf16::INFINITY, bf16::ZERO));
+        assert!(bf16::of_f64(f64::NAN).is_nan());
     }
 
     #[test]
