@@ -10,6 +10,7 @@ pub mod error;
 pub mod memory;
 pub mod mmap;
 pub mod ops;
+pub mod ptx;
 pub mod simd;
 pub mod stream;
 pub mod tensor;

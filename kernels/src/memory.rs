@@ -188,6 +188,12 @@ impl Memory {
         tensor
     }
 
+    /// The whole buffer that a tensor is in, or a part of, as one row.
+    pub fn whole(&self, tensor: Tensor) -> Tensor {
+        let len = self.buffer(tensor).len;
+        Tensor { offset: 0, shape: Shape::new(&[len]), ..tensor }
+    }
+
     /// Copies the elements out; for tests and Record, after a synchronize.
     pub fn download<T: Element>(&self, tensor: Tensor) -> Vec<T> {
         self.read::<T>(tensor).to_vec()

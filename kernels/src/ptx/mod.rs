@@ -1,0 +1,148 @@
+//! Kernels below CUDA: PTX text made by Rust functions, and what it takes to launch one.
+//!
+//! A kernel module (`ptx/<op>.rs`) has pure functions from tensors to [`Launch`]es: text, grid and arguments. Nothing here
+//! touches a device, so that the same launch runs on a GPU through the driver and in the interpreter of `ptxsim` in tests.
+//!
+//! Kernels are deterministic: no floating-point atomics, one order of every sum.
+
+pub mod adamw;
+pub mod asm;
+pub mod attention;
+pub mod balance;
+#[cfg(test)]
+pub(crate) mod case;
+pub mod cross_entropy;
+pub mod elementwise;
+pub mod embedding;
+pub mod fold;
+pub mod gate;
+pub mod gemm;
+pub mod gemv;
+pub mod golden;
+pub mod grouped_gemm;
+pub mod latent;
+pub mod mla;
+pub mod norm;
+pub mod parts;
+pub mod permute;
+pub mod rms_norm;
+pub mod rope;
+pub mod sampling;
+pub mod swiglu;
+#[cfg(test)]
+pub(crate) mod testing;
+
+use crate::{dtype::DType, tensor::Tensor};
+
+/// PTX version of every module: accepted by drivers from 545 on.
+pub const VERSION: &str = "8.3";
+
+/// What a kernel needs of a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Arch {
+    /// Ampere and later: mma.sync, cp.async.
+    Sm80,
+    /// Hopper and later: TMA, mbarrier with transaction counts, clusters.
+    Sm90,
+    /// Hopper only: wgmma, setmaxnreg, tensormap.replace.
+    Sm90a,
+}
+
+impl Arch {
+    /// As `.target` and file names say it.
+    pub fn target(self) -> &'static str {
+        match self {
+            Arch::Sm80 => "sm_80",
+            Arch::Sm90 => "sm_90",
+            Arch::Sm90a => "sm_90a",
+        }
+    }
+}
+
+/// One entry point and how it is launched.
+pub struct Kernel {
+    /// Name of the entry, the golden file's stem and the cache's key: the same name always means the same text.
+    pub name: String,
+    /// What its text needs.
+    pub arch: Arch,
+    /// Threads of a block.
+    pub block: u32,
+    /// Dynamic shared memory of a block, in bytes.
+    pub shared_bytes: u32,
+    /// Makes the text; called once per process and name.
+    pub emit: Box<dyn Fn() -> String + Send>,
+}
+
+/// One argument, in the order of the kernel's parameters.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Arg {
+    /// Address of a tensor's first element.
+    Tensor(Tensor),
+    /// Address of so many bytes that are the launch's own until it ends; contents unspecified. Launches of one op
+    /// that name the same `slot` see the same bytes.
+    Scratch {
+        /// Which of the op's scratch buffers.
+        slot: u8,
+        /// Its size.
+        bytes: u64,
+    },
+    /// A number.
+    U32(u32),
+    /// A number.
+    U64(u64),
+    /// A number.
+    F32(f32),
+    /// A number.
+    F64(f64),
+    /// How TMA sees a tensor.
+    Map(TensorMap),
+}
+
+/// A tensor as boxes that TMA copies (`cuTensorMapEncodeTiled`). Elements of one row are contiguous; the innermost axis is
+/// first.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TensorMap {
+    /// Where the first element is; its type is the map's.
+    pub tensor: Tensor,
+    /// Extents in elements, innermost first.
+    pub dims: Vec<u64>,
+    /// Strides of all axes but the innermost, in bytes: multiples of 16.
+    pub strides: Vec<u64>,
+    /// Extents of a box in elements, innermost first.
+    pub box_dims: Vec<u32>,
+    /// Bytes of the swizzle: 0, 32, 64 or 128.
+    pub swizzle: u32,
+}
+
+/// One launch of a kernel.
+pub struct Launch {
+    /// What.
+    pub kernel: Kernel,
+    /// Blocks.
+    pub grid: [u32; 3],
+    /// With what.
+    pub args: Vec<Arg>,
+}
+
+/// A tensor that only the launches of one op see, in place of scratch where they want a tensor. There is one in an op, of one size or
+/// ever smaller ones, each seen whole; a device gives it bytes when it is launched.
+pub fn scratch_tensor(dtype: DType, dims: &[usize]) -> Tensor {
+    Tensor { buffer: SCRATCH, offset: 0, dtype, shape: crate::tensor::Shape::new(dims) }
+}
+
+/// No memory has so many buffers.
+pub(crate) const SCRATCH: crate::tensor::BufferId = crate::tensor::BufferId(u32::MAX);
+
+/// Its scratch; kernels number theirs from 0.
+#[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "no device"))]
+pub(crate) const SCRATCH_SLOT: u8 = 200;
+
+/// How kernels' names say an element type.
+pub fn dtype_name(dtype: DType) -> &'static str {
+    match dtype {
+        DType::F64 => "f64",
+        DType::F32 => "f32",
+        DType::Bf16 => "bf16",
+        DType::U32 => "u32",
+    }
+}

@@ -1,0 +1,284 @@
+//! Choosing the next token: a block a row, the row read again for each bit that is looked for.
+//!
+//! Signature: (logits, draws, tokens, v: u32, index_bits: u32); draws, F64 [n, 4], is what [`draws`] makes on the host: 1 /
+//! temperature (0: the most likely), top_k (v: all), top_p, and the row's uniform number.
+//!
+//! Nothing is sorted. Logits map to integers of the same order; the last token kept by top_k, the last kept by top_p and the
+//! drawn one are each found from the highest bit on: a bit stays set if the tokens from there up are still enough, by count or
+//! by weight (f64, thread by thread and warp by warp in one order). Of equal logits, the place among them is found in the same
+//! way by token id. So a row takes at most 3 (bits of a logit + bits of v) readings, from L2: 100 us or so for a vocabulary of
+//! 128 Ki; greedy rows take one.
+//!
+//! Weights are e^((x - max) / T) by [`super::parts::exp`], so a draw may differ from the CPU op's where u falls within 1e-6 of
+//! the border of two tokens. A row with NaN, with infinity, or with nothing above minus infinity gives token [`NOT_FINITE`].
+
+mod row;
+
+use rand::RngExt as _;
+
+use super::{
+    Arg, Kernel, Launch,
+    asm::{Assembler, B32, B64, F32, F64, Pred, Reg, f64_literal},
+    dtype_name,
+    golden::Variant,
+    parts::{count, element, kernel_of, load_f64, special},
+};
+use crate::{
+    dtype::DType,
+    ops::{gate::counter_rng, sampling::Sampling},
+    ptx,
+    tensor::Tensor,
+};
+use row::{Row, Tokens, Weight, argmax, quotient};
+
+/// What is chosen from a row whose logits are no numbers; the caller reports it.
+pub const NOT_FINITE: u32 = u32::MAX;
+
+/// What the kernel reads of each row's sampling: four numbers a row, over a vocabulary of v.
+pub fn draws(rows: &[Sampling], v: usize) -> Vec<f64> {
+    let one = |s: &Sampling| {
+        let greedy = s.temperature <= 0.0 || s.top_k == 1 || s.top_p <= 0.0;
+        let top_k = if s.top_k == 0 { v } else { s.top_k.min(v) };
+        let u: f64 = counter_rng(s.seed, 0, s.position).random();
+        [if greedy { 0.0 } else { 1.0 / s.temperature }, top_k as f64, s.top_p, u]
+    };
+    rows.iter().flat_map(one).collect()
+}
+
+/// Assigns to tokens, U32 `[n]`, a choice from each row of logits [n, v], F32 or Bf16; `draws` F64 [n, 4] holds what [`draws`]
+/// made.
+pub fn forward(logits: Tensor, draws: Tensor, tokens: Tensor) -> Vec<Launch> {
+    let (n, v) = (logits.rows(), logits.cols());
+    if logits.is_empty() {
+        return vec![];
+    }
+    let block = match v {
+        0..=1024 => 32,
+        1025..=16384 => 256,
+        _ => 1024,
+    };
+    let mut args = [logits, draws, tokens].map(Arg::Tensor).to_vec();
+    args.extend([Arg::U32(count(v)), Arg::U32(usize::BITS - v.leading_zeros())]);
+    vec![Launch { kernel: forward_kernel(logits.dtype, block), grid: [count(n), 1, 1], args }]
+}
+
+fn forward_kernel(dtype: DType, block: u32) -> Kernel {
+    kernel_of(format!("sampling_{}_{block}", dtype_name(dtype)), block, move |k| {
+        let [logits, draws, tokens] = ["logits", "draws", "tokens"].map(|n| k.pointer(n));
+        let (v, index_bits) = (k.u32("v"), k.u32("index_bits"));
+        let (tid, n, chosen) = (special(k, "%tid.x"), special(k, "%ctaid.x"), special(k, "0xffffffff"));
+        let logits = super::parts::row(k, logits, n, v, dtype);
+        let (max, inverse, store, drawing) = (k.reg::<F32>(), k.reg::<F32>(), k.label("store"), k.reg::<Pred>());
+        let r = Row { logits, dtype, v, tid, block, max, inverse };
+        let (best, largest) = argmax(k, r, &store);
+        ptx!(k, "mov.f32 {max}, {largest};");
+        ptx!(k, "mov.u32 {chosen}, {best};");
+        let four = special(k, "4");
+        let at = super::parts::row(k, draws, n, four, DType::F64);
+        let [inverse_t, top_k, top_p, u] = [0, 8, 16, 24].map(|offset| {
+            let from = k.reg::<B64>();
+            ptx!(k, "add.u64 {from}, {at}, {offset};");
+            load_f64(k, from, DType::F64)
+        });
+        ptx!(k, "cvt.rn.f32.f64 {inverse}, {inverse_t};");
+        ptx!(k, "setp.eq.f64 {drawing}, {inverse_t}, 0d0000000000000000;");
+        ptx!(k, "@{drawing} bra {store};");
+
+        let (all, part, more) = (k.reg::<F64>(), k.label("part"), k.reg::<Pred>());
+        ptx!(k, "cvt.rn.f64.u32 {all}, {v};");
+        ptx!(k, "setp.lt.f64 {more}, {top_k}, {all};");
+        ptx!(k, "@{more} bra {part};");
+        ptx!(k, "setp.lt.f64 {more}, {top_p}, {};", f64_literal(1.0));
+        ptx!(k, "@{more} bra {part};");
+        // All tokens, in the order of their ids: the last before which u of the weight does not lie.
+        let target = r.total(k, Tokens::IdBelow(None), v, Weight::Probability);
+        ptx!(k, "mul.rn.f64 {target}, {target}, {u};");
+        let id = r.search(k, index_bits, Tokens::IdBelow(None), Weight::Probability, "le", target);
+        choose(k, chosen, id, v);
+        ptx!(k, "bra {store};");
+
+        k.place(&part);
+        draw_from_part(k, r, [top_k, top_p, u], index_bits, chosen);
+        k.place(&store);
+        let other = k.reg::<Pred>();
+        let to = element(k, tokens, n, DType::U32);
+        ptx!(k, "setp.ne.u32 {other}, {tid}, 0;");
+        ptx!(k, "@!{other} st.global.u32 [{to}], {chosen};");
+    })
+}
+
+/// A token that exists; the most likely stays chosen where rounding led past the end.
+fn choose(k: &mut Assembler, chosen: Reg<B32>, id: Reg<B32>, v: Reg<B32>) {
+    let exists = k.reg::<Pred>();
+    ptx!(k, "setp.lt.u32 {exists}, {id}, {v};");
+    ptx!(k, "selp.b32 {chosen}, {id}, {chosen}, {exists};");
+}
+
+/// A draw from the most likely tokens, most likely first.
+fn draw_from_part(k: &mut Assembler, r: Row, [top_k, top_p, u]: [Reg<F64>; 3], index_bits: Reg<B32>, chosen: Reg<B32>) {
+    let key_bits = special(k, &r.key_bits().to_string());
+    // The last kept key, how much weight is above it, and how many tokens of it are kept.
+    let (last, ties, above) = (k.reg::<B32>(), k.reg::<F64>(), k.reg::<F64>());
+    let key = r.search(k, key_bits, Tokens::KeyFrom, Weight::One, "ge", top_k);
+    ptx!(k, "mov.u32 {last}, {key};");
+    let before = r.above(k, key, Weight::One);
+    ptx!(k, "sub.rn.f64 {ties}, {top_k}, {before};");
+    let mass = r.above(k, key, Weight::Probability);
+    ptx!(k, "mov.f64 {above}, {mass};");
+    let kept = |k: &mut Assembler| {
+        let (x, total) = (r.logit(k, last), k.reg::<F64>());
+        let w = r.weight(k, x);
+        ptx!(k, "fma.rn.f64 {total}, {ties}, {w}, {above};");
+        (total, w)
+    };
+    let (whole, all) = (k.label("whole"), k.reg::<Pred>());
+    ptx!(k, "setp.ge.f64 {all}, {top_p}, {};", f64_literal(1.0));
+    ptx!(k, "@{all} bra {whole};");
+    // The smallest set that reaches top_p of that.
+    let wanted = kept(k).0;
+    ptx!(k, "mul.rn.f64 {wanted}, {wanted}, {top_p};");
+    let key = r.search(k, key_bits, Tokens::KeyFrom, Weight::Probability, "ge", wanted);
+    let (same, unlimited) = (k.reg::<Pred>(), k.reg::<F64>());
+    ptx!(k, "setp.eq.u32 {same}, {key}, {last};");
+    ptx!(k, "cvt.rn.f64.u32 {unlimited}, {};", r.v);
+    ptx!(k, "selp.f64 {ties}, {ties}, {unlimited}, {same};");
+    ptx!(k, "max.u32 {last}, {last}, {key};");
+    let mass = r.above(k, last, Weight::Probability);
+    ptx!(k, "mov.f64 {above}, {mass};");
+    let (w, needed) = (kept(k).1, k.reg::<F64>());
+    ptx!(k, "sub.rn.f64 {needed}, {wanted}, {above};");
+    let needed = quotient(k, needed, w);
+    ptx!(k, "cvt.rpi.f64.f64 {needed}, {needed};");
+    ptx!(k, "max.f64 {needed}, {needed}, {};", f64_literal(1.0));
+    ptx!(k, "min.f64 {ties}, {ties}, {needed};");
+    k.place(&whole);
+    // The drawn key, and which of its tokens.
+    let target = kept(k).0;
+    ptx!(k, "mul.rn.f64 {target}, {target}, {u};");
+    let key = r.search(k, key_bits, Tokens::KeyFrom, Weight::Probability, "gt", target);
+    let (drawn, nth, one) = (k.reg::<Pred>(), k.reg::<F64>(), k.reg::<F64>());
+    ptx!(k, "setp.eq.u32 {drawn}, {key}, {last};");
+    ptx!(k, "max.u32 {key}, {key}, {last};");
+    let mass = r.above(k, key, Weight::Probability);
+    let x = r.logit(k, key);
+    let w = r.weight(k, x);
+    ptx!(k, "sub.rn.f64 {nth}, {target}, {mass};");
+    let nth = quotient(k, nth, w);
+    ptx!(k, "cvt.rmi.f64.f64 {nth}, {nth};");
+    ptx!(k, "mov.f64 {one}, {};", f64_literal(1.0));
+    ptx!(k, "add.rn.f64 {nth}, {nth}, {one};");
+    ptx!(k, "max.f64 {nth}, {nth}, {one};");
+    // Of the last key, only as many as are kept; of another, rounding may lead past the last by one at most.
+    let (limit, from) = (k.reg::<F64>(), r.total(k, Tokens::KeyFrom, key, Weight::One));
+    let before = r.above(k, key, Weight::One);
+    ptx!(k, "sub.rn.f64 {from}, {from}, {before};");
+    ptx!(k, "selp.f64 {limit}, {ties}, {from}, {drawn};");
+    ptx!(k, "min.f64 {nth}, {nth}, {limit};");
+    let id = r.search(k, index_bits, Tokens::IdBelow(Some(key)), Weight::One, "lt", nth);
+    choose(k, chosen, id, r.v);
+}
+
+/// What is committed.
+pub fn variants() -> Vec<Variant> {
+    let all =
+        [DType::F32, DType::Bf16].into_iter().flat_map(|dtype| [256, 1024].map(|block| forward_kernel(dtype, block)));
+    all.map(|kernel| Variant::new(kernel, 48)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        ops::sampling as cpu,
+        ptx::case::{Case, Data},
+    };
+
+    const FREE: Sampling = Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, seed: 7, position: 0 };
+
+    fn check(logits: Data, rows: &[Sampling]) {
+        let v = logits.1[1];
+        Case::new(&[logits, Data::poison(DType::U32, &[rows.len()])])
+            .cpu(|s, x| cpu::forward(s, x[0], rows, x[1]))
+            .ptx_with(|m, x| {
+                let draws = m.from_slice(&[rows.len(), 4], &draws(rows, v));
+                forward(x[0], draws, x[1])
+            })
+            .equal();
+    }
+
+    #[test]
+    fn tokens_are_the_cpus() {
+        let mut rows = vec![Sampling::GREEDY];
+        for (i, (top_k, top_p)) in
+            [(0, 1.0), (5, 1.0), (0, 0.7), (9, 0.5), (1, 1.0), (0, 0.0), (99, 0.999), (3, 0.1)].into_iter().enumerate()
+        {
+            rows.extend([0.7, 2.0].map(|temperature| Sampling {
+                temperature,
+                top_k,
+                top_p,
+                position: i as u64,
+                ..FREE
+            }));
+        }
+        for dtype in [DType::F32, DType::Bf16] {
+            let logits = Data::random(dtype, &[rows.len(), 37], 3).map(|x| 4.0 * x);
+            check(logits.clone(), &rows);
+            // Few values, so that most are equal to others.
+            check(logits.map(|x| (x / 2.0).round()), &rows);
+        }
+    }
+
+    #[test]
+    fn long_rows_are_shared_by_a_block() {
+        let rows = [Sampling::GREEDY, Sampling { top_k: 300, top_p: 0.9, ..FREE }];
+        check(Data::random(DType::Bf16, &[2, 1025], 5).map(|x| 4.0 * x), &rows);
+    }
+
+    #[test]
+    fn each_barrier_is_needed() {
+        let rows = [Sampling { top_k: 300, top_p: 0.9, ..FREE }, Sampling { seed: 8, ..FREE }];
+        let case = Case::new(&[
+            Data::random(DType::Bf16, &[2, 1026], 5).map(|x| 4.0 * x),
+            Data(DType::F64, vec![2, 4], draws(&rows, 1026)),
+            Data::poison(DType::U32, &[2]),
+        ]);
+        let launches = |x: &[Tensor]| forward(x[0], x[1], x[2]);
+        case.mutants("bar.sync", launches);
+    }
+
+    #[test]
+    fn the_first_of_the_largest_is_taken_and_what_is_no_number_is_said() {
+        let minus = f64::NEG_INFINITY;
+        let x = vec![
+            0.0,
+            -0.0,
+            minus,
+            -1.0,
+            minus,
+            minus,
+            minus,
+            minus,
+            1.0,
+            f64::NAN,
+            2.0,
+            3.0,
+            1.0,
+            f64::INFINITY,
+            2.0,
+            3.0,
+        ];
+        for dtype in [DType::F32, DType::Bf16] {
+            let inputs = [Data(dtype, vec![4, 4], x.clone()), Data::poison(DType::U32, &[4])];
+            for sampling in [Sampling::GREEDY, FREE] {
+                let got = Case::new(&inputs).run(1, |m, x| {
+                    let draws = m.from_slice(&[4, 4], &draws(&[sampling; 4], 4));
+                    forward(x[0], draws, x[1])
+                });
+                let none = f64::from(NOT_FINITE);
+                let got = got.unwrap_or_default().remove(1);
+                assert_eq!(got[1..], [none, none, none]);
+                assert!(sampling != Sampling::GREEDY || got[0] == 0.0, "{got:?}");
+            }
+        }
+    }
+}
