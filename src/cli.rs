@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use systems::{hf::write::SaveDtype, scene::Compute};
 
-pub use bench::{Bench, BenchArgs, BenchHardwareArgs, BenchSchedulesArgs, BenchTrainArgs};
+pub use bench::{Bench, BenchArgs, BenchHardwareArgs, BenchKernelsArgs, BenchSchedulesArgs, BenchTrainArgs};
 #[cfg(feature = "editor")]
 pub use editor::{EditorArgs, EditorTheme};
 
@@ -75,6 +75,7 @@ impl Verb {
             Verb::Doctor(args) => &args.json,
             Verb::Bench(BenchArgs { what: Bench::Train(args) }) => &args.json,
             Verb::Bench(BenchArgs { what: Bench::Hardware(args) }) => &args.json,
+            Verb::Bench(BenchArgs { what: Bench::Kernels(args) }) => &args.json,
             Verb::Bench(BenchArgs { what: Bench::Schedules(args) }) => &args.json,
         };
         json.json.as_deref()
@@ -288,17 +289,32 @@ pub struct ConvertArgs {
 
 /// Arguments of `doctor`.
 #[derive(Debug, Args)]
+#[command(after_help = "\
+With --device, each op runs on that device and on the CPU from the same inputs; exit code 1 if one is wrong.
+
+Examples:
+  hadal doctor
+  hadal doctor --device cuda:0 --json -")]
 pub struct DoctorArgs {
+    /// Check what this device computes: cpu, cuda:0
+    #[arg(long, value_name = "DEVICE")]
+    pub device: Option<kernels::device::Device>,
+    /// Small sizes only
+    #[arg(long, requires = "device")]
+    pub quick: bool,
     #[command(flatten)]
     pub json: Json,
 }
 
-/// `--precision`.
+/// `--precision` and `--device`.
 #[derive(Debug, Args)]
 pub struct PrecisionArg {
     /// Number format to compute in
     #[arg(long, value_name = "FORMAT", default_value = "f32")]
     pub precision: Precision,
+    /// What to compute on: cpu, cuda:0
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    pub device: kernels::device::Device,
 }
 
 /// A number format to compute in.

@@ -101,6 +101,7 @@ fn on_error(mut error: BevyError, context: ErrorContext) {
         let message = error.to_string().trim_end().to_owned();
         match error.downcast_ref::<kernels::error::Error>() {
             Some(kernels::error::Error::NotFinite { .. }) => ExitReason::Diverged(message),
+            Some(kernels::error::Error::OutOfMemory { .. }) => ExitReason::Infeasible(message),
             _ => ExitReason::Error(message),
         }
     };

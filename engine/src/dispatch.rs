@@ -92,10 +92,10 @@ impl Timeline {
         if self.events.is_empty() {
             return self.times.drain(..).map(|(start, end)| (start, end, Waited::default())).collect();
         }
-        // A stream reaches the end of a task after its start.
+        // A stream reaches the end of a task after its start; a device's clock may be read a little late for one of them.
         let times = self.events.drain(..).map(|(start, end)| {
             let end_nanos = end.synchronize();
-            (start.done_nanos().unwrap_or(end_nanos), end_nanos, end.waited())
+            (start.done_nanos().map_or(end_nanos, |nanos| nanos.min(end_nanos)), end_nanos, end.waited())
         });
         times.collect()
     }

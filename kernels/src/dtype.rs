@@ -81,7 +81,7 @@ impl Storage {
 }
 
 /// A type that a buffer can hold.
-pub trait Element: Copy + Default + PartialEq + Send + Sync + std::fmt::Debug + 'static {
+pub trait Element: bytemuck::Pod + Default + PartialEq + Send + Sync + std::fmt::Debug + 'static {
     /// Its tag.
     const DTYPE: DType;
     /// The elements of `storage`, if they are of this type.

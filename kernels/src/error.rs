@@ -53,6 +53,53 @@ pub enum Error {
         /// Why.
         message: String,
     },
+    /// A device that cannot be used.
+    #[error("{device} cannot be used: expected {expected}, found {found}; {advice}")]
+    Device {
+        /// As a scene says it.
+        device: String,
+        /// What is needed.
+        expected: String,
+        /// What there is.
+        found: String,
+        /// What to do.
+        advice: String,
+    },
+    /// A device's memory is full.
+    #[error(
+        "{device} is out of memory: asked for {asked_bytes} bytes, found {free_bytes} of {total_bytes} free; take fewer or \
+         shorter sequences in a microbatch, recompute more, or spread the model over more ranks"
+    )]
+    OutOfMemory {
+        /// Device.
+        device: String,
+        /// Bytes of the tensor.
+        asked_bytes: u64,
+        /// Bytes that nobody holds.
+        free_bytes: u64,
+        /// Bytes of the device.
+        total_bytes: u64,
+    },
+    /// A kernel that the driver does not take.
+    #[error("kernel `{kernel}` cannot be loaded on {device}: {message}")]
+    Kernel {
+        /// Name of its entry.
+        kernel: String,
+        /// Device.
+        device: String,
+        /// The driver's words, and its compiler's.
+        message: String,
+    },
+    /// A call of the driver that failed.
+    #[error("{device}: {call} failed: {message}")]
+    Driver {
+        /// Device.
+        device: String,
+        /// What was asked of the driver.
+        call: &'static str,
+        /// The driver's words.
+        message: String,
+    },
     /// The stream's thread is gone.
     #[error("stream `{stream}` has stopped")]
     StreamStopped {

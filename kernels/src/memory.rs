@@ -6,22 +6,31 @@
 //!
 //! Reading and writing take a lock that is never waited for: two tasks that meet on one buffer lack an edge between them, and
 //! that is reported instead of hidden.
+//!
+//! On a GPU, reading gives the host a copy, and writing one that is uploaded when it is dropped: set-up, Record and ops without a
+//! kernel need not know where tensors are. A failure (no bytes left, a copy that failed) is kept, and met by whoever asks next:
+//! [`Memory::failure`], and each stream over the memory, which runs nothing any more.
 
 use std::{collections::BTreeMap, ops, sync::Arc};
 
-use parking_lot::{ArcRwLockReadGuard, ArcRwLockWriteGuard, RawRwLock, RwLock};
+use parking_lot::{ArcRwLockReadGuard, ArcRwLockWriteGuard, Mutex, RawRwLock, RwLock};
 
 use crate::{
+    cuda::{self, Gpu},
     device::Device,
     dtype::{DType, Element, Storage},
+    error::{Error, Result},
     tensor::{BufferId, Shape, Tensor},
 };
 
 #[derive(Clone)]
 struct Buffer {
+    /// Elements, or none of their type where the host has none; its lock guards them in either case.
     storage: Arc<RwLock<Storage>>,
-    /// Elements it was made for; the storage of `Meta` has none.
+    /// Elements it was made for.
     len: usize,
+    /// Where they are on a GPU; 0 if they are not.
+    address: u64,
 }
 
 /// All buffers of one device. Cheap to clone; clones share the buffers.
@@ -29,10 +38,14 @@ struct Buffer {
 pub struct Memory {
     device: Device,
     inner: Arc<RwLock<Inner>>,
+    failure: Arc<Mutex<Option<Error>>>,
+    gpu: Option<Arc<Gpu>>,
 }
 
 #[derive(Default)]
 struct Inner {
+    /// Where the buffers go back to.
+    gpu: Option<Arc<Gpu>>,
     buffers: Vec<Buffer>,
     free: BTreeMap<(DTypeKey, usize), Vec<BufferId>>,
     live_bytes: u64,
@@ -52,18 +65,47 @@ fn range(tensor: &Tensor) -> ops::Range<usize> {
     start..start + tensor.len()
 }
 
+impl Drop for Inner {
+    fn drop(&mut self) {
+        if let Some(gpu) = &self.gpu {
+            self.buffers.iter().filter(|buffer| buffer.address != 0).for_each(|buffer| gpu.free(buffer.address));
+        }
+    }
+}
+
+type ReadGuard = ArcRwLockReadGuard<RawRwLock, Storage>;
+type WriteGuard = ArcRwLockWriteGuard<RawRwLock, Storage>;
+
 /// Shared view of a tensor's elements.
-pub struct Ref<T: Element>(ArcRwLockReadGuard<RawRwLock, Storage>, ops::Range<usize>, std::marker::PhantomData<T>);
+pub struct Ref<T: Element> {
+    storage: ReadGuard,
+    range: ops::Range<usize>,
+    element: std::marker::PhantomData<T>,
+    /// The buffer's, if `storage` is a copy of it.
+    _held: Option<ReadGuard>,
+}
 
 /// Exclusive view of a tensor's elements.
-pub struct RefMut<T: Element>(ArcRwLockWriteGuard<RawRwLock, Storage>, ops::Range<usize>, std::marker::PhantomData<T>);
+pub struct RefMut<T: Element> {
+    storage: WriteGuard,
+    range: ops::Range<usize>,
+    element: std::marker::PhantomData<T>,
+    upload: Option<Upload>,
+}
+
+/// Where a copy goes when it is dropped.
+struct Upload {
+    memory: Memory,
+    tensor: Tensor,
+    _held: WriteGuard,
+}
 
 impl<T: Element> ops::Deref for Ref<T> {
     type Target = [T];
     fn deref(&self) -> &[T] {
-        match T::slice(&self.0) {
-            Some(s) => &s[self.1.clone()],
-            None => panic!("expected a {:?} buffer, found {:?}", T::DTYPE, self.0.dtype()),
+        match T::slice(&self.storage) {
+            Some(s) => &s[self.range.clone()],
+            None => panic!("expected a {:?} buffer, found {:?}", T::DTYPE, self.storage.dtype()),
         }
     }
 }
@@ -71,27 +113,71 @@ impl<T: Element> ops::Deref for Ref<T> {
 impl<T: Element> ops::Deref for RefMut<T> {
     type Target = [T];
     fn deref(&self) -> &[T] {
-        match T::slice(&self.0) {
-            Some(s) => &s[self.1.clone()],
-            None => panic!("expected a {:?} buffer, found {:?}", T::DTYPE, self.0.dtype()),
+        match T::slice(&self.storage) {
+            Some(s) => &s[self.range.clone()],
+            None => panic!("expected a {:?} buffer, found {:?}", T::DTYPE, self.storage.dtype()),
         }
     }
 }
 
 impl<T: Element> ops::DerefMut for RefMut<T> {
     fn deref_mut(&mut self) -> &mut [T] {
-        let found = self.0.dtype();
-        match T::slice_mut(&mut self.0) {
-            Some(s) => &mut s[self.1.clone()],
+        let found = self.storage.dtype();
+        match T::slice_mut(&mut self.storage) {
+            Some(s) => &mut s[self.range.clone()],
             None => panic!("expected a {:?} buffer, found {found:?}", T::DTYPE),
         }
     }
 }
 
+impl<T: Element> Drop for RefMut<T> {
+    fn drop(&mut self) {
+        if let Some(Upload { memory, tensor, .. }) = &self.upload
+            && let Some(elements) = T::slice(&self.storage)
+        {
+            memory.put(*tensor, bytemuck::cast_slice(&elements[self.range.clone()]));
+        }
+    }
+}
+
 impl Memory {
-    /// Empty memory of `device`.
+    /// Empty memory of `device`. If that is a GPU that cannot be opened, this is the memory's first failure.
     pub fn new(device: Device) -> Self {
-        Memory { device, inner: Arc::default() }
+        let (gpu, failure) = match device {
+            Device::Cuda(ordinal) => cuda::open(ordinal).map_or_else(|e| (None, Some(e)), |gpu| (Some(gpu), None)),
+            Device::Cpu | Device::Meta => (None, None),
+        };
+        let mut inner = Inner::default();
+        inner.gpu.clone_from(&gpu);
+        Memory { device, inner: Arc::new(RwLock::new(inner)), failure: Arc::new(Mutex::new(failure)), gpu }
+    }
+
+    /// The same, for devices that may not be there.
+    ///
+    /// # Errors
+    /// Those of [`cuda::open`].
+    pub fn open(device: Device) -> Result<Self> {
+        let memory = Memory::new(device);
+        memory.failure().map(|()| memory)
+    }
+
+    /// The GPU that the buffers are on, if they are.
+    pub fn gpu(&self) -> Option<&Arc<Gpu>> {
+        self.gpu.as_ref()
+    }
+
+    /// What went wrong first, if anything: since then tensors may be without bytes, and no stream runs.
+    ///
+    /// # Errors
+    /// A GPU that cannot be opened, [`Error::OutOfMemory`], or a copy that failed.
+    pub fn failure(&self) -> Result<()> {
+        self.failure.lock().clone().map_or(Ok(()), Err)
+    }
+
+    fn note(&self, result: Result<()>) {
+        if let Err(e) = result {
+            self.failure.lock().get_or_insert(e);
+        }
     }
 
     /// The device the buffers are on.
@@ -99,7 +185,8 @@ impl Memory {
         self.device
     }
 
-    /// A tensor of `dims`. Its contents are unspecified: what was there before, or zeros.
+    /// A tensor of `dims`. Its contents are unspecified: what was there before, or zeros, or on a GPU anything. If the device has no
+    /// bytes for it, that is the memory's failure.
     pub fn alloc(&self, dtype: DType, dims: &[usize]) -> Tensor {
         let shape = Shape::new(dims);
         let mut tensor = Tensor { buffer: BufferId(0), offset: 0, dtype, shape };
@@ -108,9 +195,14 @@ impl Memory {
             tensor.buffer = id;
         } else {
             tensor.buffer = BufferId(inner.buffers.len() as u32);
-            let len = if self.device == Device::Meta { 0 } else { tensor.len() };
+            let len = if self.device == Device::Cpu { tensor.len() } else { 0 };
             let storage = Arc::new(RwLock::new(Storage::zeros(dtype, len)));
-            inner.buffers.push(Buffer { storage, len: tensor.len() });
+            let address = self.gpu.as_ref().map_or(Ok(0), |gpu| gpu.alloc(tensor.size_bytes()));
+            let address = address.unwrap_or_else(|e| {
+                self.note(Err(e));
+                0
+            });
+            inner.buffers.push(Buffer { storage, len: tensor.len(), address });
             inner.reserved_bytes += tensor.size_bytes();
         }
         inner.live_bytes += tensor.size_bytes();
@@ -152,7 +244,42 @@ impl Memory {
         self.inner.read().buffers[tensor.buffer.0 as usize].clone()
     }
 
-    /// The elements, shared.
+    /// Address of the first element on the GPU.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] if it is not there.
+    pub(crate) fn address(&self, tensor: Tensor) -> Result<u64> {
+        match self.buffer(tensor).address {
+            0 => Err(Error::Driver {
+                device: self.device.to_string(),
+                call: "taking a tensor's address",
+                message: format!("{tensor:?} has no bytes there"),
+            }),
+            address => Ok(address + tensor.offset * tensor.dtype.size_bytes() as u64),
+        }
+    }
+
+    /// Copies a tensor's bytes to the GPU. Once the memory has failed, nothing.
+    fn put(&self, tensor: Tensor, bytes: &[u8]) {
+        if let Some(gpu) = self.gpu.as_ref().filter(|_| self.failure.lock().is_none()) {
+            self.note(self.address(tensor).and_then(|address| gpu.upload(address, bytes)));
+        }
+    }
+
+    /// A copy of a tensor's elements on the GPU; zeros once the memory has failed.
+    fn fetch<T: Element>(&self, tensor: Tensor) -> Arc<RwLock<Storage>> {
+        assert_eq!(T::DTYPE, tensor.dtype, "a tensor is read and written as what it is");
+        let mut storage = Storage::zeros(tensor.dtype, tensor.len());
+        if let (Some(gpu), Some(elements)) = (&self.gpu, T::slice_mut(&mut storage))
+            && self.failure.lock().is_none()
+        {
+            let bytes = bytemuck::cast_slice_mut(elements);
+            self.note(self.address(tensor).and_then(|address| gpu.download(address, bytes)));
+        }
+        Arc::new(RwLock::new(storage))
+    }
+
+    /// The elements, shared; a copy, if the device is a GPU.
     ///
     /// # Panics
     /// If a task is writing them (an edge is missing), or the type is another.
@@ -160,10 +287,17 @@ impl Memory {
         let guard = self.buffer(tensor).storage.try_read_arc();
         let guard =
             guard.unwrap_or_else(|| panic!("{tensor:?} is read while another task writes it: an edge is missing"));
-        Ref(guard, range(&tensor), std::marker::PhantomData)
+        let element = std::marker::PhantomData;
+        match self.device {
+            Device::Cuda(_) => {
+                let storage = self.fetch::<T>(tensor).read_arc();
+                Ref { storage, range: 0..tensor.len(), element, _held: Some(guard) }
+            }
+            Device::Cpu | Device::Meta => Ref { storage: guard, range: range(&tensor), element, _held: None },
+        }
     }
 
-    /// The elements, exclusively.
+    /// The elements, exclusively; a copy that is uploaded when it is dropped, if the device is a GPU.
     ///
     /// # Panics
     /// If another task is using them (an edge is missing), or the type is another.
@@ -171,12 +305,28 @@ impl Memory {
         let guard = self.buffer(tensor).storage.try_write_arc();
         let guard =
             guard.unwrap_or_else(|| panic!("{tensor:?} is written while another task uses it: an edge is missing"));
-        RefMut(guard, range(&tensor), std::marker::PhantomData)
+        let element = std::marker::PhantomData;
+        match self.device {
+            Device::Cuda(_) => {
+                let upload = Upload { memory: self.clone(), tensor, _held: guard };
+                let storage = self.fetch::<T>(tensor).write_arc();
+                RefMut { storage, range: 0..tensor.len(), element, upload: Some(upload) }
+            }
+            Device::Cpu | Device::Meta => RefMut { storage: guard, range: range(&tensor), element, upload: None },
+        }
     }
 
     /// Copies `data` in; for set-up, with no task in flight on it.
     pub fn upload<T: Element>(&self, tensor: Tensor, data: &[T]) {
-        self.write::<T>(tensor).copy_from_slice(data);
+        if self.gpu.is_none() {
+            return self.write::<T>(tensor).copy_from_slice(data);
+        }
+        assert_eq!(
+            (T::DTYPE, tensor.len()),
+            (tensor.dtype, data.len()),
+            "{tensor:?} is filled with as many elements of its type"
+        );
+        self.put(tensor, bytemuck::cast_slice(data));
     }
 
     /// A new tensor holding `data`.

@@ -3,98 +3,51 @@
 //! A CPU stream is a thread; the host enqueues closures and runs ahead. Streams are ordered by events only. In debug builds a
 //! [`Hazards`] tracker, shared by the streams of a device, knows the last writer and readers of each buffer and reports an
 //! access that no event orders, whether or not the threads happened to collide.
+//!
+//! On a GPU the thread launches kernels on a CUDA stream instead, and its events are the GPU's. An op without a kernel for what it is
+//! given runs on the thread, between what was launched before and after it, on copies of its tensors; it is counted by its name.
 
+mod event;
 mod hazards;
+mod worker;
 
 use std::{
     num::NonZeroUsize,
-    panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, mpsc},
     thread::JoinHandle,
 };
 
-use parking_lot::{Condvar, Mutex};
-
+pub use event::{Event, Waited};
 pub use hazards::Hazards;
 use hazards::VectorClock;
+use parking_lot::Mutex;
+use worker::{Worker, own_pool};
 
 use crate::{
-    clock,
     cost::Cost,
+    cuda::Lane,
+    device::{Device, Target},
     error::{Error, Result},
     memory::Memory,
+    ptx::Launch,
     tensor::Tensor,
 };
-
-/// A moment in a stream: reached when all that was enqueued before it is done.
-#[derive(Clone)]
-pub struct Event {
-    state: Arc<EventState>,
-    /// What is ordered before whoever waits for this event: per stream, the number of ops.
-    seen: Arc<VectorClock>,
-}
-
-/// What ops that need other ranks waited for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Waited {
-    /// Time that passed until the other ranks were there, before anything was copied.
-    pub nanos: u64,
-    /// Of ops that share out work: how much of it came to this rank, and the most that came to any.
-    pub load: Option<(u64, u64)>,
-}
-
-impl std::ops::AddAssign for Waited {
-    fn add_assign(&mut self, o: Waited) {
-        self.nanos += o.nanos;
-        self.load = match (self.load, o.load) {
-            (Some((mine, most)), Some((m, n))) => Some((mine + m, most + n)),
-            (a, b) => a.or(b),
-        };
-    }
-}
-
-struct EventState {
-    done: Mutex<Option<(u64, Waited)>>,
-    reached: Condvar,
-}
-
-impl Event {
-    fn new(seen: VectorClock) -> Self {
-        Event { state: Arc::new(EventState { done: Mutex::new(None), reached: Condvar::new() }), seen: Arc::new(seen) }
-    }
-
-    fn signal(&self, waited: Waited) {
-        *self.state.done.lock() = Some((clock::now_nanos(), waited));
-        self.state.reached.notify_all();
-    }
-
-    /// Blocks until the event is reached; returns when that was, in nanoseconds of [`clock::now_nanos`].
-    pub fn synchronize(&self) -> u64 {
-        let mut done = self.state.done.lock();
-        loop {
-            match *done {
-                Some((nanos, _)) => return nanos,
-                None => self.state.reached.wait(&mut done),
-            }
-        }
-    }
-
-    /// When the event was reached, if it was.
-    pub fn done_nanos(&self) -> Option<u64> {
-        self.state.done.lock().map(|(nanos, _)| nanos)
-    }
-
-    /// What the ops since the event before it on its stream waited for other ranks, in sum; nothing if it was not reached yet.
-    pub fn waited(&self) -> Waited {
-        self.state.done.lock().map(|(_, waited)| waited).unwrap_or_default()
-    }
-}
 
 type Job = Box<dyn FnOnce(&Memory) -> Waited + Send>;
 
 enum Message {
     Batch(Vec<Message>),
-    Run { task: Arc<str>, job: Job },
+    /// On the stream's thread.
+    Run {
+        task: Arc<str>,
+        op: &'static str,
+        job: Job,
+    },
+    /// On the GPU.
+    Launch {
+        task: Arc<str>,
+        launches: Vec<Launch>,
+    },
     Record(Event),
     Wait(Event),
 }
@@ -153,10 +106,12 @@ pub enum Rendezvous {
 }
 
 enum Backend {
-    Cpu {
+    Thread {
         sender: Option<mpsc::SyncSender<Message>>,
         thread: Option<JoinHandle<()>>,
-        failure: Arc<Mutex<Option<Error>>>,
+        failure: event::Failure,
+        /// What kernels are chosen by, if the thread launches them.
+        target: Option<Target>,
     },
     Meta,
 }
@@ -188,8 +143,8 @@ impl Stream {
     fn build(name: &str, memory: &Memory, hazards: &Arc<Hazards>, num_threads: Option<NonZeroUsize>) -> Result<Self> {
         let index = { hazards.add_stream() };
         let backend = match memory.device() {
-            crate::device::Device::Meta => Backend::Meta,
-            crate::device::Device::Cpu => Self::spawn(name, memory, num_threads)?,
+            Device::Meta => Backend::Meta,
+            Device::Cpu | Device::Cuda(_) => Self::spawn(name, memory, num_threads)?,
         };
         Ok(Stream {
             name: name.to_owned(),
@@ -217,7 +172,9 @@ impl Stream {
             memory: memory.clone(),
             failure: failure.clone(),
             waited: Waited::default(),
+            lane: memory.gpu().map(Lane::new).transpose()?,
         };
+        let target = memory.gpu().map(|gpu| gpu.target());
         let (started, pool) = mpsc::sync_channel(1);
         let run = move || match own_pool(&worker.name, num_threads) {
             Ok(pool) => {
@@ -233,7 +190,7 @@ impl Stream {
         if let Ok(Err(e)) = pool.recv() {
             return Err(no_thread(&e));
         }
-        Ok(Backend::Cpu { sender: Some(sender), thread: Some(thread), failure })
+        Ok(Backend::Thread { sender: Some(sender), thread: Some(thread), failure, target })
     }
 
     /// Name of the stream and its thread.
@@ -252,32 +209,65 @@ impl Stream {
     }
 
     /// Enqueues an op that reads and writes the given tensors. On `Meta` nothing runs.
-    pub fn launch(&mut self, reads: &[Tensor], writes: &[Tensor], job: impl FnOnce(&Memory) + Send + 'static) {
-        self.launch_waiting(reads, writes, move |memory| {
-            job(memory);
-            Waited::default()
-        });
+    pub fn launch<F: FnOnce(&Memory) + Send + 'static>(&mut self, reads: &[Tensor], writes: &[Tensor], job: F) {
+        self.launch_kernel(reads, writes, |_| None, job);
     }
 
-    /// [`Stream::launch`] for an op that may wait for other ranks; what it returns is summed up for the next event.
+    /// [`Stream::launch`] for an op that may wait for other ranks, told of as `op`; what it returns is summed up for the next event.
     pub fn launch_waiting(
         &mut self,
+        op: &'static str,
         reads: &[Tensor],
         writes: &[Tensor],
         job: impl FnOnce(&Memory) -> Waited + Send + 'static,
     ) {
+        if self.enlist(reads, writes) {
+            self.run(op, job);
+        }
+    }
+
+    /// [`Stream::launch`] for an op with kernels: on a GPU these are launched, if there are any for what the op is given, and the job
+    /// is not run.
+    pub fn launch_kernel<F: FnOnce(&Memory) + Send + 'static>(
+        &mut self,
+        reads: &[Tensor],
+        writes: &[Tensor],
+        kernels: impl FnOnce(&Target) -> Option<Vec<Launch>>,
+        job: F,
+    ) {
+        if !self.enlist(reads, writes) {
+            return;
+        }
+        let target = match &self.backend {
+            Backend::Thread { target, .. } => target.as_ref(),
+            Backend::Meta => None,
+        };
+        let launches = target.and_then(|on| kernels(on).filter(|all| all.iter().all(|launch| on.fits(&launch.kernel))));
+        match launches {
+            Some(launches) => self.send(Message::Launch { task: self.task.clone(), launches }),
+            None => self.run(op_name::<F>(), move |memory| {
+                job(memory);
+                Waited::default()
+            }),
+        }
+    }
+
+    /// Notes what the next op touches; whether it is to run.
+    fn enlist(&mut self, reads: &[Tensor], writes: &[Tensor]) -> bool {
         if let Some(recording) = &mut self.recording {
             recording.reads.extend(reads);
             recording.writes.extend(writes);
-            return;
+            return false;
         }
         self.clock[self.index] += 1;
         if cfg!(debug_assertions) {
             self.hazards.check(self.index, &self.clock, &self.task, reads, writes);
         }
-        if let Backend::Cpu { .. } = self.backend {
-            self.send(Message::Run { task: self.task.clone(), job: Box::new(job) });
-        }
+        matches!(self.backend, Backend::Thread { .. })
+    }
+
+    fn run(&mut self, op: &'static str, job: impl FnOnce(&Memory) -> Waited + Send + 'static) {
+        self.send(Message::Run { task: self.task.clone(), op, job: Box::new(job) });
     }
 
     /// From here to [`Stream::finish_recording`] ops check their contracts and note what they touch; nothing runs.
@@ -306,14 +296,14 @@ impl Stream {
 
     /// Whether what is launched now will run.
     pub fn runs(&self) -> bool {
-        self.recording.is_none() && matches!(self.backend, Backend::Cpu { .. })
+        self.recording.is_none() && matches!(self.backend, Backend::Thread { .. })
     }
 
     /// An event that is reached when all that was enqueued so far is done.
     pub fn record(&mut self) -> Event {
         let event = Event::new(self.clock.clone());
         match self.backend {
-            Backend::Cpu { .. } => self.send(Message::Record(event.clone())),
+            Backend::Thread { .. } => self.send(Message::Record(event.clone())),
             Backend::Meta => event.signal(Waited::default()),
         }
         event
@@ -327,7 +317,7 @@ impl Stream {
         for (mine, theirs) in self.clock.iter_mut().zip(event.seen.iter()) {
             *mine = (*mine).max(*theirs);
         }
-        if let Backend::Cpu { .. } = self.backend {
+        if let Backend::Thread { .. } = self.backend {
             self.send(Message::Wait(event.clone()));
         }
     }
@@ -339,10 +329,10 @@ impl Stream {
         self.failure()
     }
 
-    /// The first failure of an op since the last call, if any; does not block.
+    /// The first failure of an op since the last call, or the memory's, if any; does not block.
     pub fn failure(&self) -> Result<()> {
         match &self.backend {
-            Backend::Cpu { failure, .. } => failure.lock().take().map_or(Ok(()), Err),
+            Backend::Thread { failure, .. } => failure.lock().take().map_or_else(|| self.memory.failure(), Err),
             Backend::Meta => Ok(()),
         }
     }
@@ -370,7 +360,7 @@ impl Stream {
     }
 
     fn hand_over(&self, message: Message) {
-        if let Backend::Cpu { sender: Some(sender), .. } = &self.backend {
+        if let Backend::Thread { sender: Some(sender), .. } = &self.backend {
             // The worker outlives every sender: it only ends when the sender is dropped.
             let _ = sender.send(message);
         }
@@ -379,7 +369,7 @@ impl Stream {
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        if let Backend::Cpu { sender, thread, .. } = &mut self.backend {
+        if let Backend::Thread { sender, thread, .. } = &mut self.backend {
             drop(sender.take());
             if let Some(thread) = thread.take() {
                 let _ = thread.join();
@@ -388,67 +378,11 @@ impl Drop for Stream {
     }
 }
 
-struct Worker {
-    name: String,
-    memory: Memory,
-    failure: Arc<Mutex<Option<Error>>>,
-    /// Since the last event.
-    waited: Waited,
-}
-
-/// A pool with the calling thread in it, if one is asked for. Parallel loops on this thread then use it.
-fn own_pool(
-    name: &str,
-    num_threads: Option<NonZeroUsize>,
-) -> Result<Option<rayon::ThreadPool>, rayon::ThreadPoolBuildError> {
-    let Some(num_threads) = num_threads else { return Ok(None) };
-    let name = name.to_owned();
-    let pool = rayon::ThreadPoolBuilder::new()
-        .num_threads(num_threads.get())
-        .use_current_thread()
-        .thread_name(move |i| format!("{name}.{i}"));
-    pool.build().map(Some)
-}
-
-impl Worker {
-    fn run(&mut self, receiver: &mpsc::Receiver<Message>) {
-        while let Ok(message) = receiver.recv() {
-            self.handle(message);
-        }
-    }
-
-    fn handle(&mut self, message: Message) {
-        match message {
-            Message::Batch(messages) => messages.into_iter().for_each(|message| self.handle(message)),
-            Message::Record(event) => event.signal(std::mem::take(&mut self.waited)),
-            Message::Wait(event) => {
-                event.synchronize();
-            }
-            Message::Run { task, job } => {
-                // After a failure the stream drains without running: events still fire, so nobody hangs.
-                if self.failure.lock().is_some() {
-                    return;
-                }
-                match catch_unwind(AssertUnwindSafe(|| job(&self.memory))) {
-                    Ok(waited) => self.waited += waited,
-                    Err(panic) => self.fail(&task, panic),
-                }
-            }
-        }
-    }
-
-    fn fail(&self, task: &str, panic: Box<dyn std::any::Any + Send>) {
-        let message = panic
-            .downcast_ref::<String>()
-            .cloned()
-            .or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned()))
-            .unwrap_or_else(|| "a panic without a message".to_owned());
-        let error = match panic.downcast::<Error>() {
-            Ok(error) => *error,
-            Err(_) => Error::Task { stream: self.name.clone(), task: task.to_owned(), message },
-        };
-        *self.failure.lock() = Some(error);
-    }
+/// How an op is called where it is told of: the function that made the job, below `ops`.
+fn op_name<F>() -> &'static str {
+    let name = std::any::type_name::<F>();
+    let name = name.strip_suffix("::{{closure}}").unwrap_or(name);
+    name.split_once("::ops::").map_or(name, |(_, op)| op)
 }
 
 #[cfg(test)]

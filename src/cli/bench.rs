@@ -21,8 +21,29 @@ pub enum Bench {
     Train(BenchTrainArgs),
     /// What this machine's processors do, as a description of hardware
     Hardware(BenchHardwareArgs),
+    /// Ops on one device at DeepSeek's shapes, beside the fastest copy and the fastest product there
+    Kernels(BenchKernelsArgs),
     /// Steps under each pipeline schedule on local ranks, beside what a plan predicts that was calibrated on one of them
     Schedules(BenchSchedulesArgs),
+}
+
+/// Arguments of `bench kernels`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  hadal bench kernels --device cuda:0 --json -")]
+pub struct BenchKernelsArgs {
+    /// Device: cpu, cuda:0
+    #[arg(long, value_name = "DEVICE", default_value = "cuda:0")]
+    pub device: kernels::device::Device,
+    /// Runs whose median is taken, after two that are not counted
+    #[arg(long, value_name = "N", default_value_t = 20, value_parser = at_least::<1>)]
+    pub runs: usize,
+    /// Divide all sizes by this: for interpreters, whose times mean nothing
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = at_least::<1>)]
+    pub shrink: usize,
+    #[command(flatten)]
+    pub json: Json,
 }
 
 /// Arguments of `bench schedules`.

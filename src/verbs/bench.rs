@@ -1,11 +1,14 @@
 //! `hadal bench`: how fast this machine trains and generates, where the time goes, and what its processors could do.
 
+mod kernels;
+
 use std::{
     fs,
     process::ExitCode,
     sync::{Arc, atomic::AtomicUsize},
 };
 
+pub use kernels::kernels;
 use systems::{
     api::{BenchReport, BenchRequest},
     bench::bench,

@@ -1,14 +1,18 @@
 //! `hadal doctor`: what this machine has for Hadal, and what is in the way.
 
+mod device;
+
 use std::{
     env, fs,
     path::{Path, PathBuf},
     process::ExitCode,
 };
 
+use kernels::cuda;
 use serde::Serialize;
 
 use crate::{
+    cli::DoctorArgs,
     failure::{self, Failure},
     machine,
     report::{Output, Table},
@@ -30,12 +34,28 @@ struct Report {
     simd: Vec<Simd>,
     memory_total_bytes: Option<u64>,
     memory_available_bytes: Option<u64>,
-    gpu_supported: bool,
+    gpus: Vec<Gpu>,
+    /// Why there are none, if there are none.
+    gpu_problem: Option<String>,
     nvidia_driver: Option<String>,
     runs_dir: PathBuf,
     runs_dir_writable: bool,
     disk_free_bytes: Option<u64>,
     problems: Vec<String>,
+}
+
+/// A GPU that the driver shows.
+#[derive(Serialize)]
+struct Gpu {
+    device: String,
+    name: String,
+    compute_capability: String,
+    num_sms: u32,
+    memory_bytes: u64,
+    /// CUDA version that the driver serves.
+    driver_cuda: String,
+    /// Why runs cannot use it, if they cannot.
+    problem: Option<String>,
 }
 
 #[derive(Serialize)]
@@ -44,14 +64,30 @@ struct Simd {
     found: bool,
 }
 
-/// Looks around. Exit code 1 if something is in the way of a run.
+/// Looks around, or checks the ops of one device. Exit code 1 if something is in the way of a run, or an op computes what it should not.
 ///
 /// # Errors
-/// If the report cannot be written.
-pub fn doctor(output: &Output) -> Result<ExitCode, Failure> {
+/// If the device cannot be used, or the report cannot be written.
+pub fn doctor(args: &DoctorArgs, output: &Output) -> Result<ExitCode, Failure> {
+    if let Some(device) = args.device {
+        return device::check(device, args.quick, output);
+    }
     let report = look();
     output.result(&report, &table(&report))?;
     Ok(if report.problems.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(failure::RUNTIME) })
+}
+
+fn gpu(info: &cuda::GpuInfo) -> Gpu {
+    let (major, minor) = info.target.compute;
+    Gpu {
+        device: kernels::device::Device::Cuda(info.ordinal).to_string(),
+        name: info.name.clone(),
+        compute_capability: format!("{major}.{minor}"),
+        num_sms: info.target.num_sms,
+        memory_bytes: info.memory_bytes,
+        driver_cuda: format!("{}.{}", info.driver_version / 1000, info.driver_version % 1000 / 10),
+        problem: info.problem.as_ref().map(ToString::to_string),
+    }
 }
 
 fn look() -> Report {
@@ -65,6 +101,10 @@ fn look() -> Report {
     if let Err(e) = &writable {
         problems.push(format!("runs go to {}, but nothing can be written there: {e}", runs_dir.display()));
     }
+    let (gpus, gpu_problem) = match cuda::devices() {
+        Ok(gpus) => (gpus.iter().map(gpu).collect(), None),
+        Err(e) => (Vec::new(), Some(e.to_string())),
+    };
     Report {
         version: env!("CARGO_PKG_VERSION"),
         os: env::consts::OS,
@@ -75,7 +115,8 @@ fn look() -> Report {
         simd: machine::simd().into_iter().map(|(name, found)| Simd { name, found }).collect(),
         memory_total_bytes: memory.map(|(total, _)| total),
         memory_available_bytes: memory.map(|(_, available)| available),
-        gpu_supported: false,
+        gpus,
+        gpu_problem,
         nvidia_driver: machine::nvidia_driver(),
         disk_free_bytes: machine::disk_free_bytes(folder).ok(),
         runs_dir_writable: writable.is_ok(),
@@ -104,10 +145,19 @@ fn table(report: &Report) -> String {
         (Some(total), Some(available)) => format!("{}, {} available", units::bytes(total), units::bytes(available)),
         _ => unknown(),
     };
-    let gpu = match &report.nvidia_driver {
-        Some(version) => format!("not supported in this build (NVIDIA driver {version} found, and not used)"),
-        None => "not supported in this build".into(),
+    let shown = |gpu: &Gpu| {
+        let line = format!(
+            "{}: {}, compute capability {}, {}, driver for CUDA {}",
+            gpu.device,
+            gpu.name,
+            gpu.compute_capability,
+            units::bytes(gpu.memory_bytes),
+            gpu.driver_cuda
+        );
+        gpu.problem.iter().fold(line, |line, problem| format!("{line}\n{problem}"))
     };
+    let none = report.gpu_problem.iter().map(|problem| format!("none: {problem}"));
+    let gpus: Vec<String> = report.gpus.iter().map(shown).chain(none).collect();
     let writable = if report.runs_dir_writable { "can be written" } else { "cannot be written" };
     let mut table = Table::default();
     table
@@ -116,7 +166,7 @@ fn table(report: &Report) -> String {
         .row("cores", cores)
         .row("vectors", if simd.is_empty() { unknown() } else { simd.join(", ") })
         .row("memory", memory)
-        .row("GPU", gpu)
+        .row("GPU", gpus.join("\n"))
         .row("runs", format!("{}, {writable}", report.runs_dir.display()))
         .row("disk", report.disk_free_bytes.map_or_else(unknown, |free| format!("{} free", units::bytes(free))));
     for problem in &report.problems {

@@ -29,6 +29,7 @@ pub fn eval(args: EvalArgs, output: &Output) -> Result<ExitCode, Failure> {
         grads: args.grads,
         seq_len: args.seq_len,
         compute: args.precision.precision.into(),
+        device: args.precision.device,
         progress: Arc::new(TextProgress { to_stdout: false }),
     })?;
     let mut table = Table::default();

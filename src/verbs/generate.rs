@@ -27,6 +27,7 @@ pub fn generate(args: GenerateArgs, output: &Output) -> Result<ExitCode, Failure
         seed: args.seed,
         ignore_eos: args.ignore_eos,
         compute: args.precision.precision.into(),
+        device: args.precision.device,
         progress: Arc::new(TextProgress { to_stdout: output.is_text() }),
     })?;
     if output.is_text() && !report.text.ends_with('\n') {

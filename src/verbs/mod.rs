@@ -36,9 +36,10 @@ pub fn perform(verb: Verb, output: &Output) -> Result<ExitCode, Failure> {
         Verb::Convert(args) => convert::convert(&args, output),
         #[cfg(feature = "editor")]
         Verb::Editor(args) => editor::editor(args),
-        Verb::Doctor(_) => doctor::doctor(output),
+        Verb::Doctor(args) => doctor::doctor(&args, output),
         Verb::Bench(BenchArgs { what: Bench::Train(args) }) => bench::train(args, output),
         Verb::Bench(BenchArgs { what: Bench::Hardware(args) }) => bench::hardware(args, output),
+        Verb::Bench(BenchArgs { what: Bench::Kernels(args) }) => bench::kernels(&args, output),
         Verb::Bench(BenchArgs { what: Bench::Schedules(args) }) => bench::schedules(&args, output),
     }
 }

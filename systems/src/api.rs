@@ -136,6 +136,8 @@ pub struct EvalRequest {
     pub seq_len: usize,
     /// Type to compute in.
     pub compute: crate::scene::Compute,
+    /// What the model is on.
+    pub device: kernels::device::Device,
     /// Who is told.
     pub progress: Arc<dyn Progress>,
 }
@@ -174,6 +176,8 @@ pub struct GenerateRequest {
     pub ignore_eos: bool,
     /// Type to compute in.
     pub compute: crate::scene::Compute,
+    /// What the model is on.
+    pub device: kernels::device::Device,
     /// Who is told.
     pub progress: Arc<dyn Progress>,
 }

@@ -361,7 +361,8 @@ pub fn generate(request: GenerateRequest) -> Result<GenerateReport, SessionError
     let longest = folder.model().map_err(SessionError::input)?.config.max_position_embeddings;
     // Room for the prompt (a token is at least a byte) and what follows, and no more than the model was made for.
     let capacity = (request.prompt.len() + 2 + request.max_new_tokens).min(longest);
-    let checkpoint = Checkpoint::load(&request.checkpoint, request.compute, capacity, false, &request.progress)?;
+    let checkpoint =
+        Checkpoint::load(&request.checkpoint, (request.compute, request.device), capacity, false, &request.progress)?;
     let tokenizer = Arc::new(checkpoint.tokenizer()?);
     let mut app = checkpoint.app;
     let sampler =

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use bevy_app::prelude::*;
 use engine::{prelude::*, tensor_file::TensorFile};
-use kernels::tensor::Tensor;
+use kernels::{device::Device, tensor::Tensor};
 
 use crate::{
     api::{EvalInput, EvalReport, EvalRequest, Progress},
@@ -55,7 +55,7 @@ impl Checkpoint {
     /// If the folder is not whole; every finding is in the message.
     pub fn load(
         path: &Path,
-        compute: Compute,
+        (compute, device): (Compute, Device),
         max_positions: usize,
         trainable: bool,
         progress: &std::sync::Arc<dyn Progress>,
@@ -74,6 +74,7 @@ impl Checkpoint {
             progress: progress.clone(),
             ranks: Ranks::solo(model.config.num_hidden_layers),
             num_threads: None,
+            device,
             clock: Clock::Wall,
         };
         let app = app_with_model(setup, |spec| folder.read_param(spec).map_err(SessionError::input))?;
@@ -120,8 +121,13 @@ pub fn evaluate(request: EvalRequest) -> Result<EvalReport, SessionError> {
 }
 
 fn on_text(request: &EvalRequest, path: &Path) -> Result<EvaluationResult, SessionError> {
-    let mut checkpoint =
-        Checkpoint::load(&request.checkpoint, request.compute, request.seq_len, false, &request.progress)?;
+    let mut checkpoint = Checkpoint::load(
+        &request.checkpoint,
+        (request.compute, request.device),
+        request.seq_len,
+        false,
+        &request.progress,
+    )?;
     let tokenizer = checkpoint.tokenizer()?;
     let documents = source::read_documents(&[path.to_path_buf()]).map_err(SessionError::input)?;
     let ids = tokenizer.encode_documents(&documents).map_err(SessionError::input)?;
@@ -235,8 +241,13 @@ fn on_tokens(request: &EvalRequest, path: &Path) -> Result<EvaluationResult, Ses
     let vocab_size = folder.model().map_err(SessionError::input)?.config.vocab_size;
     let tokens = read_token_file(path, vocab_size).map_err(SessionError::input)?;
     let trainable = request.grads.is_some();
-    let mut checkpoint =
-        Checkpoint::load(&request.checkpoint, request.compute, tokens.seq_len, trainable, &request.progress)?;
+    let mut checkpoint = Checkpoint::load(
+        &request.checkpoint,
+        (request.compute, request.device),
+        tokens.seq_len,
+        trainable,
+        &request.progress,
+    )?;
     let app = &mut checkpoint.app;
     let batch = Batch::of_rows(tokens.ids.clone(), tokens.seq_len);
     let probe = Probe::new(app, &batch);

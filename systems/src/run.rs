@@ -141,6 +141,7 @@ fn with_sample(mut report: RunReport, request: &RunRequest) -> Result<RunReport,
         seed: scene.seed,
         ignore_eos: false,
         compute: scene.precision.compute,
+        device: scene.device.into(),
         progress: request.progress.clone(),
     })?;
     report.sample = Some(generated.text);

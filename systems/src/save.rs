@@ -65,6 +65,8 @@ pub fn gather<'a>(
         let at = local.start + range.start;
         (at, values(world, (index, local, range)))
     });
+    // What a device could not give back is not to be saved.
+    world.resource::<Tensors>().memory().failure()?;
     if ranks.layout.is_solo() {
         return Ok(mine.map_or_else(Vec::new, |(_, values)| values));
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use bevy_app::prelude::*;
 use bevy_ecs::prelude::*;
 use engine::prelude::*;
-use kernels::{dtype::DType, memory::Memory};
+use kernels::{device::Device, dtype::DType, memory::Memory};
 
 use crate::{
     api::Progress,
@@ -47,7 +47,7 @@ pub struct Session {
 pub struct SessionError {
     /// What happened and what to do.
     pub message: String,
-    /// Exit code of the process: 1 for a runtime error, 2 for bad input.
+    /// Exit code of the process: 1 for a runtime error, 2 for bad input, 3 for what does not fit.
     pub exit_code: u8,
 }
 
@@ -55,6 +55,12 @@ impl SessionError {
     /// A runtime error.
     pub fn runtime(error: impl std::fmt::Display) -> Self {
         SessionError { message: error.to_string(), exit_code: 1 }
+    }
+
+    /// A device's error: what does not fit has its own exit code.
+    pub fn device(error: kernels::error::Error) -> Self {
+        let exit_code = if matches!(error, kernels::error::Error::OutOfMemory { .. }) { 3 } else { 1 };
+        SessionError { message: error.to_string(), exit_code }
     }
 
     /// Bad input.
@@ -170,6 +176,8 @@ pub struct ModelSetup<'a> {
     pub ranks: Ranks,
     /// Threads of this rank's ops; `None` shares those of the process.
     pub num_threads: Option<usize>,
+    /// What it is on, under the wall's time.
+    pub device: Device,
     /// The wall's time; or a computed one, and then no weights.
     pub clock: Clock,
 }
@@ -177,17 +185,21 @@ pub struct ModelSetup<'a> {
 /// An app with this rank's part of a model, whose weights are `values` of each parameter in the list.
 ///
 /// # Errors
-/// Those of `values`, and the operating system's if it gives no thread.
+/// Those of `values`, the device's if it cannot be used or is full, and the operating system's if it gives no thread.
 pub fn app_with_model(
     setup: ModelSetup,
     mut values: impl FnMut(&ParamSpec) -> Result<Vec<f32>, SessionError>,
 ) -> Result<App, SessionError> {
     let mut app = App::new();
+    if setup.clock == Clock::Wall {
+        app.insert_resource(Tensors::new(Memory::open(setup.device).map_err(SessionError::device)?));
+    }
     app.add_plugins((EnginePlugin { clock: setup.clock.clone() }, ModelPlugin));
     let world = app.world_mut();
     let memory = world.resource::<Tensors>().memory().clone();
-    let ModelSetup { config, compute, max_positions, trainable, recompute, progress, ranks, num_threads, clock } =
-        setup;
+    let ModelSetup {
+        config, compute, max_positions, trainable, recompute, progress, ranks, num_threads, clock, ..
+    } = setup;
     let rank = ranks.layout.rank;
     let mut stream =
         |name, threads| Queue::spawn_with_threads(world, rank, name, threads).map_err(SessionError::runtime);
@@ -210,6 +222,7 @@ pub fn app_with_model(
     world.insert_resource(model);
     world.insert_resource(ranks);
     world.insert_resource(Session { progress, streams, recompute });
+    memory.failure().map_err(SessionError::device)?;
     Ok(app)
 }
 

@@ -184,6 +184,7 @@ pub fn set_up_rank(
         progress: progress.clone(),
         ranks,
         num_threads,
+        device: scene.device.into(),
         clock: Clock::Wall,
     };
     let mut app = app_with_model(setup, |spec| match &folder {
@@ -226,6 +227,7 @@ pub fn set_up_rank(
     let training = Training::new(scene.clone(), train, schedule, loader, microbatches, moe_layers);
     world.insert_resource(training);
     app.add_plugins((TrainPlugin, EvaluatePlugin));
+    memory.failure().map_err(SessionError::device)?;
     if is_solo {
         let sample = scene.sample.clone().unwrap_or_default();
         let sampler = Sampler { temperature: sample.temperature, top_p: sample.top_p, top_k: 0, seed: scene.seed };

@@ -2,7 +2,7 @@
 //! the pipeline's actions once per number of microbatches, Record reads the losses and loads back, Keep logs and decides whose
 //! turn it is next.
 
-use std::sync::Arc;
+use std::{collections::BTreeSet, sync::Arc};
 
 use bevy_app::prelude::*;
 use bevy_ecs::prelude::*;
@@ -293,12 +293,31 @@ impl RankStep {
     }
 }
 
+/// Ops without a kernel for the run's device that were told of.
+#[derive(Resource, Default)]
+struct ToldHostOps(BTreeSet<&'static str>);
+
+/// Says once of each op that it has no kernel: the run is right without, and slow.
+fn tell_host_ops(world: &mut World) {
+    let memory = world.resource::<Tensors>().memory().clone();
+    let Some(gpu) = memory.gpu() else { return };
+    let mut told = world.remove_resource::<ToldHostOps>().unwrap_or_default();
+    for op in gpu.host_ops().into_keys().filter(|op| told.0.insert(op)) {
+        let note = format!("op `{op}` has no kernel for {}: it runs on the host", memory.device());
+        world.resource::<Session>().progress.note(&note);
+    }
+    world.insert_resource(told);
+}
+
 pub(crate) fn record(world: &mut World) -> Result {
     let step = world.resource::<Training>().step + 1;
     world.resource_mut::<Telemetry>().number(step);
     let ranks = world.resource::<Ranks>().clone();
+    tell_host_ops(world);
     world.insert_resource(Sent(ranks.comm.take_meter()));
-    let all = ranks.exchange(&RankStep::of(world))?;
+    let mine = RankStep::of(world);
+    world.resource::<Tensors>().memory().failure()?;
+    let all = ranks.exchange(&mine)?;
     let mut losses: Vec<_> = all.iter().flat_map(|rank| rank.losses.iter().cloned()).collect();
     losses.sort_unstable_by_key(|(microbatch, _)| *microbatch);
     let sum = |k: usize| losses.iter().filter_map(|(_, all)| all.get(k)).map(|&bits| f64::from_bits(bits)).sum::<f64>();

@@ -72,6 +72,7 @@ impl Probe {
             progress: Arc::new(Silent),
             ranks: Ranks::solo(config.num_hidden_layers),
             num_threads: None,
+            device: kernels::device::Device::Cpu,
             clock: Clock::Wall,
         };
         let mut app = app_with_model(setup, |spec| {

@@ -53,7 +53,7 @@ fn each_case(check: impl Fn(Case)) {
 impl Case {
     fn app(&self, compute: Compute, trainable: bool) -> App {
         let progress: Arc<dyn Progress> = Arc::new(Silent);
-        Checkpoint::load(&self.dir, compute, 64, trainable, &progress).unwrap().app
+        Checkpoint::load(&self.dir, (compute, kernels::device::Device::Cpu), 64, trainable, &progress).unwrap().app
     }
 
     fn values(&self, name: &str) -> Vec<f32> {

@@ -241,7 +241,7 @@ impl Comm {
         s.meet(rendezvous);
         s.account(cost);
         let comm = self.clone();
-        s.launch_waiting(reads, writes, move |m| {
+        s.launch_waiting(op, reads, writes, move |m| {
             match catch_unwind(AssertUnwindSafe(|| comm.hub(op).and_then(|hub| job(&comm, hub, m)))) {
                 Ok(Ok(waited)) => waited,
                 Ok(Err(error)) => {

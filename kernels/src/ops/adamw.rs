@@ -6,9 +6,11 @@ use rayon::prelude::*;
 
 use crate::{
     cost::Cost,
-    dtype::Float,
+    device::Target,
+    dtype::{DType, Float},
     error::Result,
-    ops::{elementwise, expect_shape, norm::clip_factor},
+    ops::{elementwise, expect_shape, is_fast, norm::clip_factor},
+    ptx,
     simd::vectorize,
     stream::Stream,
     tensor::Tensor,
@@ -58,17 +60,25 @@ pub fn update(s: &mut Stream, hyper: AdamW, slots: Slots, sum_squares: Tensor) -
     }
     let Slots { master, grad, m, v, weight } = slots;
     s.account(cost(master.len(), grad.dtype.size_bytes()));
-    s.launch(&[grad, sum_squares], &[master, m, v], move |memory| {
-        let Some(clip) = clip_factor(memory.read::<f64>(sum_squares)[0], hyper.max_grad_norm) else { return };
-        with_float!(grad.dtype, G => with_float!(master.dtype, T => {
-            let grad = memory.read::<G>(grad);
-            let (mut p, mut m, mut v) = (memory.write::<T>(master), memory.write::<T>(m), memory.write::<T>(v));
-            update_slice::<T, G>(hyper, clip, &grad, &mut p, &mut m, &mut v);
-        }));
-    });
     if let Some(weight) = weight {
-        elementwise::copy(s, master, weight)?;
+        expect_shape("adamw", "weight", weight.reshape(&dims), &dims)?;
+        s.account(elementwise::cost(master.len(), 1, weight.dtype.size_bytes()));
     }
+    let writes: Vec<Tensor> = [master, m, v].into_iter().chain(weight).collect();
+    let has = master.dtype == DType::F32 && is_fast(grad) && weight.is_none_or(is_fast);
+    let kernels = |_: &Target| has.then(|| ptx::adamw::update(hyper, slots, sum_squares));
+    s.launch_kernel(&[grad, sum_squares], &writes, kernels, move |memory| {
+        if let Some(clip) = clip_factor(memory.read::<f64>(sum_squares)[0], hyper.max_grad_norm) {
+            with_float!(grad.dtype, G => with_float!(master.dtype, T => {
+                let grad = memory.read::<G>(grad);
+                let (mut p, mut m, mut v) = (memory.write::<T>(master), memory.write::<T>(m), memory.write::<T>(v));
+                update_slice::<T, G>(hyper, clip, &grad, &mut p, &mut m, &mut v);
+            }));
+        }
+        if let Some(weight) = weight {
+            elementwise::copy_now(memory, master, weight);
+        }
+    });
     Ok(())
 }
 

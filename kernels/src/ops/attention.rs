@@ -25,9 +25,11 @@ use self::{
 };
 use crate::{
     cost::Cost,
+    device::Target,
     dtype::Float,
     error::{Error, Result},
-    ops::{expect_shape, rope::acc_dtype},
+    ops::{are_fast, expect_shape, rope::acc_dtype},
+    ptx,
     stream::Stream,
     tensor::Tensor,
     with_float,
@@ -58,6 +60,9 @@ pub struct Grads {
     /// [t, g, v]
     pub dv: Tensor,
 }
+
+/// Widest heads that a kernel has registers and shared memory for.
+const WIDEST: usize = 256;
 
 /// Query blocks of one forward task.
 const BLOCKS_PER_TASK: usize = 8;
@@ -156,7 +161,10 @@ pub(crate) fn madds(parts: &[Part]) -> usize {
 /// F: assigns o and lse.
 pub fn forward(s: &mut Stream, x: Inputs, o: Tensor, lse: Tensor) -> Result<()> {
     let n = x.check(o, lse)?;
-    s.launch(&x.reads(), &[o, lse], move |m| {
+    let kernels = |_: &Target| {
+        (are_fast(&[x.q, x.k, x.v, o]) && n.d <= WIDEST && n.v <= WIDEST).then(|| ptx::attention::forward(x, o, lse))
+    };
+    s.launch_kernel(&x.reads(), &[o, lse], kernels, move |m| {
         with_float!(x.q.dtype, T => {
             let (q, k, v) = (m.read::<T>(x.q), m.read::<T>(x.k), m.read::<T>(x.v));
             let (mut o, mut lse) = (m.write::<T>(o), m.write::<<T as Float>::Acc>(lse));
@@ -186,7 +194,11 @@ pub fn input_grad(s: &mut Stream, x: Inputs, o: Tensor, lse: Tensor, d_o: Tensor
     expect_shape(OP, "dk", grads.dk, &[n.t, n.g, n.d])?;
     expect_shape(OP, "dv", grads.dv, &[n.t, n.g, n.v])?;
     let reads: Vec<Tensor> = x.reads().into_iter().chain([o, lse, d_o]).collect();
-    s.launch(&reads, &[grads.dq, grads.dk, grads.dv], move |m| {
+    let kernels = |_: &Target| {
+        (are_fast(&[x.q, o, d_o, grads.dq, grads.dk, grads.dv]) && n.d <= WIDEST && n.v <= WIDEST)
+            .then(|| ptx::attention::input_grad(x, o, lse, d_o, grads))
+    };
+    s.launch_kernel(&reads, &[grads.dq, grads.dk, grads.dv], kernels, move |m| {
         with_float!(x.q.dtype, T => {
             let (q, k, v, o, d_o) = (m.read::<T>(x.q), m.read::<T>(x.k), m.read::<T>(x.v), m.read::<T>(o), m.read::<T>(d_o));
             let lse = m.read::<<T as Float>::Acc>(lse);

@@ -13,6 +13,7 @@ use rayon::prelude::*;
 
 use crate::{
     cost::Cost,
+    device::Target,
     dtype::{DType, Float, Real},
     error::Result,
     ops::{
@@ -20,6 +21,7 @@ use crate::{
         gate::softmax,
         parallel::for_row_chunks,
     },
+    ptx,
     stream::Stream,
     tensor::Tensor,
     with_float,
@@ -77,7 +79,9 @@ pub fn sequence_loss(s: &mut Stream, l: SequenceLoss, scores: Tensor, indices: T
     expect_real(OP, "loss", loss)?;
     expect_tensor(OP, "loss", loss, loss.dtype, &[1])?;
     let (e, k) = (scores.cols(), indices.cols());
-    s.launch(&[scores, indices, loss], &[loss], move |m| {
+    let kernels =
+        |_: &Target| (scores.dtype == DType::F32).then(|| ptx::balance::sequence_loss(l, scores, indices, loss));
+    s.launch_kernel(&[scores, indices, loss], &[loss], kernels, move |m| {
         let value = with_float!(scores.dtype, T => {
             let (s, ix) = (m.read::<<T as Float>::Acc>(scores), m.read::<u32>(indices));
             // Per sequence, then in order: the sum is the same on any number of threads.
@@ -113,7 +117,10 @@ pub fn sequence_loss_grad(
     l.check(OP, scores, indices)?;
     let (t, e, k) = (scores.rows(), scores.cols(), indices.cols());
     expect_tensor(OP, "dscores", dscores, scores.dtype, &[t, e])?;
-    s.launch(&[scores, indices], &[dscores], move |m| {
+    let kernels = |_: &Target| {
+        (scores.dtype == DType::F32).then(|| ptx::balance::sequence_loss_grad(l, scale, scores, indices, dscores))
+    };
+    s.launch_kernel(&[scores, indices], &[dscores], kernels, move |m| {
         with_float!(scores.dtype, T => {
             type A = <T as Float>::Acc;
             let (s, ix, mut ds) = (m.read::<A>(scores), m.read::<u32>(indices), m.write::<A>(dscores));
@@ -149,7 +156,8 @@ pub fn z_loss(s: &mut Stream, coef: f64, logits: Tensor, loss: Tensor) -> Result
     expect_real(OP, "loss", loss)?;
     expect_tensor(OP, "loss", loss, loss.dtype, &[1])?;
     let (t, e) = (logits.rows(), logits.cols());
-    s.launch(&[logits, loss], &[loss], move |m| {
+    let kernels = |_: &Target| (logits.dtype == DType::F32).then(|| ptx::balance::z_loss(coef, logits, loss));
+    s.launch_kernel(&[logits, loss], &[loss], kernels, move |m| {
         let value = with_float!(logits.dtype, T => {
             let x = m.read::<<T as Float>::Acc>(logits);
             let mut p = vec![<T as Float>::Acc::of_f64(0.0); e];
@@ -166,7 +174,9 @@ pub fn z_loss_grad_acc(s: &mut Stream, coef: f64, scale: f64, logits: Tensor, dl
     let (t, e) = (logits.rows(), logits.cols());
     expect_real(OP, "logits", logits)?;
     expect_tensor(OP, "dlogits", dlogits, logits.dtype, &[t, e])?;
-    s.launch(&[logits, dlogits], &[dlogits], move |m| {
+    let kernels =
+        |_: &Target| (logits.dtype == DType::F32).then(|| ptx::balance::z_loss_grad_acc(coef, scale, logits, dlogits));
+    s.launch_kernel(&[logits, dlogits], &[dlogits], kernels, move |m| {
         with_float!(logits.dtype, T => {
             type A = <T as Float>::Acc;
             let (x, mut dx) = (m.read::<A>(logits), m.write::<A>(dlogits));
@@ -188,7 +198,8 @@ pub fn accumulate_counts(s: &mut Stream, counts: Tensor, total: Tensor) -> Resul
     let e = counts.len();
     expect_tensor("accumulate counts", "counts", counts, DType::U32, &[e])?;
     expect_tensor("accumulate counts", "total", total, DType::U32, &[e])?;
-    s.launch(&[counts, total], &[total], move |m| {
+    let kernels = |_: &Target| Some(ptx::balance::accumulate_counts(counts, total));
+    s.launch_kernel(&[counts, total], &[total], kernels, move |m| {
         for (i, (total, &count)) in m.write::<u32>(total).iter_mut().zip(m.read::<u32>(counts).iter()).enumerate() {
             *total = total.checked_add(count).unwrap_or_else(|| {
                 panic!("expert {i} was counted more often than u32 holds: zero the counts after each bias update")
@@ -203,7 +214,8 @@ pub fn bias_update(s: &mut Stream, counts: Tensor, speed: f32, bias: Tensor) -> 
     let e = counts.len();
     expect_tensor("bias update", "counts", counts, DType::U32, &[e])?;
     expect_tensor("bias update", "bias", bias, DType::F32, &[e])?;
-    s.launch(&[counts, bias], &[bias], move |m| {
+    let kernels = |_: &Target| Some(ptx::balance::bias_update(counts, speed, bias));
+    s.launch_kernel(&[counts, bias], &[bias], kernels, move |m| {
         let counts = m.read::<u32>(counts);
         let total: u64 = counts.iter().map(|&c| u64::from(c)).sum();
         for (bias, &count) in m.write::<f32>(bias).iter_mut().zip(counts.iter()) {

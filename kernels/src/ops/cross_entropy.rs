@@ -8,12 +8,15 @@ use rayon::prelude::*;
 
 use crate::{
     cost::Cost,
+    device::Target,
     dtype::{Float, Real},
     error::Result,
     ops::{
-        expect_shape,
+        are_fast, expect_shape,
         gemm::{self as linear, Mat, Threads, gemm},
+        is_fast,
     },
+    ptx,
     simd::vectorize,
     stream::Stream,
     tensor::Tensor,
@@ -52,7 +55,11 @@ pub fn run(s: &mut Stream, h: Tensor, w: Tensor, targets: Tensor, scale: f64, pa
     }
     let writes: Vec<Tensor> = [passes.nll, passes.dh, passes.dw].into_iter().flatten().collect();
     s.account(cost(t, v, d, h.dtype.size_bytes(), passes));
-    s.launch(&[h, w, targets], &writes, move |m| {
+    let kernels = |on: &Target| {
+        (are_fast(&[h, w]) && passes.dh.is_none_or(|dh| dh.dtype == h.dtype) && passes.dw.is_none_or(is_fast))
+            .then(|| chunked_kernels(on.into(), h, w, targets, scale, passes))
+    };
+    s.launch_kernel(&[h, w, targets], &writes, kernels, move |m| {
         with_float!(h.dtype, T => {
             let (h, w, targets) = (m.read::<T>(h), m.read::<T>(w), m.read::<u32>(targets));
             let mut nll = passes.nll.map(|x| m.write::<<T as Float>::Acc>(x));
@@ -80,6 +87,41 @@ pub fn run(s: &mut Stream, h: Tensor, w: Tensor, targets: Tensor, scale: f64, pa
         });
     });
     Ok(())
+}
+
+/// Tokens whose logits a GPU has at a time: 128 Mi numbers at most, so that they are some blocks high and within its memory.
+fn gpu_chunk(t: usize, v: usize) -> usize {
+    ((128 << 20) / v.max(1)).max(256).min(t.max(1))
+}
+
+/// Logits of a chunk of tokens to scratch, their softmax and gradient in place, and the products with it.
+fn chunked_kernels(
+    on: ptx::gemm::Target,
+    h: Tensor,
+    w: Tensor,
+    targets: Tensor,
+    scale: f64,
+    passes: Passes,
+) -> Vec<ptx::Launch> {
+    let (t, d, v) = (targets.len(), w.dim(1), w.dim(0));
+    let chunk = gpu_chunk(t, v);
+    let scale = (passes.dh.is_some() || passes.dw.is_some()).then_some(scale);
+    let mut launches = Vec::new();
+    for first in (0..t).step_by(chunk) {
+        let n = chunk.min(t - first);
+        let rows = |x: Tensor| x.slice(first * d, n * d).reshape(&[n, d]);
+        let logits = ptx::scratch_tensor(h.dtype, &[n, v]);
+        launches.extend(ptx::gemm::forward(on, rows(h), w, None, logits));
+        let at = ptx::cross_entropy::Logits { at: ptx::Arg::Tensor(logits), dtype: h.dtype, v };
+        let nll = match passes.nll {
+            Some(nll) => ptx::Arg::Tensor(nll.slice(first, n)),
+            None => ptx::Arg::Scratch { slot: 0, bytes: 4 * n as u64 },
+        };
+        launches.extend(ptx::cross_entropy::softmax_rows(at, targets.slice(first, n), nll, scale));
+        launches.extend(passes.dh.into_iter().flat_map(|dh| ptx::gemm::input_grad(on, logits, w, rows(dh), false)));
+        launches.extend(passes.dw.into_iter().flat_map(|dw| ptx::gemm::weight_grad(on, logits, rows(h), dw, None)));
+    }
+    launches
 }
 
 /// Turns each row of logits into its gradient and its loss.

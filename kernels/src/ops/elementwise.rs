@@ -2,9 +2,12 @@
 
 use crate::{
     cost::Cost,
+    device::Target,
     dtype::{DType, Float},
     error::Result,
-    ops::{expect_shape, parallel::for_row_chunks},
+    memory::Memory,
+    ops::{are_fast, expect_shape, is_fast, parallel::for_row_chunks},
+    ptx,
     stream::Stream,
     tensor::Tensor,
     with_float,
@@ -12,7 +15,8 @@ use crate::{
 
 /// `y = 0`.
 pub fn zero(s: &mut Stream, y: Tensor) {
-    s.launch(&[], &[y], move |m| match y.dtype {
+    let kernels = |_: &Target| Some(ptx::elementwise::zero(y));
+    s.launch_kernel(&[], &[y], kernels, move |m| match y.dtype {
         DType::U32 => m.write::<u32>(y).fill(0),
         dtype => with_float!(dtype, T => m.write::<T>(y).fill(T::of_f64(0.0))),
     });
@@ -23,28 +27,33 @@ pub fn copy(s: &mut Stream, x: Tensor, y: Tensor) -> Result<()> {
     let dims: Vec<usize> = x.shape.dims().collect();
     expect_shape("copy", "y", y.reshape(&dims), &dims)?;
     s.account(cost(x.len(), 1, y.dtype.size_bytes()));
-    s.launch(&[x], &[y], move |m| {
-        if x.dtype == DType::U32 {
-            m.write::<u32>(y).copy_from_slice(&m.read::<u32>(x));
-            return;
-        }
-        if x.dtype == y.dtype {
-            with_float!(x.dtype, T => {
-                let (x, mut y) = (m.read::<T>(x), m.write::<T>(y));
-                for_row_chunks(&mut y, 1, |at, chunk| chunk.copy_from_slice(&x[at..at + chunk.len()]));
-            });
-            return;
-        }
-        with_float!(x.dtype, T => with_float!(y.dtype, U => {
-            let (x, mut y) = (m.read::<T>(x), m.write::<U>(y));
-            for_row_chunks(&mut y, 1, #[inline(always)] |at, chunk| {
-                for (y, x) in chunk.iter_mut().zip(&x[at..]) {
-                    *y = U::of_f64(x.as_f64());
-                }
-            });
-        }));
-    });
+    let has = x.dtype == y.dtype || [x, y].iter().all(|t| is_fast(*t));
+    let kernels = |_: &Target| has.then(|| ptx::elementwise::copy(x, y));
+    s.launch_kernel(&[x], &[y], kernels, move |m| copy_now(m, x, y));
     Ok(())
+}
+
+/// [`copy`] as a part of another op's work.
+pub(super) fn copy_now(m: &Memory, x: Tensor, y: Tensor) {
+    if x.dtype == DType::U32 {
+        m.write::<u32>(y).copy_from_slice(&m.read::<u32>(x));
+        return;
+    }
+    if x.dtype == y.dtype {
+        with_float!(x.dtype, T => {
+            let (x, mut y) = (m.read::<T>(x), m.write::<T>(y));
+            for_row_chunks(&mut y, 1, |at, chunk| chunk.copy_from_slice(&x[at..at + chunk.len()]));
+        });
+        return;
+    }
+    with_float!(x.dtype, T => with_float!(y.dtype, U => {
+        let (x, mut y) = (m.read::<T>(x), m.write::<U>(y));
+        for_row_chunks(&mut y, 1, #[inline(always)] |at, chunk| {
+            for (y, x) in chunk.iter_mut().zip(&x[at..]) {
+                *y = U::of_f64(x.as_f64());
+            }
+        });
+    }));
 }
 
 /// Columns `from..from + cols` of x [t, c] = columns `to..to + cols` of y [t, e]; other columns of y stay.
@@ -58,7 +67,9 @@ pub fn copy_columns(
     let (t, c, e) = (x.rows(), x.cols(), y.cols());
     expect_shape("copy columns", "y", y.reshape(&[y.rows(), e]), &[t, e])?;
     assert!(from + cols <= c && to + cols <= e, "columns lie in their rows");
-    s.launch(&[x], &[y], move |m| {
+    let kernels =
+        |_: &Target| are_fast(&[x, y]).then(|| ptx::elementwise::copy_columns((x, from), (y, to), cols, accumulate));
+    s.launch_kernel(&[x], &[y], kernels, move |m| {
         with_float!(x.dtype, T => {
             let (x, mut y) = (m.read::<T>(x), m.write::<T>(y));
             for (x, y) in x.chunks_exact(c).zip(y.chunks_exact_mut(e)) {
@@ -76,7 +87,10 @@ pub fn add_acc(s: &mut Stream, x: Tensor, y: Tensor) -> Result<()> {
     let dims: Vec<usize> = x.shape.dims().collect();
     expect_shape("add", "y", y, &dims)?;
     s.account(cost(x.len(), 2, y.dtype.size_bytes()));
-    s.launch(&[x, y], &[y], move |m| {
+    let has =
+        [x, y].iter().all(|t| is_fast(*t)) || (y.dtype == DType::F64 && matches!(x.dtype, DType::F32 | DType::F64));
+    let kernels = |_: &Target| has.then(|| ptx::elementwise::add_acc(x, y));
+    s.launch_kernel(&[x, y], &[y], kernels, move |m| {
         with_float!(x.dtype, T => with_float!(y.dtype, U => {
             let (x, mut y) = (m.read::<T>(x), m.write::<U>(y));
             for_row_chunks(&mut y, 1, #[inline(always)] |at, chunk| {

@@ -4,9 +4,11 @@ use rayon::prelude::*;
 
 use crate::{
     cost::Cost,
+    device::Target,
     dtype::Float,
     error::Result,
-    ops::{expect_shape, parallel::for_row_chunks},
+    ops::{are_fast, expect_shape, parallel::for_row_chunks},
+    ptx,
     simd::vectorize,
     stream::Stream,
     tensor::Tensor,
@@ -18,7 +20,8 @@ pub fn forward(s: &mut Stream, tokens: Tensor, w: Tensor, y: Tensor) -> Result<(
     let (t, d) = (tokens.len(), w.dim(1));
     expect_shape("embedding", "y", y, &[t, d])?;
     s.account(cost(t, d, w.dtype.size_bytes()));
-    s.launch(&[tokens, w], &[y], move |m| {
+    let kernels = |_: &Target| are_fast(&[w, y]).then(|| ptx::embedding::forward(tokens, w, y));
+    s.launch_kernel(&[tokens, w], &[y], kernels, move |m| {
         with_float!(w.dtype, T => {
             let (tokens, w, mut y) = (m.read::<u32>(tokens), m.read::<T>(w), m.write::<T>(y));
             for_row_chunks(&mut y, d, #[inline(always)] |first, rows| {
@@ -37,7 +40,8 @@ pub fn weight_grad(s: &mut Stream, tokens: Tensor, dy: Tensor, dw: Tensor) -> Re
     let (t, d) = (tokens.len(), dw.dim(1));
     expect_shape("embedding gradient", "dy", dy, &[t, d])?;
     s.account(cost(t, d, dw.dtype.size_bytes()));
-    s.launch(&[tokens, dy], &[dw], move |m| {
+    let kernels = |_: &Target| are_fast(&[dy, dw]).then(|| ptx::embedding::weight_grad(tokens, dy, dw));
+    s.launch_kernel(&[tokens, dy], &[dw], kernels, move |m| {
         with_float!(dw.dtype, T => {
             scatter_add::<T>(&m.read::<u32>(tokens), &m.read::<T>(dy), &mut m.write::<T>(dw), d);
         });

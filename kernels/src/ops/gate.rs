@@ -20,12 +20,14 @@ pub(crate) use row::{counter_rng, softmax};
 
 use crate::{
     cost::Cost,
+    device::Target,
     dtype::{DType, Float},
     error::Result,
     ops::{
         expect::{expect_tensor, expect_that},
         parallel::for_row_chunks,
     },
+    ptx,
     stream::Stream,
     tensor::Tensor,
     with_float,
@@ -133,7 +135,11 @@ pub fn forward(s: &mut Stream, gate: Gate, logits: Tensor, bias: Option<Tensor>,
     let reads: Vec<Tensor> = std::iter::once(logits).chain(bias).collect();
     let writes = [out.scores, out.indices, out.weights, out.counts];
     s.account(cost(t, e, k, logits.dtype.size_bytes()));
-    s.launch(&reads, &writes, move |m| {
+    let kernels = |_: &Target| {
+        (logits.dtype == DType::F32 && e <= ptx::gate::MAX_EXPERTS && groups.num <= ptx::gate::MAX_GROUPS)
+            .then(|| ptx::gate::forward(gate, logits, bias, out))
+    };
+    s.launch_kernel(&reads, &writes, kernels, move |m| {
         let (mut indices, mut counts) = (m.write::<u32>(out.indices), m.write::<u32>(out.counts));
         with_float!(logits.dtype, T => {
             type A = <T as Float>::Acc;
@@ -176,7 +182,11 @@ pub fn input_grad(
     }
     let reads: Vec<Tensor> = [scores, indices, dweights].into_iter().chain(dscores).collect();
     s.account(cost(t, e, k, scores.dtype.size_bytes()));
-    s.launch(&reads, &[dlogits], move |m| {
+    let kernels = |_: &Target| {
+        (scores.dtype == DType::F32 && e <= ptx::gate::MAX_EXPERTS)
+            .then(|| ptx::gate::input_grad(gate, scores, indices, dweights, dscores, dlogits))
+    };
+    s.launch_kernel(&reads, &[dlogits], kernels, move |m| {
         with_float!(scores.dtype, T => {
             type A = <T as Float>::Acc;
             let (s, dw, ix, mut dx) =

@@ -11,9 +11,11 @@ use gemm::Parallelism;
 
 use crate::{
     cost::Cost,
+    device::Target,
     dtype::Float,
     error::Result,
-    ops::{expect_shape, gemv::gemv},
+    ops::{are_fast, expect_shape, gemv::gemv, is_fast},
+    ptx,
     stream::Stream,
     tensor::Tensor,
     with_float,
@@ -227,7 +229,9 @@ pub fn forward(s: &mut Stream, x: Tensor, w: Tensor, bias: Option<Tensor>, y: Te
     expect_shape("linear", "y", y, &[t, o]).or_else(|e| if y.len() == t * o { Ok(()) } else { Err(e) })?;
     s.account(forward_cost(t, o, i, x.dtype.size_bytes()));
     let reads: Vec<Tensor> = [x, w].into_iter().chain(bias).collect();
-    s.launch(&reads, &[y], move |m| {
+    let kernels =
+        |on: &Target| (are_fast(&reads) && y.dtype == x.dtype).then(|| ptx::gemm::forward(on.into(), x, w, bias, y));
+    s.launch_kernel(&reads, &[y], kernels, move |m| {
         with_float!(x.dtype, T => {
             let (x, w, mut y) = (m.read::<T>(x), m.read::<T>(w), m.write::<T>(y));
             let mut beta = 0.0;
@@ -248,7 +252,8 @@ pub fn forward_acc(s: &mut Stream, x: Tensor, w: Tensor, y: Tensor) -> Result<()
     let t = x.len() / i.max(1);
     expect_shape("linear onto", "y", y, &[t, o])?;
     s.account(forward_cost(t, o, i, x.dtype.size_bytes()));
-    s.launch(&[x, w, y], &[y], move |m| {
+    let kernels = |on: &Target| are_fast(&[x, w, y]).then(|| ptx::gemm::forward_acc(on.into(), x, w, y));
+    s.launch_kernel(&[x, w, y], &[y], kernels, move |m| {
         with_float!(x.dtype, T => {
             let (x, w, mut y) = (m.read::<T>(x), m.read::<T>(w), m.write::<T>(y));
             gemm(Mat::new(&x, t, i), Mat::new(&w, o, i).t(), 1.0, &mut y, o, Threads::All);
@@ -265,7 +270,8 @@ pub fn input_grad(s: &mut Stream, dy: Tensor, w: Tensor, dx: Tensor, accumulate:
         expect_shape("linear input gradient", "dy", dy, &[t, o])?;
     }
     s.account(input_grad_cost(t, o, i, dy.dtype.size_bytes()));
-    s.launch(&[dy, w], &[dx], move |m| {
+    let kernels = |on: &Target| are_fast(&[dy, w, dx]).then(|| ptx::gemm::input_grad(on.into(), dy, w, dx, accumulate));
+    s.launch_kernel(&[dy, w], &[dx], kernels, move |m| {
         with_float!(dy.dtype, T => {
             let (dy, w, mut dx) = (m.read::<T>(dy), m.read::<T>(w), m.write::<T>(dx));
             let beta = if accumulate { 1.0 } else { 0.0 };
@@ -284,7 +290,11 @@ pub fn weight_grad(s: &mut Stream, dy: Tensor, x: Tensor, dw: Tensor, dbias: Opt
     }
     s.account(weight_grad_cost(t, o, i, dy.dtype.size_bytes()));
     let writes: Vec<Tensor> = std::iter::once(dw).chain(dbias).collect();
-    s.launch(&[dy, x], &writes, move |m| {
+    let kernels = |on: &Target| {
+        let has = are_fast(&[dy, x]) && writes.iter().all(|t| is_fast(*t));
+        has.then(|| ptx::gemm::weight_grad(on.into(), dy, x, dw, dbias))
+    };
+    s.launch_kernel(&[dy, x], &writes, kernels, move |m| {
         with_float!(dy.dtype, T => {
             let (dy, x, mut dw) = (m.read::<T>(dy), m.read::<T>(x), m.write::<T>(dw));
             gemm(Mat::new(&dy, t, o).t(), Mat::new(&x, t, i), 1.0, &mut dw, i, Threads::All);

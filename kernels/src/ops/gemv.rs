@@ -8,9 +8,11 @@ use rayon::prelude::*;
 
 use crate::{
     cost::Cost,
+    device::Target,
     dtype::Float,
     error::{Error, Result},
-    ops::{expect_shape, lanes},
+    ops::{expect_shape, is_fast, lanes},
+    ptx,
     simd::vectorize,
     stream::Stream,
     tensor::Tensor,
@@ -112,7 +114,9 @@ pub fn forward(s: &mut Stream, x: Tensor, w: Tensor, bias: Option<Tensor>, y: Te
         expect_weight("linear", x, bias)?;
     }
     let reads: Vec<Tensor> = [x, w].into_iter().chain(bias).collect();
-    s.launch(&reads, &[y], move |m| {
+    let kernels =
+        |_: &Target| (reads.iter().all(|t| is_fast(*t)) && is_fast(y)).then(|| ptx::gemv::forward(x, w, bias, y));
+    s.launch_kernel(&reads, &[y], kernels, move |m| {
         with_weight!(x, w, T, W => {
             let mut y_on = vec![<T as Float>::Acc::default(); o * n];
             gemv::<T, W>(&m.read::<W>(w), &m.read::<T>(x), i, &mut y_on);

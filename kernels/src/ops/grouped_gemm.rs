@@ -26,12 +26,16 @@ use tasks::{Task, run, split};
 
 use crate::{
     cost::Cost,
+    device::Target,
     dtype::{DType, Float},
     error::Result,
     ops::{
+        are_fast,
         expect::expect_tensor,
         gemm::{self as plain, Mat, Threads, gemm, gemm_by_row},
+        is_fast,
     },
+    ptx::{self, gemm::Matrix, grouped_gemm::Rows},
     stream::Stream,
     tensor::Tensor,
     with_float,
@@ -100,7 +104,10 @@ fn check(
 pub fn forward(s: &mut Stream, x: Tensor, offsets: Tensor, w: Tensor, y: Tensor) -> Result<()> {
     let z = check("grouped linear", offsets, ("w", w), ("x", x), ("y", y))?;
     s.account(forward_cost(z.n, z.e, z.o, z.i, x.dtype.size_bytes()));
-    s.launch(&[x, offsets, w], &[y], move |m| {
+    let kernels = |on: &Target| {
+        are_fast(&[x, w, y]).then(|| ptx::grouped_gemm::forward(on.into(), x, Rows::Offsets(offsets), w, y))
+    };
+    s.launch_kernel(&[x, offsets, w], &[y], kernels, move |m| {
         with_float!(x.dtype, T => {
             let (x, w, mut y) = (m.read::<T>(x), m.read::<T>(w), m.write::<T>(y));
             let tasks = tasks::by_rows(&m.read::<u32>(offsets), z);
@@ -115,7 +122,11 @@ pub fn forward(s: &mut Stream, x: Tensor, offsets: Tensor, w: Tensor, y: Tensor)
 pub fn input_grad(s: &mut Stream, dy: Tensor, offsets: Tensor, w: Tensor, dx: Tensor) -> Result<()> {
     let z = check("grouped linear input gradient", offsets, ("w", w), ("dx", dx), ("dy", dy))?;
     s.account(input_grad_cost(z.n, z.e, z.o, z.i, dy.dtype.size_bytes()));
-    s.launch(&[dy, offsets, w], &[dx], move |m| {
+    let kernels = |on: &Target| {
+        are_fast(&[dy, w, dx])
+            .then(|| ptx::grouped_gemm::input_grad(on.into(), dy, Rows::Offsets(offsets), w, Matrix::new(dx, z.i)))
+    };
+    s.launch_kernel(&[dy, offsets, w], &[dx], kernels, move |m| {
         with_float!(dx.dtype, T => {
             let (dy, w, mut dx) = (m.read::<T>(dy), m.read::<T>(w), m.write::<T>(dx));
             let tasks = tasks::by_rows(&m.read::<u32>(offsets), z);
@@ -130,7 +141,11 @@ pub fn input_grad(s: &mut Stream, dy: Tensor, offsets: Tensor, w: Tensor, dx: Te
 pub fn weight_grad(s: &mut Stream, dy: Tensor, x: Tensor, offsets: Tensor, dw: Tensor) -> Result<()> {
     let z = check("grouped linear weight gradient", offsets, ("dw", dw), ("x", x), ("dy", dy))?;
     s.account(weight_grad_cost(z.n, z.e, z.o, z.i, dy.dtype.size_bytes()));
-    s.launch(&[dy, x, offsets, dw], &[dw], move |m| {
+    let kernels = |on: &Target| {
+        let has = are_fast(&[dy, x]) && is_fast(dw);
+        has.then(|| ptx::grouped_gemm::weight_grad(on.into(), dy, x, Rows::Offsets(offsets), dw))
+    };
+    s.launch_kernel(&[dy, x, offsets, dw], &[dw], kernels, move |m| {
         with_float!(x.dtype, T => {
             let (dy, x, mut dw) = (m.read::<T>(dy), m.read::<T>(x), m.write::<T>(dw));
             let tasks = tasks::by_outputs(&m.read::<u32>(offsets), z);

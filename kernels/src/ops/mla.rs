@@ -12,13 +12,15 @@ pub mod latent;
 
 use crate::{
     cost::Cost,
+    device::Target,
     dtype::Float,
     error::{Error, Result},
     ops::{
-        expect_shape, lanes,
+        are_fast, expect_shape, lanes,
         parallel::for_row_chunks2,
         rope::{RopeTable, Turn},
     },
+    ptx,
     stream::Stream,
     tensor::Tensor,
     with_float,
@@ -91,7 +93,9 @@ pub fn assemble(
         return Ok(());
     }
     let table = *table;
-    s.launch(&[x.kv_a, x.kv_b, positions, table.cos, table.sin], &[k, v], move |m| {
+    let kernels =
+        |_: &Target| are_fast(&[x.kv_a, x.kv_b, k, v]).then(|| ptx::mla::assemble(x, positions, &table, k, v));
+    s.launch_kernel(&[x.kv_a, x.kv_b, positions, table.cos, table.sin], &[k, v], kernels, move |m| {
         with_float!(k.dtype, T => {
             type A = <T as Float>::Acc;
             let (kv_a, kv_b, at) = (m.read::<T>(x.kv_a), m.read::<T>(x.kv_b), m.read::<u32>(positions));
@@ -133,7 +137,10 @@ pub fn assemble_grad(
         return Ok(());
     }
     let table = *table;
-    s.launch(&[dk, dv, positions, table.cos, table.sin], &[dx.kv_a, dx.kv_b], move |m| {
+    let kernels = |_: &Target| {
+        are_fast(&[dk, dv, dx.kv_a, dx.kv_b]).then(|| ptx::mla::assemble_grad(dk, dv, positions, &table, dx))
+    };
+    s.launch_kernel(&[dk, dv, positions, table.cos, table.sin], &[dx.kv_a, dx.kv_b], kernels, move |m| {
         with_float!(dk.dtype, T => {
             type A = <T as Float>::Acc;
             let (dk, dv, at) = (m.read::<T>(dk), m.read::<T>(dv), m.read::<u32>(positions));

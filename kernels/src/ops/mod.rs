@@ -29,6 +29,17 @@ pub mod swiglu;
 #[cfg(test)]
 pub(crate) mod testing;
 
+/// Whether the tensor is of a type that kernels are written for.
+pub(crate) fn is_fast(tensor: crate::tensor::Tensor) -> bool {
+    use crate::dtype::DType;
+    matches!(tensor.dtype, DType::F32 | DType::Bf16)
+}
+
+/// Whether the tensors are of one such type.
+pub(crate) fn are_fast(tensors: &[crate::tensor::Tensor]) -> bool {
+    tensors.iter().all(|tensor| is_fast(*tensor) && tensor.dtype == tensors[0].dtype)
+}
+
 /// `Err` if `tensor` has not the shape its contract wants.
 pub(crate) fn expect_shape(
     op: &'static str,

@@ -10,12 +10,15 @@
 
 use crate::{
     cost::Cost,
+    device::Target,
     dtype::{DType, Float},
     error::Result,
     ops::{
+        are_fast,
         expect::{acc_dtype, expect_tensor},
         parallel::{for_row_chunks, for_row_chunks2},
     },
+    ptx,
     stream::Stream,
     tensor::Tensor,
     with_float,
@@ -46,7 +49,9 @@ pub fn sort(s: &mut Stream, indices: Tensor, order: Order) -> Result<()> {
     expect_tensor("sort by expert", "indices", indices, DType::U32, &[t, k])?;
     expect_tensor("sort by expert", "offsets", order.offsets, DType::U32, &[order.offsets.len()])?;
     order.check("sort by expert", t * k)?;
-    s.launch(&[indices], &[order.offsets, order.row_of_slot, order.token_of_row], move |m| {
+    let kernels =
+        |_: &Target| (order.offsets.len() <= ptx::permute::MAX_EXPERTS + 1).then(|| ptx::permute::sort(indices, order));
+    s.launch_kernel(&[indices], &[order.offsets, order.row_of_slot, order.token_of_row], kernels, move |m| {
         let indices = m.read::<u32>(indices);
         let (mut offsets, mut row_of_slot, mut token_of_row) =
             (m.write::<u32>(order.offsets), m.write::<u32>(order.row_of_slot), m.write::<u32>(order.token_of_row));
@@ -76,7 +81,8 @@ pub fn permute(s: &mut Stream, x: Tensor, order: Order, rows: Tensor) -> Result<
     order.check("permute", n)?;
     expect_tensor("permute", "rows", rows, x.dtype, &[n, d])?;
     s.account(permute_cost(n, d, x.dtype.size_bytes()));
-    s.launch(&[x, order.token_of_row], &[rows], move |m| {
+    let kernels = |_: &Target| (are_fast(&[x, rows])).then(|| ptx::permute::permute(x, order, rows));
+    s.launch_kernel(&[x, order.token_of_row], &[rows], kernels, move |m| {
         with_float!(x.dtype, T => {
             let (x, tokens, mut rows) = (m.read::<T>(x), m.read::<u32>(order.token_of_row), m.write::<T>(rows));
             for_row_chunks(&mut rows, d, #[inline(always)] |first, chunk| {
@@ -118,7 +124,13 @@ fn gather_sum(
     let reads: Vec<Tensor> =
         [rows, order.row_of_slot].into_iter().chain(weights).chain(accumulate.then_some(y)).collect();
     s.account(combine_cost(t, k, d, y.dtype.size_bytes()));
-    s.launch(&reads, &[y], move |m| {
+    let kernels = |_: &Target| {
+        (are_fast(&[rows, y])).then(|| match weights {
+            Some(weights) => ptx::permute::combine(rows, weights, order, y, accumulate),
+            None => ptx::permute::permute_grad(rows, order, y, accumulate),
+        })
+    };
+    s.launch_kernel(&reads, &[y], kernels, move |m| {
         with_float!(y.dtype, T => {
             type A = <T as Float>::Acc;
             let (rows, slots, mut y) = (m.read::<T>(rows), m.read::<u32>(order.row_of_slot), m.write::<T>(y));
@@ -175,7 +187,10 @@ pub fn combine_grad(
     expect_tensor(OP, "dweights", dweights, acc_dtype(dy.dtype), &[t, k])?;
     let reads = [dy, rows, weights, order.row_of_slot, order.token_of_row];
     s.account(combine_cost(2 * t, k, d, dy.dtype.size_bytes()));
-    s.launch(&reads, &[drows, dweights], move |m| {
+    let kernels = |_: &Target| {
+        (are_fast(&[dy, rows, drows])).then(|| ptx::permute::combine_grad(dy, rows, weights, order, drows, dweights))
+    };
+    s.launch_kernel(&reads, &[drows, dweights], kernels, move |m| {
         with_float!(dy.dtype, T => {
             type A = <T as Float>::Acc;
             let (dy, rows, mut drows) = (m.read::<T>(dy), m.read::<T>(rows), m.write::<T>(drows));

@@ -7,12 +7,14 @@ use rayon::prelude::*;
 
 use crate::{
     cost::Cost,
+    device::Target,
     dtype::{Float, Real},
     error::Result,
     ops::{
-        expect_shape,
+        are_fast, expect_shape,
         parallel::{for_row_chunks, for_row_chunks2},
     },
+    ptx,
     simd::vectorize,
     stream::Stream,
     tensor::Tensor,
@@ -25,7 +27,8 @@ pub fn forward(s: &mut Stream, x: Tensor, w: Tensor, y: Tensor, rstd: Tensor, ep
     expect_shape("rms_norm", "y", y, &[t, d])?;
     expect_shape("rms_norm", "rstd", rstd, &[t])?;
     s.account(cost(t, d, x.dtype.size_bytes()));
-    s.launch(&[x, w], &[y, rstd], move |m| {
+    let kernels = |_: &Target| are_fast(&[x, w, y, rstd]).then(|| ptx::rms_norm::forward(x, w, y, rstd, eps));
+    s.launch_kernel(&[x, w], &[y, rstd], kernels, move |m| {
         with_float!(x.dtype, T => {
             let (x, w) = (m.read::<T>(x), m.read::<T>(w));
             let (mut y, mut rstd) = (m.write::<T>(y), m.write::<T>(rstd));
@@ -82,7 +85,9 @@ pub fn input_grad(
     expect_shape("rms_norm input gradient", "dy", dy, &[t, d])?;
     expect_shape("rms_norm input gradient", "dx", dx.reshape(&[t, c]), &[t, c])?;
     s.account(cost(2 * t, d, x.dtype.size_bytes()));
-    s.launch(&[x, w, rstd, dy], &[dx], move |m| {
+    let kernels =
+        |_: &Target| are_fast(&[x, w, rstd, dy, dx]).then(|| ptx::rms_norm::input_grad(x, w, rstd, dy, dx, accumulate));
+    s.launch_kernel(&[x, w, rstd, dy], &[dx], kernels, move |m| {
         with_float!(x.dtype, T => {
             let (x, w, rstd, dy) = (m.read::<T>(x), m.read::<T>(w), m.read::<T>(rstd), m.read::<T>(dy));
             let mut dx = m.write::<T>(dx);
@@ -108,7 +113,8 @@ pub fn weight_grad(s: &mut Stream, x: Tensor, rstd: Tensor, dy: Tensor, dw: Tens
     let (t, c, d) = (x.rows(), x.cols(), dw.len());
     expect_shape("rms_norm weight gradient", "dy", dy, &[t, d])?;
     s.account(cost(t, d, x.dtype.size_bytes()));
-    s.launch(&[x, rstd, dy], &[dw], move |m| {
+    let kernels = |_: &Target| are_fast(&[x, rstd, dy, dw]).then(|| ptx::rms_norm::weight_grad(x, rstd, dy, dw));
+    s.launch_kernel(&[x, rstd, dy], &[dw], kernels, move |m| {
         with_float!(x.dtype, T => {
             let (x, rstd, dy) = (m.read::<T>(x), m.read::<T>(rstd), m.read::<T>(dy));
             column_sums::<T>(&x, c, &rstd, &dy, &mut m.write::<T>(dw));

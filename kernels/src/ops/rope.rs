@@ -11,10 +11,12 @@ use std::f64::consts::PI;
 
 use crate::{
     cost::Cost,
+    device::Target,
     dtype::{DType, Float},
     error::{Error, Result},
     memory::Memory,
-    ops::{expect_shape, parallel::for_row_chunks},
+    ops::{expect_shape, is_fast, parallel::for_row_chunks},
+    ptx,
     stream::Stream,
     tensor::Tensor,
     with_float,
@@ -225,7 +227,13 @@ fn rotate(s: &mut Stream, x: Tensor, offset: usize, positions: Tensor, table: Ro
     }
     let width = x.len() / t;
     s.account(cost(t, x.len() / (t * head), dim, x.dtype.size_bytes()));
-    s.launch(&[x, positions, table.cos, table.sin], &[x], move |m| {
+    let kernels = |_: &Target| {
+        is_fast(x).then(|| {
+            let turn = if inverse { ptx::rope::input_grad } else { ptx::rope::forward };
+            turn(x, offset, positions, &table)
+        })
+    };
+    s.launch_kernel(&[x, positions, table.cos, table.sin], &[x], kernels, move |m| {
         with_float!(x.dtype, T => {
             type A = <T as Float>::Acc;
             let (cos, sin, positions) = (m.read::<A>(table.cos), m.read::<A>(table.sin), m.read::<u32>(positions));

@@ -2,9 +2,11 @@
 
 use crate::{
     cost::Cost,
+    device::Target,
     dtype::{Float, Real},
     error::Result,
-    ops::{expect_shape, parallel::for_row_chunks},
+    ops::{are_fast, expect_shape, parallel::for_row_chunks},
+    ptx,
     stream::Stream,
     tensor::Tensor,
     with_float,
@@ -51,7 +53,8 @@ pub fn forward(s: &mut Stream, h: Tensor, a: Tensor) -> Result<()> {
     let (t, f) = (a.rows(), a.cols());
     expect_shape("swiglu", "h", h.reshape(&[t, h.len() / t.max(1)]), &[t, 2 * f])?;
     s.account(cost(t, f, h.dtype.size_bytes()));
-    s.launch(&[h], &[a], move |m| {
+    let kernels = |_: &Target| are_fast(&[h, a]).then(|| ptx::swiglu::forward(h, a));
+    s.launch_kernel(&[h], &[a], kernels, move |m| {
         with_float!(h.dtype, T => {
             let (h, mut a) = (m.read::<T>(h), m.write::<T>(a));
             for_row_chunks(&mut a, f, #[inline(always)] |first, rows| {
@@ -69,7 +72,8 @@ pub fn input_grad(s: &mut Stream, h: Tensor, da: Tensor, dh: Tensor) -> Result<(
     let (t, f) = (da.rows(), da.cols());
     expect_shape("swiglu input gradient", "dh", dh.reshape(&[t, dh.len() / t.max(1)]), &[t, 2 * f])?;
     s.account(cost(2 * t, f, h.dtype.size_bytes()));
-    s.launch(&[h, da], &[dh], move |m| {
+    let kernels = |_: &Target| are_fast(&[h, da, dh]).then(|| ptx::swiglu::input_grad(h, da, dh));
+    s.launch_kernel(&[h, da], &[dh], kernels, move |m| {
         with_float!(h.dtype, T => {
             let (h, da, mut dh) = (m.read::<T>(h), m.read::<T>(da), m.write::<T>(dh));
             for_row_chunks(&mut dh, 2 * f, #[inline(always)] |first, rows| {

@@ -52,7 +52,7 @@ fn a_failing_op_names_its_task_and_stops_what_follows() {
 fn an_event_tells_what_was_waited_for_since_the_last() {
     let (_, mut a, ..) = two_streams();
     for (nanos, load) in [(5, None), (7, Some((1, 4))), (0, Some((2, 2)))] {
-        a.launch_waiting(&[], &[], move |_| Waited { nanos, load });
+        a.launch_waiting("meeting", &[], &[], move |_| Waited { nanos, load });
     }
     let (first, second) = (a.record(), a.record());
     second.synchronize();
@@ -63,7 +63,7 @@ fn an_event_tells_what_was_waited_for_since_the_last() {
 #[test]
 fn an_error_raised_in_a_job_is_the_streams_failure() {
     let (_, mut a, ..) = two_streams();
-    a.launch_waiting(&[], &[], |_| {
+    a.launch_waiting("meeting", &[], &[], |_| {
         std::panic::resume_unwind(Box::new(Error::PeerLost { rank: 3, message: "gone".into() }))
     });
     assert!(matches!(a.synchronize(), Err(Error::PeerLost { rank: 3, .. })));

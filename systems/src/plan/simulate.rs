@@ -171,6 +171,7 @@ fn lower(
         progress,
         ranks,
         num_threads: None,
+        device: kernels::device::Device::Meta,
         clock: Clock::Virtual { device: Box::new(work.device.clone()), format: work.format },
     };
     let mut app = app_with_model(setup, |_| Ok(Vec::new()))?;

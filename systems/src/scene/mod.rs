@@ -1,5 +1,5 @@
 //! A scene: the one RON file that says what a run is. A section is a plugin's settings, and a missing section means
-//! that the plugin is absent; only `batch`, `mesh`, `precision` and `recompute`, which are no plugins, always have a value.
+//! that the plugin is absent; only `batch`, `mesh`, `device`, `precision` and `recompute`, which are no plugins, always have a value.
 //!
 //! A file may extend another (`extends: "base.ron"`), and `--set path.to.key=RON` has the last word. The texts are
 //! merged as written, then read as types, then checked; each stage reports everything it finds, by file, line and
@@ -29,9 +29,9 @@ pub use diagnostic::{Place, SceneError, SceneErrors};
 pub use remote::Remote;
 pub use schedule::{Constant, Cosine, Schedule, WarmupStableDecay};
 pub use sections::{
-    AdamW, Batch, Checkpoint, Compute, Data, Eval, ExpertParallel, Mtp, Muon, Optimizer, Pipeline, PipelineSchedule,
-    PlanSection, Precision, Ramp, Recompute, RecomputeOp, Reduce, Routing, RoutingMode, Sample, ScenePath, ScenePaths,
-    Telemetry, Tokenizer, TraceSteps, Train, Validation, WireFormat,
+    AdamW, Batch, Checkpoint, Compute, Data, Device, Eval, ExpertParallel, Mtp, Muon, Optimizer, Pipeline,
+    PipelineSchedule, PlanSection, Precision, Ramp, Recompute, RecomputeOp, Reduce, Routing, RoutingMode, Sample,
+    ScenePath, ScenePaths, Telemetry, Tokenizer, TraceSteps, Train, Validation, WireFormat,
 };
 
 use crate::hf::config::HfConfig;
@@ -90,6 +90,9 @@ pub struct Scene {
     /// What `hadal plan` takes the scene to run on.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub plan: Option<PlanSection>,
+    /// What the run's tensors and ops are on.
+    #[serde(default)]
+    pub device: Device,
     /// Number formats.
     #[serde(default)]
     pub precision: Precision,

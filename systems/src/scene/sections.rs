@@ -350,6 +350,25 @@ pub struct PlanSection {
     pub load: RoutingLoad,
 }
 
+/// What a run's tensors and ops are on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Device {
+    /// This machine's processors.
+    #[default]
+    Cpu,
+    /// An NVIDIA GPU, by the driver's number; all ranks of the run share it.
+    Cuda(u32),
+}
+
+impl From<Device> for kernels::device::Device {
+    fn from(device: Device) -> Self {
+        match device {
+            Device::Cpu => kernels::device::Device::Cpu,
+            Device::Cuda(ordinal) => kernels::device::Device::Cuda(ordinal),
+        }
+    }
+}
+
 /// Number formats.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]

@@ -9,9 +9,11 @@ use super::{
 };
 use crate::{
     cost::Cost,
+    device::Target,
     dtype::Float,
     error::{Error, Result},
-    ops::expect_shape,
+    ops::{are_fast, expect_shape},
+    ptx,
     stream::Stream,
     tensor::Tensor,
     with_float,
@@ -49,7 +51,10 @@ pub fn append(s: &mut Stream, k: Tensor, v: Tensor, cache: KvCache, at: usize) -
     for (new, old) in [(k, cache.k), (v, cache.v)] {
         expect_room(OP, old, at, n)?;
         let width = new.len() / n.max(1);
-        s.launch(&[new], &[old], move |m| {
+        let kernels = |_: &Target| {
+            (new.dtype == old.dtype).then(|| ptx::elementwise::copy(new, old.slice(at * width, new.len())))
+        };
+        s.launch_kernel(&[new], &[old], kernels, move |m| {
             with_float!(new.dtype, T => {
                 m.write::<T>(old)[at * width..(at + n) * width].copy_from_slice(&m.read::<T>(new));
             });
@@ -80,7 +85,11 @@ pub fn forward(s: &mut Stream, q: Tensor, cache: KvCache, at: usize, scale: f64,
         context: at,
         scale,
     };
-    s.launch(&[q, cache.k, cache.v], &[o], move |m| {
+    let kernels = |_: &Target| {
+        (are_fast(&[q, cache.k, cache.v, o]) && d <= super::WIDEST && width <= super::WIDEST)
+            .then(|| ptx::attention::cached::forward(q, cache, at, scale, o))
+    };
+    s.launch_kernel(&[q, cache.k, cache.v], &[o], kernels, move |m| {
         with_float!(q.dtype, T => {
             let (q, k, v) = (m.read::<T>(q), m.read::<T>(cache.k), m.read::<T>(cache.v));
             let parts: Vec<Part> = (0..g).map(part).collect();

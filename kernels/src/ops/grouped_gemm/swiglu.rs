@@ -10,9 +10,14 @@
 use super::{Sizes, check, run, split, tasks};
 use crate::{
     cost::Cost,
+    device::Target,
     dtype::{DType, Float, Real},
     error::Result,
-    ops::expect::{expect_tensor, expect_that},
+    ops::{
+        are_fast,
+        expect::{expect_tensor, expect_that},
+    },
+    ptx::{self, gemm::Matrix, grouped_gemm::Rows},
     simd::vectorize,
     stream::Stream,
     tensor::Tensor,
@@ -28,7 +33,14 @@ pub fn forward(s: &mut Stream, x: Tensor, offsets: Tensor, w_gate_up: Tensor, h:
     let f = z.o / 2;
     expect_tensor(OP, "a", a, x.dtype, &[z.n, f])?;
     s.account(forward_cost(z.n, z.e, f, z.i, x.dtype.size_bytes()));
-    s.launch(&[x, offsets, w_gate_up], &[h, a], move |m| {
+    let kernels = |on: &Target| {
+        are_fast(&[x, w_gate_up, h, a]).then(|| {
+            let mut launches = ptx::grouped_gemm::forward(on.into(), x, Rows::Offsets(offsets), w_gate_up, h);
+            launches.extend(ptx::swiglu::forward(h, a));
+            launches
+        })
+    };
+    s.launch_kernel(&[x, offsets, w_gate_up], &[h, a], kernels, move |m| {
         with_float!(x.dtype, T => {
             let (x, w, mut h, mut a) = (m.read::<T>(x), m.read::<T>(w_gate_up), m.write::<T>(h), m.write::<T>(a));
             let tasks = tasks::by_rows(&m.read::<u32>(offsets), z);
@@ -67,7 +79,17 @@ pub fn input_grad(
     let z = Sizes { n, e, o: d, i: f };
     let writes: Vec<Tensor> = std::iter::once(dh).chain(a).collect();
     s.account(input_grad_cost(n, e, d, f, dy.dtype.size_bytes()));
-    s.launch(&[dy, offsets, w_down, h], &writes, move |m| {
+    let kernels = |on: &Target| {
+        are_fast(&[dy, w_down, h, dh]).then(|| {
+            let da = a.unwrap_or_else(|| ptx::scratch_tensor(dy.dtype, &[n, f]));
+            let mut launches =
+                ptx::grouped_gemm::input_grad(on.into(), dy, Rows::Offsets(offsets), w_down, Matrix::new(da, f));
+            launches.extend(ptx::swiglu::input_grad(h, da, dh));
+            launches.extend(a.into_iter().flat_map(|a| ptx::swiglu::forward(h, a)));
+            launches
+        })
+    };
+    s.launch_kernel(&[dy, offsets, w_down, h], &writes, kernels, move |m| {
         with_float!(dy.dtype, T => {
             let (dy, w, h, mut dh) = (m.read::<T>(dy), m.read::<T>(w_down), m.read::<T>(h), m.write::<T>(dh));
             let mut a = a.map(|a| m.write::<T>(a));

@@ -11,9 +11,11 @@ use rayon::prelude::*;
 
 use crate::{
     cost::Cost,
+    device::Target,
     dtype::Float,
     error::{Error, Result},
     ops::{
+        are_fast,
         attention::{
             MIN_PARALLEL_MADDS,
             block::{Part, Rows},
@@ -22,9 +24,10 @@ use crate::{
         expect_shape,
         gemm::{Mat, Threads, gemm},
         gemv::{expect_weight, with_weight},
-        lanes,
+        is_fast, lanes,
         rope::{RopeTable, Turn},
     },
+    ptx,
     simd::vectorize,
     stream::Stream,
     tensor::Tensor,
@@ -46,7 +49,9 @@ pub fn append(s: &mut Stream, latent: Tensor, kv_a: Tensor, table: &RopeTable, c
     expect_room(OP, cache, at, tokens)?;
     table.check(OP, cache)?;
     let table = *table;
-    s.launch(&[latent, kv_a, table.cos, table.sin], &[cache], move |m| {
+    let kernels =
+        |_: &Target| (are_fast(&[latent, kv_a, cache])).then(|| ptx::latent::append(latent, kv_a, &table, cache, at));
+    s.launch_kernel(&[latent, kv_a, table.cos, table.sin], &[cache], kernels, move |m| {
         with_float!(cache.dtype, T => {
             type A = <T as Float>::Acc;
             let (latent, kv_a, mut cache) = (m.read::<T>(latent), m.read::<T>(kv_a), m.write::<T>(cache));
@@ -102,7 +107,11 @@ pub fn forward(
         return wrong("cache", format!("{:?}", q.dtype), cache);
     }
     let z = Sizes { tokens, h, n, v, c, r };
-    s.launch(&[q, w_kv_b, cache], &[o], move |m| {
+    let kernels = |_: &Target| {
+        (are_fast(&[q, cache, o]) && is_fast(w_kv_b) && c <= ptx::latent::MAX_LATENT)
+            .then(|| ptx::latent::forward(q, w_kv_b, cache, at, scale, o))
+    };
+    s.launch_kernel(&[q, w_kv_b, cache], &[o], kernels, move |m| {
         with_weight!(q, w_kv_b, T, W => {
             let (q, w, cache) = (m.read::<T>(q), m.read::<W>(w_kv_b), m.read::<T>(cache));
             absorbed::<T, W>(z, &q, &w, &cache, at, scale, &mut m.write::<T>(o));

@@ -1,0 +1,131 @@
+//! The place of [`crate::cuda`] in builds without the feature `cuda`: no GPU can be opened, and all that needs one cannot be reached.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use crate::{
+    device::{Device, Target},
+    error::{Error, Result},
+    memory::Memory,
+    ptx::Launch,
+};
+
+/// What is known of a GPU before it is used.
+#[derive(Clone, Debug)]
+pub struct GpuInfo {
+    /// The driver's number of it.
+    pub ordinal: u32,
+    /// Marketing name.
+    pub name: String,
+    /// What kernels are chosen by.
+    pub target: Target,
+    /// All of its memory.
+    pub memory_bytes: u64,
+    /// CUDA version that the driver serves.
+    pub driver_version: u32,
+    /// Why runs cannot use it, if they cannot.
+    pub problem: Option<Error>,
+}
+
+/// A GPU in use: there is none.
+pub enum Gpu {}
+
+/// A stream of a GPU: there is none.
+pub enum Lane {}
+
+/// A moment in a lane: there is none.
+pub enum Mark {}
+
+/// Recorded launches: there are none.
+pub enum Graph {}
+
+fn absent(ordinal: u32) -> Error {
+    Error::Device {
+        device: Device::Cuda(ordinal).to_string(),
+        expected: "a build with the feature `cuda`".into(),
+        found: "one without it".into(),
+        advice: "build with default features, or use the device `cpu`".into(),
+    }
+}
+
+/// The GPUs of this machine.
+///
+/// # Errors
+/// Always: the build has no support for them.
+pub fn devices() -> Result<Vec<GpuInfo>> {
+    Err(absent(0))
+}
+
+/// The GPU of that number.
+///
+/// # Errors
+/// Always: the build has no support for it.
+pub fn open(ordinal: u32) -> Result<Arc<Gpu>> {
+    Err(absent(ordinal))
+}
+
+#[expect(missing_docs, reason = "none of it can be called")]
+impl Gpu {
+    pub fn info(&self) -> &GpuInfo {
+        match *self {}
+    }
+    pub fn target(&self) -> Target {
+        match *self {}
+    }
+    pub fn host_ops(&self) -> BTreeMap<&'static str, u64> {
+        match *self {}
+    }
+    pub fn loaded_kernels(&self) -> Vec<String> {
+        match *self {}
+    }
+    pub fn memory_bytes(&self) -> Result<(u64, u64)> {
+        match *self {}
+    }
+    pub(crate) fn count_host_op(&self, _op: &'static str) {
+        match *self {}
+    }
+    pub(crate) fn alloc(&self, _bytes: u64) -> Result<u64> {
+        match *self {}
+    }
+    pub(crate) fn free(&self, _address: u64) {
+        match *self {}
+    }
+    pub(crate) fn upload(&self, _address: u64, _bytes: &[u8]) -> Result<()> {
+        match *self {}
+    }
+    pub(crate) fn download(&self, _address: u64, _bytes: &mut [u8]) -> Result<()> {
+        match *self {}
+    }
+}
+
+impl Lane {
+    pub(crate) fn new(gpu: &Arc<Gpu>) -> Result<Self> {
+        match **gpu {}
+    }
+    pub(crate) fn synchronize(&self) -> Result<()> {
+        match *self {}
+    }
+    pub(crate) fn launch(&mut self, _memory: &Memory, _launches: &[Launch]) -> Result<()> {
+        match *self {}
+    }
+    pub(crate) fn record(&self) -> Result<Mark> {
+        match *self {}
+    }
+    pub(crate) fn capture(&mut self, _memory: &Memory, _launches: &[Launch]) -> Result<Graph> {
+        match *self {}
+    }
+    pub(crate) fn replay(&self, _graph: &Graph) -> Result<()> {
+        match *self {}
+    }
+    pub(crate) fn wait(&self, _mark: &Mark) -> Result<()> {
+        match *self {}
+    }
+}
+
+impl Mark {
+    pub(crate) fn synchronize(&self) -> Result<u64> {
+        match *self {}
+    }
+    pub(crate) fn is_reached(&self) -> bool {
+        match *self {}
+    }
+}

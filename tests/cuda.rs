@@ -1,0 +1,157 @@
+//! A GPU's part of the program on the stand-in for the driver: training as on the CPU, what `doctor` tells, and each way in which a GPU
+//! can be of no use, with its exit code.
+
+#![cfg(feature = "cuda")]
+
+use std::{
+    fs,
+    path::Path,
+    process::{Command, Output},
+};
+
+use serde_json::Value;
+
+/// The program with the stand-in as its driver, and how it ended.
+fn hadal(folder: &Path, args: &[&str], settings: &[(&str, &str)]) -> (i32, String, String) {
+    let driver = folder.join("driver");
+    fs::create_dir_all(&driver).expect("a folder");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_hadal"));
+    command.args(args).current_dir(env!("CARGO_MANIFEST_DIR")).env("RUST_BACKTRACE", "0");
+    command.env("LD_LIBRARY_PATH", ptxsim_driver::install(&driver).expect("the stand-in is built"));
+    let Output { status, stdout, stderr } =
+        command.envs(settings.iter().copied()).output().expect("the program starts");
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("UTF-8");
+    (status.code().expect("an exit code"), text(stdout), text(stderr))
+}
+
+/// Five steps of the smallest scene, with less text in a step: an interpreter is slow.
+fn train(folder: &Path, name: &str, sets: &[&str], settings: &[(&str, &str)]) -> (i32, String) {
+    let sets = [
+        &format!("telemetry.dir={:?}", folder.join("runs").to_str().expect("UTF-8")),
+        &format!("name={name:?}"),
+        "train.steps=5",
+        "data.seq_len=32",
+        "batch.microbatch_sequences=1",
+        "schedule=Constant(lr: 3e-3)",
+        "telemetry.trace_steps=None",
+        "telemetry.log_every_steps=1",
+        "eval=None",
+        "sample=None",
+        "checkpoint=None",
+    ]
+    .into_iter()
+    .chain(sets.iter().copied())
+    .map(|set| format!("--set={set}"))
+    .collect::<Vec<_>>();
+    let args: Vec<&str> = ["run", "scenes/tiny.ron"].into_iter().chain(sets.iter().map(String::as_str)).collect();
+    let (code, stdout, stderr) = hadal(folder, &args, settings);
+    (code, stdout + &stderr)
+}
+
+/// Losses and gradient norms of a run's steps.
+fn figures(folder: &Path, name: &str) -> Vec<f64> {
+    let log = fs::read_to_string(folder.join("runs").join(name).join("log.jsonl")).expect("a log");
+    let lines = log.lines().map(|line| serde_json::from_str::<Value>(line).expect("JSON"));
+    let of =
+        |line: Value| ["loss_nats_per_token", "mtp_loss_nats_per_token/0", "grad_norm"].map(|key| line[key].as_f64());
+    lines.filter_map(|line| of(line).into_iter().collect::<Option<Vec<f64>>>()).flatten().collect()
+}
+
+fn trains_as_the_cpu_does(compute: &str, tolerance: f64, settings: &[(&str, &str)]) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let compute = format!("precision.compute={compute}");
+    let (code, output) = train(folder.path(), "cpu", &[&compute], settings);
+    assert_eq!(code, 0, "{output}");
+    let (code, output) = train(folder.path(), "gpu", &[&compute, "device=Cuda(0)"], settings);
+    assert_eq!(code, 0, "{output}");
+    assert!(!output.contains("runs on the host"), "every op of a step has a kernel: {output}");
+    let (cpu, gpu) = (figures(folder.path(), "cpu"), figures(folder.path(), "gpu"));
+    assert_eq!((cpu.len(), gpu.len()), (15, 15), "three figures in each of five steps");
+    for (i, (cpu, gpu)) in cpu.iter().zip(&gpu).enumerate() {
+        // Two losses, and the gradient's norm: in bf16 the CPU rounds sums over tokens after each of few tokens, kernels once.
+        let tolerance = if i % 3 == 2 { 30.0 * tolerance } else { tolerance };
+        assert!((cpu - gpu).abs() <= tolerance * cpu.abs(), "figure {i}: {cpu} on the CPU, {gpu} on the stand-in");
+    }
+}
+
+#[test]
+fn training_in_f32_has_the_losses_of_the_cpu() {
+    trains_as_the_cpu_does("F32", 1e-6, &[("PTXSIM_SEED", "3")]);
+}
+
+#[test]
+fn training_in_bf16_has_the_losses_of_the_cpu() {
+    trains_as_the_cpu_does("Bf16", 1e-3, &[]);
+}
+
+#[test]
+fn an_ampere_gpu_trains_too() {
+    trains_as_the_cpu_does("Bf16", 1e-3, &[("PTXSIM_COMPUTE", "8.0")]);
+}
+
+#[test]
+fn what_is_wrong_with_a_gpu_is_said_with_the_right_exit_code() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cases: [(&str, &str, i32, &str); 6] = [
+        ("PTXSIM_DEVICES", "0", 1, "cuda:0 cannot be used: expected an NVIDIA GPU, found a driver without one"),
+        (
+            "PTXSIM_DRIVER",
+            "12020",
+            1,
+            "expected a driver for CUDA 12.3 or later (version 545), found one for CUDA 12.2",
+        ),
+        ("PTXSIM_COMPUTE", "7.5", 1, "expected a GPU of compute capability 8.0 or more, found 7.5"),
+        ("PTXSIM_MEMORY", "1000000", 3, "cuda:0 is out of memory: asked for"),
+        ("PTXSIM_MEMORY", "5200000", 3, "cuda:0 is out of memory: asked for"),
+        ("PTXSIM_REFUSE", "rms_norm_forward", 1, "cannot be loaded on cuda:0: CUDA_ERROR_INVALID_PTX"),
+    ];
+    for (i, (name, value, exit_code, said)) in cases.into_iter().enumerate() {
+        let (code, output) = train(folder.path(), &format!("run{i}"), &["device=Cuda(0)"], &[(name, value)]);
+        assert_eq!(code, exit_code, "{name}={value}: {output}");
+        assert!(output.contains(said), "{name}={value}: {output}");
+        assert!(!output.contains("panicked"), "{name}={value}: {output}");
+    }
+}
+
+#[test]
+fn doctor_shows_the_gpu_and_checks_every_op() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (code, stdout, stderr) = hadal(folder.path(), &["doctor"], &[]);
+    assert_eq!(code, 0, "{stderr}");
+    assert!(
+        stdout.contains("cuda:0: PTX interpreter 9.0, compute capability 9.0, 1.0 GiB, driver for CUDA 12.4"),
+        "{stdout}"
+    );
+    let (_, stdout, _) = hadal(folder.path(), &["doctor"], &[("PTXSIM_COMPUTE", "7.5")]);
+    assert!(stdout.contains("expected a GPU of compute capability 8.0 or more"), "{stdout}");
+    let (code, stdout, stderr) = hadal(folder.path(), &["doctor", "--device", "cuda:0", "--quick", "--json", "-"], &[]);
+    assert_eq!(code, 0, "{stdout}{stderr}");
+    let document: Value = serde_json::from_str(&stdout).expect("JSON");
+    assert_eq!((&document["device"], &document["num_failed"]), (&"cuda:0".into(), &0.into()));
+    assert!(document["rows"].as_array().is_some_and(|rows| rows.len() > 100), "{stdout}");
+    // A device that cannot run the kernels is an error, and a wrong op is told by the exit code.
+    let args = ["doctor", "--device", "cuda:0", "--quick"];
+    let (code, stdout, _) = hadal(folder.path(), &args, &[("PTXSIM_REFUSE", "swiglu")]);
+    assert_eq!(code, 1, "{stdout}");
+    assert!(stdout.contains("WRONG") && stdout.contains("kernel `swiglu_forward"), "{stdout}");
+    let (code, _, stderr) = hadal(folder.path(), &["doctor", "--device", "cuda:7"], &[]);
+    assert_eq!(code, 1, "{stderr}");
+    assert!(stderr.contains("expected a number below 1"), "{stderr}");
+}
+
+#[test]
+fn bench_kernels_measures_each_op_beside_ceilings() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let args = ["bench", "kernels", "--device", "cuda:0", "--shrink", "256", "--runs", "1", "--json", "-"];
+    let (code, stdout, stderr) = hadal(folder.path(), &args, &[]);
+    assert_eq!(code, 0, "{stdout}{stderr}");
+    let document: Value = serde_json::from_str(&stdout).expect("JSON");
+    let rows = document["rows"].as_array().expect("rows");
+    assert!(rows.len() > 40 && rows.iter().all(|row| row["ran_on"] == "device" && row["secs"].as_f64() > Some(0.0)));
+    for key in ["ceiling_bytes_per_sec", "ceiling_flops_per_sec"] {
+        assert!(document[key].as_f64() > Some(0.0), "{key}");
+    }
+    let launch = &document["launch"];
+    assert!(launch["host_secs_per_launch"].as_f64() > Some(0.0), "{launch}");
+    assert!(launch["host_secs_per_launch_in_graph"].as_f64() > Some(0.0), "{launch}");
+}
