@@ -140,6 +140,30 @@ fn doctor_shows_the_gpu_and_checks_every_op() {
 }
 
 #[test]
+fn a_checkpoint_speaks_and_is_measured_as_on_the_cpu() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (code, output) = train(folder.path(), "cpu", &["checkpoint=(every_steps: 5)"], &[]);
+    assert_eq!(code, 0, "{output}");
+    let checkpoint = folder.path().join("runs/cpu/latest");
+    let text = folder.path().join("text.txt");
+    fs::write(&text, "Call me Ishmael. Some years ago, never mind how long precisely.").expect("a file");
+    let on = |device: &str| {
+        let [checkpoint, text] = [&checkpoint, &text].map(|path| path.to_str().expect("UTF-8"));
+        let args = ["eval", checkpoint, "--data", text, "--seq-len", "32", "--device", device, "--json", "-"];
+        let (code, stdout, stderr) = hadal(folder.path(), &args, &[]);
+        assert_eq!(code, 0, "{stdout}{stderr}");
+        let loss = serde_json::from_str::<Value>(&stdout).expect("JSON")["loss_nats_per_token"].as_f64();
+        let args = ["generate", checkpoint, "--prompt", "Call", "--max-new-tokens", "6", "--temperature", "0"];
+        let (code, said, stderr) = hadal(folder.path(), &[&args[..], &["--device", device]].concat(), &[]);
+        assert_eq!(code, 0, "{said}{stderr}");
+        (loss.expect("a loss"), said)
+    };
+    let ((cpu, said), (gpu, said_there)) = (on("cpu"), on("cuda:0"));
+    assert!((cpu - gpu).abs() < 1e-6 * cpu, "{cpu} on the CPU, {gpu} on the stand-in");
+    assert_eq!(said, said_there);
+}
+
+#[test]
 fn bench_kernels_measures_each_op_beside_ceilings() {
     let folder = tempfile::tempdir().expect("a folder");
     let args = ["bench", "kernels", "--device", "cuda:0", "--shrink", "256", "--runs", "1", "--json", "-"];

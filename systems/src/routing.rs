@@ -81,13 +81,14 @@ impl Default for RoutingState {
 pub struct ExpertCounts(pub Vec<(usize, Tensor)>);
 
 impl ExpertCounts {
-    /// Allocates the counts of `config`'s layers that are on this rank.
+    /// Zero counts of `config`'s layers that are on this rank.
     pub fn allocate(config: &ModelConfig, layout: &Layout, memory: &Memory) -> Self {
         let Some(moe) = &config.moe else { return ExpertCounts::default() };
         let layers = 0..config.num_hidden_layers + config.num_nextn_predict_layers;
         let is_here = |i: usize| config.is_moe_layer(i) && layout.my_stages().contains(&layout.stage_of_layer(i));
         let moe_layers = layers.filter(|&i| is_here(i));
-        ExpertCounts(moe_layers.map(|i| (i, memory.alloc(DType::U32, &[moe.n_routed_experts]))).collect())
+        let zeros = vec![0u32; moe.n_routed_experts];
+        ExpertCounts(moe_layers.map(|i| (i, memory.from_slice(&[zeros.len()], &zeros))).collect())
     }
 
     fn of(&self, layer: usize) -> Option<Tensor> {
