@@ -11,7 +11,7 @@ use crate::{api::Progress, scene::Scene, session::SessionError};
 pub(crate) type Guard = Option<engine::remote::Server>;
 /// There is none.
 #[cfg(not(feature = "remote"))]
-pub(crate) struct Guard;
+pub(crate) type Guard = Option<Box<dyn std::any::Any>>;
 
 /// Starts it, and says where it is.
 ///
@@ -44,7 +44,7 @@ pub(crate) fn start(
 #[cfg(not(feature = "remote"))]
 pub(crate) fn start(scene: &Scene, _: &Path, _: &ControlHandle, _: &Arc<dyn Progress>) -> Result<Guard, SessionError> {
     match &scene.remote {
-        None => Ok(Guard),
+        None => Ok(None),
         Some(_) => {
             Err(SessionError::input("`remote` cannot be had: this program was built without the feature `remote`"))
         }
