@@ -9,22 +9,7 @@ use crate::{
     ptx::Launch,
 };
 
-/// What is known of a GPU before it is used.
-#[derive(Clone, Debug)]
-pub struct GpuInfo {
-    /// The driver's number of it.
-    pub ordinal: u32,
-    /// Marketing name.
-    pub name: String,
-    /// What kernels are chosen by.
-    pub target: Target,
-    /// All of its memory.
-    pub memory_bytes: u64,
-    /// CUDA version that the driver serves.
-    pub driver_version: u32,
-    /// Why runs cannot use it, if they cannot.
-    pub problem: Option<Error>,
-}
+pub use crate::device::GpuInfo;
 
 /// A GPU in use: there is none.
 pub enum Gpu {}

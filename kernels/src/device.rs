@@ -2,7 +2,10 @@
 
 use std::{fmt, str::FromStr};
 
-use crate::ptx::{Arch, Kernel};
+use crate::{
+    error::Error,
+    ptx::{Arch, Kernel},
+};
 
 /// Where tensors live and ops run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,6 +52,23 @@ pub struct Target {
     pub num_sms: u32,
     /// Shared memory that a block may have, in bytes.
     pub shared_bytes: u32,
+}
+
+/// What is known of a GPU before it is used.
+#[derive(Clone, Debug)]
+pub struct GpuInfo {
+    /// The driver's number of it.
+    pub ordinal: u32,
+    /// Marketing name.
+    pub name: String,
+    /// What kernels are chosen by.
+    pub target: Target,
+    /// All of its memory.
+    pub memory_bytes: u64,
+    /// CUDA version that the driver serves, as 12040 for 12.4.
+    pub driver_version: u32,
+    /// Why runs cannot use it, if they cannot.
+    pub problem: Option<Error>,
 }
 
 impl Target {

@@ -75,7 +75,7 @@ fn each_way_to_be_of_no_use_is_told_apart() {
 }
 
 #[test]
-#[ignore = "runs on the stand-in"]
+#[ignore = "run by the test above it, in a process of its own whose driver is the stand-in; alone it would find this machine's"]
 fn of_no_use() {
     let error = Memory::open(Device::Cuda(0)).map(|_| ()).unwrap_err().to_string();
     assert_eq!(error, std::env::var("EXPECTED_ERROR").unwrap());
@@ -87,7 +87,7 @@ fn a_number_that_no_gpu_has_is_refused() {
 }
 
 #[test]
-#[ignore = "runs on the stand-in"]
+#[ignore = "run by the test above it, in a process of its own whose driver is the stand-in; alone it would find this machine's"]
 fn no_such_gpu() {
     let error = Memory::open(Device::Cuda(4)).map(|_| ()).unwrap_err().to_string();
     let expected =
@@ -103,7 +103,7 @@ fn memory_holds_what_it_is_given() {
 }
 
 #[test]
-#[ignore = "runs on the stand-in"]
+#[ignore = "run by the test above it, in a process of its own whose driver is the stand-in; alone it would find this machine's"]
 fn memory() {
     let memory = gpu();
     let gpu = memory.gpu().unwrap().clone();
@@ -131,7 +131,7 @@ fn a_full_device_says_what_was_asked_for_and_what_is_free() {
 }
 
 #[test]
-#[ignore = "runs on the stand-in"]
+#[ignore = "run by the test above it, in a process of its own whose driver is the stand-in; alone it would find this machine's"]
 fn full() {
     let memory = gpu();
     let mut s = stream(&memory);
@@ -155,7 +155,7 @@ fn a_kernel_that_does_not_load_is_named_with_the_compilers_words() {
 }
 
 #[test]
-#[ignore = "runs on the stand-in"]
+#[ignore = "run by the test above it, in a process of its own whose driver is the stand-in; alone it would find this machine's"]
 fn refused() {
     let memory = gpu();
     let mut s = stream(&memory);
@@ -175,7 +175,7 @@ fn events_order_streams_whatever_is_late() {
 }
 
 #[test]
-#[ignore = "runs on the stand-in"]
+#[ignore = "run by the test above it, in a process of its own whose driver is the stand-in; alone it would find this machine's"]
 fn ordered() {
     let memory = gpu();
     let hazards = Arc::default();
@@ -202,7 +202,7 @@ fn an_event_that_nobody_waits_for_shows() {
 
 /// The stand-in is worth something: without events the two streams' sums differ from the ordered one.
 #[test]
-#[ignore = "runs on the stand-in"]
+#[ignore = "run by the test above it, in a process of its own whose driver is the stand-in; alone it would find this machine's"]
 fn unordered() {
     let memory = gpu();
     let (mut a, mut b) = (stream(&memory), stream(&memory));
@@ -223,7 +223,7 @@ fn an_op_without_a_kernel_runs_on_the_host_in_its_turn() {
 }
 
 #[test]
-#[ignore = "runs on the stand-in"]
+#[ignore = "run by the test above it, in a process of its own whose driver is the stand-in; alone it would find this machine's"]
 fn on_the_host() {
     let memory = gpu();
     let mut s = stream(&memory);
@@ -246,7 +246,7 @@ fn events_tell_the_hosts_time() {
 }
 
 #[test]
-#[ignore = "runs on the stand-in"]
+#[ignore = "run by the test above it, in a process of its own whose driver is the stand-in; alone it would find this machine's"]
 fn times() {
     let memory = gpu();
     let mut s = stream(&memory);
@@ -273,7 +273,7 @@ fn a_failing_task_is_named_and_the_stream_drains() {
 }
 
 #[test]
-#[ignore = "runs on the stand-in"]
+#[ignore = "run by the test above it, in a process of its own whose driver is the stand-in; alone it would find this machine's"]
 fn failing() {
     let memory = gpu();
     let mut s = stream(&memory);
@@ -295,7 +295,7 @@ fn every_op_computes_what_the_processors_do() {
 }
 
 #[test]
-#[ignore = "runs on the stand-in"]
+#[ignore = "run by the test above it, in a process of its own whose driver is the stand-in; alone it would find this machine's"]
 fn every_op() {
     use kernels::check::{Row, Scale, run};
     let rows = run(Device::Cuda(0), Scale::Small, false, |row| eprintln!("{row}")).unwrap();

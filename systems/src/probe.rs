@@ -120,14 +120,14 @@ pub fn evaluate(request: EvalRequest) -> Result<EvalReport, SessionError> {
     })
 }
 
+/// The checkpoint that is asked about, for sequences of so many tokens.
+fn load(request: &EvalRequest, seq_len: usize, trainable: bool) -> Result<Checkpoint, SessionError> {
+    let on = (request.compute, request.device);
+    Checkpoint::load(&request.checkpoint, on, seq_len, trainable, &request.progress)
+}
+
 fn on_text(request: &EvalRequest, path: &Path) -> Result<EvaluationResult, SessionError> {
-    let mut checkpoint = Checkpoint::load(
-        &request.checkpoint,
-        (request.compute, request.device),
-        request.seq_len,
-        false,
-        &request.progress,
-    )?;
+    let mut checkpoint = load(request, request.seq_len, false)?;
     let tokenizer = checkpoint.tokenizer()?;
     let documents = source::read_documents(&[path.to_path_buf()]).map_err(SessionError::input)?;
     let ids = tokenizer.encode_documents(&documents).map_err(SessionError::input)?;
@@ -241,13 +241,7 @@ fn on_tokens(request: &EvalRequest, path: &Path) -> Result<EvaluationResult, Ses
     let vocab_size = folder.model().map_err(SessionError::input)?.config.vocab_size;
     let tokens = read_token_file(path, vocab_size).map_err(SessionError::input)?;
     let trainable = request.grads.is_some();
-    let mut checkpoint = Checkpoint::load(
-        &request.checkpoint,
-        (request.compute, request.device),
-        tokens.seq_len,
-        trainable,
-        &request.progress,
-    )?;
+    let mut checkpoint = load(request, tokens.seq_len, trainable)?;
     let app = &mut checkpoint.app;
     let batch = Batch::of_rows(tokens.ids.clone(), tokens.seq_len);
     let probe = Probe::new(app, &batch);

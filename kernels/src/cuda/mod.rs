@@ -26,6 +26,8 @@ pub use clock::Mark;
 pub use graph::Graph;
 pub use lane::Lane;
 
+pub use crate::device::GpuInfo;
+
 use crate::{
     device::{Device, Target},
     error::{Error, Result},
@@ -33,23 +35,6 @@ use crate::{
 
 /// `cuDriverGetVersion` of the first driver that takes `.version 8.3`: CUDA 12.3.
 const OLDEST_DRIVER: i32 = 12030;
-
-/// What is known of a GPU before it is used.
-#[derive(Clone, Debug)]
-pub struct GpuInfo {
-    /// The driver's number of it.
-    pub ordinal: u32,
-    /// Marketing name.
-    pub name: String,
-    /// What kernels are chosen by.
-    pub target: Target,
-    /// All of its memory.
-    pub memory_bytes: u64,
-    /// CUDA version that the driver serves, as 12040 for 12.4.
-    pub driver_version: u32,
-    /// Why runs cannot use it, if they cannot.
-    pub problem: Option<Error>,
-}
 
 /// A GPU in use.
 pub struct Gpu {

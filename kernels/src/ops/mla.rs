@@ -26,22 +26,31 @@ use crate::{
     with_float,
 };
 
+/// t tokens, h heads.
 #[derive(Clone, Copy)]
-struct Sizes {
-    t: usize,
-    h: usize,
+pub(crate) struct Sizes {
+    pub(crate) t: usize,
+    pub(crate) h: usize,
     /// Unrotated key part of a head.
-    n: usize,
+    pub(crate) n: usize,
     /// Rotated key part.
-    r: usize,
-    v: usize,
+    pub(crate) r: usize,
+    pub(crate) v: usize,
     /// Width of the latent.
-    c: usize,
+    pub(crate) c: usize,
+}
+
+impl Sizes {
+    /// Of tensors that are known to fit together.
+    pub(crate) fn of(kv_a: Tensor, k: Tensor, v: Tensor, table: &RopeTable) -> Self {
+        let r = table.dim();
+        Sizes { t: k.dim(0), h: k.dim(1), n: k.dim(2) - r, r, v: v.dim(2), c: kv_a.cols() - r }
+    }
 }
 
 /// Checks shapes of k [t, h, n + r], v [t, h, v], kv_a [t, c + r] and kv_b [t, h, n + v], or of their gradients.
 fn sizes(op: &'static str, table: &RopeTable, [kv_a, kv_b, k, v]: [Tensor; 4], positions: Tensor) -> Result<Sizes> {
-    let (t, h, r, value) = (k.dim(0), k.dim(1), table.dim(), v.dim(2));
+    let r = table.dim();
     let wrong = |role, expected, found| Err(Error::Shape { op, role, expected, found });
     if k.dim(2) < r {
         return wrong("k", format!("heads of at least the {r} rotated elements"), k);
@@ -49,14 +58,15 @@ fn sizes(op: &'static str, table: &RopeTable, [kv_a, kv_b, k, v]: [Tensor; 4], p
     if kv_a.cols() < r {
         return wrong("kv_a", format!("rows of at least the {r} rotated elements"), kv_a);
     }
-    let (n, c) = (k.dim(2) - r, kv_a.cols() - r);
+    let sizes = Sizes::of(kv_a, k, v, table);
+    let Sizes { t, h, n, r, v: value, c } = sizes;
     expect_shape(op, "k", k, &[t, h, n + r])?;
     expect_shape(op, "v", v, &[t, h, value])?;
     expect_shape(op, "kv_a", kv_a, &[t, c + r])?;
     expect_shape(op, "kv_b", kv_b.reshape_or_self(&[t, h, n + value]), &[t, h, n + value])?;
     expect_shape(op, "positions", positions, &[t])?;
     table.check(op, k)?;
-    Ok(Sizes { t, h, n, r, v: value, c })
+    Ok(sizes)
 }
 
 trait ReshapeOrSelf {

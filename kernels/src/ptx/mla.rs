@@ -21,7 +21,7 @@ use super::{
 use crate::{
     dtype::DType,
     ops::{
-        mla::Projections,
+        mla::{Projections, Sizes},
         rope::{Pairs, RopeTable},
     },
     ptx,
@@ -30,23 +30,6 @@ use crate::{
 
 /// Heads whose loads are on their way together.
 const UNROLL: usize = 4;
-
-/// t tokens, h heads; n, r, v, c as in [`crate::ops::mla`].
-struct Sizes {
-    t: usize,
-    h: usize,
-    n: usize,
-    r: usize,
-    v: usize,
-    c: usize,
-}
-
-impl Sizes {
-    fn of(kv_a: Tensor, k: Tensor, v: Tensor, table: &RopeTable) -> Self {
-        let r = table.dim();
-        Sizes { t: k.dim(0), h: k.dim(1), n: k.dim(2) - r, r, v: v.dim(2), c: kv_a.cols() - r }
-    }
-}
 
 /// F: assigns k [t, h, n + r] and v [t, h, v]; rotates the shared part by `positions` (u32, one a token).
 pub fn assemble(x: Projections, positions: Tensor, table: &RopeTable, k: Tensor, v: Tensor) -> Vec<Launch> {

@@ -5,7 +5,10 @@ use std::path::Path;
 
 use super::Scene;
 use super::schedule::{Constant, Cosine, Schedule, WarmupStableDecay};
-use super::sections::{AdamW, Batch, Data, Optimizer, Recompute, Routing, ScenePath, Tokenizer, Train, Validation};
+use super::{
+    compute::Recompute,
+    sections::{AdamW, Batch, Data, Optimizer, Routing, ScenePath, Tokenizer, Train, Validation},
+};
 use crate::problem::Problem;
 
 /// A byte-level vocabulary holds every byte and one special token at least.

@@ -6,6 +6,7 @@
 //! column of the value that won.
 mod access;
 mod check;
+mod compute;
 mod de;
 mod diagnostic;
 mod fault;
@@ -25,13 +26,14 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 pub use check::prefix;
+pub use compute::{Compute, Device, Precision, Recompute, RecomputeOp};
 pub use diagnostic::{Place, SceneError, SceneErrors};
 pub use remote::Remote;
 pub use schedule::{Constant, Cosine, Schedule, WarmupStableDecay};
 pub use sections::{
-    AdamW, Batch, Checkpoint, Compute, Data, Device, Eval, ExpertParallel, Mtp, Muon, Optimizer, Pipeline,
-    PipelineSchedule, PlanSection, Precision, Ramp, Recompute, RecomputeOp, Reduce, Routing, RoutingMode, Sample,
-    ScenePath, ScenePaths, Telemetry, Tokenizer, TraceSteps, Train, Validation, WireFormat,
+    AdamW, Batch, Checkpoint, Data, Eval, ExpertParallel, Mtp, Muon, Optimizer, Pipeline, PipelineSchedule,
+    PlanSection, Ramp, Reduce, Routing, RoutingMode, Sample, ScenePath, ScenePaths, Telemetry, Tokenizer, TraceSteps,
+    Train, Validation, WireFormat,
 };
 
 use crate::hf::config::HfConfig;

@@ -18,7 +18,7 @@
 
 use super::{
     super::{
-        Arch, Arg, Kernel, Launch, VERSION,
+        Arch, Kernel, Launch, VERSION,
         asm::{Assembler, B32, B64, F32, Pred, Reg, vector},
     },
     output,
@@ -43,8 +43,6 @@ pub(super) const LARGE: Tile = Tile { bm: 128, bn: 128, wm: 64, wn: 32, stages: 
 pub(super) const SMALL: Tile = Tile { bm: 64, bn: 64, wm: 32, wn: 32, stages: 4 };
 /// Elements of k in a tile.
 const BK: u32 = 32;
-/// Large tiles from which on they occupy a device.
-const MANY: u32 = 128;
 
 impl Tile {
     fn threads(self) -> u32 {
@@ -62,14 +60,12 @@ impl Tile {
 
 /// Large tiles where they are many.
 pub(super) fn choose(problem: &Problem) -> Tile {
-    if problem.max_tiles(LARGE.bm, LARGE.bn) >= MANY { LARGE } else { SMALL }
+    if problem.has_many(LARGE.bm, LARGE.bn) { LARGE } else { SMALL }
 }
 
 /// One block a tile.
 pub(super) fn launch(problem: &Problem, tile: Tile) -> Launch {
-    let mut args = vec![Arg::Tensor(problem.a.tensor), Arg::Tensor(problem.b.tensor)];
-    args.extend(problem.args_after_operands());
-    Launch { kernel: kernel(problem.spec(), tile), grid: [problem.max_tiles(tile.bm, tile.bn), 1, 1], args }
+    problem.launch(kernel(problem.spec(), tile), tile.bm, tile.bn)
 }
 
 /// The kernel of a spec.

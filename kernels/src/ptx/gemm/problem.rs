@@ -1,6 +1,6 @@
 //! What a product is, and what of it a kernel's text depends on: shared by all kernels of [`super`].
 
-use super::super::{Arg, dtype_name};
+use super::super::{Arg, Kernel, Launch, dtype_name};
 use crate::{dtype::DType, tensor::Tensor};
 
 /// How the operands of C_mn = A_mk B_kn lie.
@@ -197,6 +197,19 @@ impl Problem {
             Groups::Inner { .. } | Groups::MaskedInner { .. } => num * self.m.div_ceil(bm),
         };
         down * self.n.div_ceil(bn)
+    }
+
+    /// Whether tiles of bm x bn are so many that they occupy a device.
+    pub(super) fn has_many(&self, bm: u32, bn: u32) -> bool {
+        const MANY: u32 = 128;
+        self.max_tiles(bm, bn) >= MANY
+    }
+
+    /// A kernel that has one block for a tile of bm x bn, and no tensor maps.
+    pub(super) fn launch(&self, kernel: Kernel, bm: u32, bn: u32) -> Launch {
+        let mut args = vec![Arg::Tensor(self.a.tensor), Arg::Tensor(self.b.tensor)];
+        args.extend(self.args_after_operands());
+        Launch { kernel, grid: [self.max_tiles(bm, bn), 1, 1], args }
     }
 
     /// Arguments in the order of [`Params::declare`], after a and b.
