@@ -127,6 +127,7 @@ fn values(fill: &Fill, dtype: DType, len: usize, seed: u64) -> Vec<f64> {
         Fill::U32(numbers) => numbers.iter().map(|&n| f64::from(n)).collect(),
         Fill::Values(values) => values.clone(),
         Fill::Poison if dtype == DType::U32 => vec![f64::from(0xdead_beef_u32); len],
+        Fill::Poison if dtype == DType::U8 => vec![f64::from(0xa5_u8); len],
         Fill::Poison => vec![f64::NAN; len],
     }
 }
@@ -137,6 +138,7 @@ fn upload(memory: &Memory, dtype: DType, dims: &[usize], values: &[f64]) -> Tens
         DType::F32 => memory.from_slice(dims, &values.iter().map(|&x| x as f32).collect::<Vec<_>>()),
         DType::Bf16 => memory.from_slice(dims, &values.iter().map(|&x| bf16::from_f64(x)).collect::<Vec<_>>()),
         DType::U32 => memory.from_slice(dims, &values.iter().map(|&x| x as u32).collect::<Vec<_>>()),
+        DType::U8 => memory.from_slice(dims, &values.iter().map(|&x| x as u8).collect::<Vec<_>>()),
     }
 }
 
@@ -146,6 +148,7 @@ fn download(memory: &Memory, tensor: Tensor) -> Vec<f64> {
         DType::F32 => memory.download::<f32>(tensor).into_iter().map(f64::from).collect(),
         DType::Bf16 => memory.download::<bf16>(tensor).into_iter().map(f64::from).collect(),
         DType::U32 => memory.download::<u32>(tensor).into_iter().map(f64::from).collect(),
+        DType::U8 => memory.download::<u8>(tensor).into_iter().map(f64::from).collect(),
     }
 }
 
@@ -160,7 +163,7 @@ fn compare(dtype: DType, got: &[f64], want: &[f64]) -> (f64, f64) {
         if same && !w.is_finite() {
             continue;
         }
-        if !same && (dtype == DType::U32 || !g.is_finite() || !w.is_finite()) {
+        if !same && (!dtype.is_float() || !g.is_finite() || !w.is_finite()) {
             return (f64::INFINITY, f64::INFINITY);
         }
         worst = worst.max((g - w).abs() / w.abs().max(rms).max(f64::MIN_POSITIVE));

@@ -17,15 +17,23 @@ pub enum DType {
     Bf16,
     /// Token ids, counts, offsets, expert indices.
     U32,
+    /// Bytes: codes of [`crate::fp8`].
+    U8,
 }
 
 impl DType {
+    /// Whether elements are floating-point numbers, and not counts or codes.
+    pub const fn is_float(self) -> bool {
+        matches!(self, DType::F64 | DType::F32 | DType::Bf16)
+    }
+
     /// Size of one element in bytes.
     pub const fn size_bytes(self) -> usize {
         match self {
             DType::F64 => 8,
             DType::F32 | DType::U32 => 4,
             DType::Bf16 => 2,
+            DType::U8 => 1,
         }
     }
 }
@@ -41,6 +49,8 @@ pub enum Storage {
     Bf16(Vec<bf16>),
     /// u32 elements.
     U32(Vec<u32>),
+    /// u8 elements.
+    U8(Vec<u8>),
 }
 
 impl Storage {
@@ -51,6 +61,7 @@ impl Storage {
             DType::F32 => Storage::F32(vec![0.0; len]),
             DType::Bf16 => Storage::Bf16(vec![bf16::ZERO; len]),
             DType::U32 => Storage::U32(vec![0; len]),
+            DType::U8 => Storage::U8(vec![0; len]),
         }
     }
 
@@ -61,6 +72,7 @@ impl Storage {
             Storage::F32(_) => DType::F32,
             Storage::Bf16(_) => DType::Bf16,
             Storage::U32(_) => DType::U32,
+            Storage::U8(_) => DType::U8,
         }
     }
 
@@ -71,6 +83,7 @@ impl Storage {
             Storage::F32(v) => v.len(),
             Storage::Bf16(v) => v.len(),
             Storage::U32(v) => v.len(),
+            Storage::U8(v) => v.len(),
         }
     }
 
@@ -107,6 +120,7 @@ element!(f64, F64);
 element!(f32, F32);
 element!(bf16, Bf16);
 element!(u32, U32);
+element!(u8, U8);
 
 /// Accumulator arithmetic: f32 or f64.
 pub trait Real: Float<Acc = Self> + num_traits::Float + NumAssign + std::iter::Sum {

@@ -13,6 +13,7 @@ pub mod cuda;
 pub mod device;
 pub mod dtype;
 pub mod error;
+pub mod fp8;
 pub mod memory;
 pub mod mmap;
 pub mod ops;

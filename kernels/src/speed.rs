@@ -12,8 +12,9 @@ use rand::{RngExt as _, SeedableRng};
 use crate::{
     cost::Cost,
     device::Device,
-    dtype::DType::{self, Bf16, F32, F64, U32},
+    dtype::DType::{self, Bf16, F32, F64, U8, U32},
     error::Result,
+    fp8::encode_e4m3,
     memory::Memory,
     ops::{adamw, attention, cross_entropy, elementwise, gemm, gemv, grouped_gemm, permute, rms_norm, swiglu},
     stream::Stream,
@@ -386,6 +387,7 @@ fn filled(memory: &Memory, dtype: DType, dims: &[usize]) -> Tensor {
         F32 => memory.from_slice(dims, &values.collect::<Vec<_>>()),
         F64 => memory.from_slice(dims, &values.map(|x| f64::from(x).abs()).collect::<Vec<_>>()),
         U32 => memory.from_slice(dims, &vec![0u32; dims.iter().product()]),
+        U8 => memory.from_slice(dims, &values.map(encode_e4m3).collect::<Vec<_>>()),
     }
 }
 

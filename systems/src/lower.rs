@@ -394,7 +394,7 @@ impl<'w> Lowering<'w> {
         let id = self.graph.push_recorded(self.world, task, args)?;
         let written = self.world.get::<Task>(id).map(|task| task.writes.clone()).unwrap_or_default();
         let name = |t: &Tensor| self.names.get(&t.buffer).cloned().unwrap_or("a tensor".into());
-        let tensors: Vec<_> = written.iter().filter(|t| t.dtype != DType::U32).map(|t| (*t, name(t))).collect();
+        let tensors: Vec<_> = written.iter().filter(|t| t.dtype.is_float()).map(|t| (*t, name(t))).collect();
         if !tensors.is_empty() {
             let check = Task::new(CHECK_FINITE, stream, format!("check of {label}"));
             self.graph.push_recorded(self.world, check, CheckTask { of: label, tensors })?;

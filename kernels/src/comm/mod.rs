@@ -299,6 +299,7 @@ fn copy_out(m: &Memory, x: Tensor) -> Storage {
         DType::F32 => Storage::F32(m.download(x)),
         DType::Bf16 => Storage::Bf16(m.download(x)),
         DType::U32 => Storage::U32(m.download(x)),
+        DType::U8 => Storage::U8(m.download(x)),
     }
 }
 

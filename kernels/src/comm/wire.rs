@@ -1,11 +1,6 @@
 //! How rows are encoded between ranks.
 //!
-//! FP8 is E4M3 (4 exponent bits of bias 7, 3 mantissa bits, no infinities; largest 448, least 2^-9; OCP 8-bit floating point
-//! specification) with a scale for each tile of 128 columns of a row, as in the DeepSeek-V3 technical report, section 3.3.2.
-//! The scale is a power of two: amax / 448 rounded up to one, where amax is the largest magnitude of the tile and at least 1e-4.
-//! Elements are divided by it, which is exact, rounded to the nearest code, ties to even, and held at 448. A scale travels as
-//! its exponent plus 127, one byte. NaN stays NaN; an infinity takes the largest scale, 2^120, and comes back as an infinity
-//! or, with f64 rows, as the largest that the wire holds.
+//! FP8 is E4M3 with a power of two as the scale of each tile ([`crate::fp8`]), which travels as its exponent plus 127, one byte.
 //!
 //! All rows are encoded, those too that stay on their rank: numbers then do not depend on the number of ranks.
 
@@ -13,6 +8,7 @@ use half::bf16;
 
 use crate::{
     dtype::{DType, Float},
+    fp8::{MIN_AMAX, Scaling, TILE, decode_e4m3, encode_e4m3},
     ops::parallel::{for_row_chunks, for_row_chunks2},
 };
 
@@ -27,9 +23,6 @@ pub enum Wire {
     /// Rounded to E4M3 with a scale per 128 columns.
     Fp8,
 }
-
-/// Columns that share a scale.
-pub const TILE: usize = 128;
 
 impl Wire {
     /// Bytes of a row of `d` columns of type `dtype`, scales included.
@@ -113,53 +106,16 @@ impl<T: Float> Rows<T> {
 /// Codes of a tile; returns its scale's exponent plus 127.
 #[inline(always)]
 fn encode_tile<T: Float>(x: &[T], codes: &mut [u8]) -> u8 {
-    let amax = x.iter().fold(1e-4f32, |amax, x| amax.max((x.as_f64() as f32).abs()));
-    let scale = scale_byte(amax);
-    let inverse = power_of_two(254 - scale);
+    let amax = x.iter().fold(MIN_AMAX, |amax, x| amax.max((x.as_f64() as f32).abs()));
+    let scale = Scaling::PowerOfTwo.scale(amax);
+    let inverse = scale.recip();
     codes.iter_mut().zip(x).for_each(|(code, x)| *code = encode_e4m3(x.as_f64() as f32 * inverse));
-    scale
-}
-
-/// Exponent plus 127 of amax / 448 rounded up to a power of two, at most 2^120. `amax` is normal and positive.
-#[inline(always)]
-fn scale_byte(amax: f32) -> u8 {
-    let bits = (amax / 448.0).to_bits();
-    let up = bits.wrapping_add((1 << 23) - 1) >> 23;
-    up.min(127 + 120) as u8
+    (scale.to_bits() >> 23) as u8
 }
 
 #[inline(always)]
 fn power_of_two(byte: u8) -> f32 {
     f32::from_bits(u32::from(byte) << 23)
-}
-
-/// The nearest E4M3 code, ties to even, at most 448; NaN is 0x7f with its sign.
-#[inline(always)]
-pub fn encode_e4m3(x: f32) -> u8 {
-    let sign = (x.to_bits() >> 24) as u8 & 0x80;
-    let magnitude = x.abs().min(448.0);
-    // Normal: round the mantissa to 3 bits, then turn the exponent's bias from 127 to 7.
-    let bits = magnitude.to_bits();
-    let rounded = bits + 0x7_ffff + ((bits >> 20) & 1);
-    let normal = (rounded >> 20).wrapping_sub((127 - 7) << 3) as u8;
-    // Subnormal: adding 2^14 leaves multiples of 2^-9 in the low bits, rounded to nearest even.
-    const SHIFT: f32 = 16384.0;
-    let subnormal = (magnitude + SHIFT).to_bits().wrapping_sub(SHIFT.to_bits()) as u8;
-    let code = if magnitude < 1.0 / 64.0 { subnormal } else { normal };
-    sign | if x.is_nan() { 0x7f } else { code }
-}
-
-/// The value of an E4M3 code.
-#[inline(always)]
-pub fn decode_e4m3(code: u8) -> f32 {
-    let (sign, exponent, mantissa) = (u32::from(code & 0x80) << 24, (code >> 3) & 15, code & 7);
-    let magnitude = if exponent == 0 {
-        f32::from(mantissa) / 512.0
-    } else {
-        f32::from_bits((u32::from(exponent) + 127 - 7) << 23 | u32::from(mantissa) << 20)
-    };
-    let magnitude = if code & 0x7f == 0x7f { f32::NAN } else { magnitude };
-    f32::from_bits(magnitude.to_bits() | sign)
 }
 
 #[cfg(test)]
@@ -187,44 +143,6 @@ mod tests {
             }
         }
         best | sign
-    }
-
-    #[test]
-    fn every_code_is_its_value_and_comes_back() {
-        for code in 0..=255u8 {
-            let (got, want) = (decode_e4m3(code), value(code));
-            if want.is_nan() {
-                assert!(got.is_nan() && encode_e4m3(got) == code, "{code:#x}");
-            } else {
-                assert_eq!((f64::from(got), got.is_sign_negative()), (want, code & 0x80 != 0), "{code:#x}");
-                assert_eq!(encode_e4m3(got), code, "{code:#x}");
-            }
-        }
-        assert_eq!((value(0x7e), value(1)), (448.0, 2f64.powi(-9)));
-    }
-
-    #[test]
-    fn rounding_is_to_the_nearest_code_with_ties_to_even() {
-        // Around every code: itself, the tie above it, and one step to either side of both.
-        for code in 0..0x7eu8 {
-            let tie = ((value(code) + value(code + 1)) / 2.0) as f32;
-            assert_eq!(encode_e4m3(tie) % 2, 0, "the tie above {code:#x}");
-            for x in [value(code) as f32, tie] {
-                for x in [x.next_down(), x, x.next_up(), -x.next_down(), -x, -x.next_up()] {
-                    assert_eq!(encode_e4m3(x), nearest(f64::from(x)), "{x:e} beside {code:#x}");
-                }
-            }
-        }
-        for x in [448.0, 449.0, 464.0, 480.0, 1e30, f32::INFINITY] {
-            assert_eq!((encode_e4m3(x), encode_e4m3(-x)), (0x7e, 0xfe), "{x}");
-        }
-        for x in [0.0, 1e-45, 1e-38, 1e-5, 1.0 / 1024.0] {
-            assert_eq!((encode_e4m3(x), encode_e4m3(-x)), (0, 0x80), "{x}");
-        }
-        for x in random(20_000, 1) {
-            let x = (x.powi(5) * 500.0) as f32;
-            assert_eq!(encode_e4m3(x), nearest(f64::from(x)), "{x}");
-        }
     }
 
     /// By the definition: the least power of two at or above amax / 448, and all codes tried.

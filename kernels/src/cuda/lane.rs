@@ -174,6 +174,7 @@ impl Lane {
             DType::F32 => MapType::CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
             DType::Bf16 => MapType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
             DType::U32 => MapType::CU_TENSOR_MAP_DATA_TYPE_UINT32,
+            DType::U8 => MapType::CU_TENSOR_MAP_DATA_TYPE_UINT8,
         };
         let swizzle = match swizzle {
             32 => Swizzle::CU_TENSOR_MAP_SWIZZLE_32B,

@@ -18,6 +18,7 @@ pub fn zero(s: &mut Stream, y: Tensor) {
     let kernels = |_: &Target| Some(ptx::elementwise::zero(y));
     s.launch_kernel(&[], &[y], kernels, move |m| match y.dtype {
         DType::U32 => m.write::<u32>(y).fill(0),
+        DType::U8 => m.write::<u8>(y).fill(0),
         dtype => with_float!(dtype, T => m.write::<T>(y).fill(T::of_f64(0.0))),
     });
 }

@@ -5,14 +5,7 @@
 use rayon::prelude::*;
 
 use crate::{
-    cost::Cost,
-    device::Target,
-    dtype::{DType, Float},
-    error::Result,
-    ops::expect_shape,
-    ptx,
-    stream::Stream,
-    tensor::Tensor,
+    cost::Cost, device::Target, dtype::Float, error::Result, ops::expect_shape, ptx, stream::Stream, tensor::Tensor,
     with_float,
 };
 
@@ -20,7 +13,7 @@ use crate::{
 pub fn sum_squares_acc(s: &mut Stream, x: Tensor, acc: Tensor) -> Result<()> {
     expect_shape("sum_squares", "acc", acc, &[1])?;
     s.account(cost(x.len(), x.dtype.size_bytes()));
-    let kernels = |_: &Target| (x.dtype != DType::U32).then(|| ptx::norm::sum_squares_acc(x, acc));
+    let kernels = |_: &Target| x.dtype.is_float().then(|| ptx::norm::sum_squares_acc(x, acc));
     s.launch_kernel(&[x, acc], &[acc], kernels, move |m| {
         let total = with_float!(x.dtype, T => {
             let x = m.read::<T>(x);
@@ -36,7 +29,7 @@ pub fn sum_squares_acc(s: &mut Stream, x: Tensor, acc: Tensor) -> Result<()> {
 pub fn sum_acc(s: &mut Stream, x: Tensor, acc: Tensor) -> Result<()> {
     expect_shape("sum", "acc", acc, &[1])?;
     s.account(cost(x.len(), x.dtype.size_bytes()));
-    let kernels = |_: &Target| (x.dtype != DType::U32).then(|| ptx::norm::sum_acc(x, acc));
+    let kernels = |_: &Target| x.dtype.is_float().then(|| ptx::norm::sum_acc(x, acc));
     s.launch_kernel(&[x, acc], &[acc], kernels, move |m| {
         let total: f64 = with_float!(x.dtype, T => m.read::<T>(x).iter().map(|v| v.as_f64()).sum());
         m.write::<f64>(acc)[0] += total;

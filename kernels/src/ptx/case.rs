@@ -30,7 +30,11 @@ impl Data {
 
     /// What an output holds before it is assigned: NaN, or a number that is none.
     pub fn poison(dtype: DType, dims: &[usize]) -> Self {
-        let poison = if dtype == DType::U32 { f64::from(0xdead_beefu32) } else { f64::NAN };
+        let poison = match dtype {
+            DType::U32 => f64::from(0xdead_beefu32),
+            DType::U8 => f64::from(0xa5u8),
+            _ => f64::NAN,
+        };
         Data(dtype, dims.to_vec(), vec![poison; dims.iter().product()])
     }
 
@@ -53,6 +57,7 @@ impl Data {
             DType::F32 => memory.from_slice(dims, &x.map(|x| *x as f32).collect::<Vec<_>>()),
             DType::Bf16 => memory.from_slice(dims, &x.map(|x| bf16::from_f64(*x)).collect::<Vec<_>>()),
             DType::U32 => memory.from_slice(dims, &x.map(|x| *x as u32).collect::<Vec<_>>()),
+            DType::U8 => memory.from_slice(dims, &x.map(|x| *x as u8).collect::<Vec<_>>()),
         }
     }
 }
@@ -64,6 +69,7 @@ pub(crate) fn values(memory: &Memory, t: Tensor) -> Vec<f64> {
         DType::F32 => memory.download::<f32>(t).into_iter().map(f64::from).collect(),
         DType::Bf16 => memory.download::<bf16>(t).into_iter().map(f64::from).collect(),
         DType::U32 => memory.download::<u32>(t).into_iter().map(f64::from).collect(),
+        DType::U8 => memory.download::<u8>(t).into_iter().map(f64::from).collect(),
     }
 }
 
@@ -183,7 +189,7 @@ impl Case {
 
     /// Bit by bit, but for the sign of a zero and what kind of NaN it is.
     pub fn equal(self) {
-        self.check(|dtype, got, want| got == want || got.is_nan() && want.is_nan() && dtype != DType::U32);
+        self.check(|dtype, got, want| got == want || got.is_nan() && want.is_nan() && dtype.is_float());
     }
 
     /// Within `tolerance`, absolutely for values below 1, else relatively; neighbouring bf16 are near enough.

@@ -144,5 +144,6 @@ pub fn dtype_name(dtype: DType) -> &'static str {
         DType::F32 => "f32",
         DType::Bf16 => "bf16",
         DType::U32 => "u32",
+        DType::U8 => "u8",
     }
 }

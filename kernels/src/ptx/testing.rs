@@ -24,6 +24,7 @@ fn bytes_of(memory: &Memory, whole: Tensor) -> Vec<u8> {
         DType::F32 => cast::<f32>(memory, whole),
         DType::Bf16 => cast::<half::bf16>(memory, whole),
         DType::U32 => cast::<u32>(memory, whole),
+        DType::U8 => cast::<u8>(memory, whole),
     }
 }
 
@@ -38,6 +39,7 @@ fn put_bytes(memory: &Memory, whole: Tensor, bytes: &[u8]) {
         DType::F32 => cast::<f32>(memory, whole, bytes),
         DType::Bf16 => cast::<half::bf16>(memory, whole, bytes),
         DType::U32 => cast::<u32>(memory, whole, bytes),
+        DType::U8 => cast::<u8>(memory, whole, bytes),
     }
 }
 

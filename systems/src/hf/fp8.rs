@@ -1,33 +1,6 @@
 //! FP8 as DeepSeek's checkpoints store it: E4M3 codes with one f32 factor per block, `w = code * scale_inv`.
-//!
-//! The format is `fn` ("finite"): 4 exponent bits with bias 7, 3 mantissa bits, no infinities, NaN only at 0x7f and
-//! 0xff, largest value 448. Every code is decoded by table, because a checkpoint has billions of them and 256 answers.
 
-/// The value of every E4M3 code.
-pub const E4M3: [f32; 256] = {
-    let mut table = [0.0; 256];
-    let mut code = 0;
-    while code < 256 {
-        table[code] = decode_e4m3(code as u8);
-        code += 1;
-    }
-    table
-};
-
-/// The value of one E4M3 code; NaN for 0x7f and 0xff.
-pub const fn decode_e4m3(code: u8) -> f32 {
-    let sign = (code as u32 & 0x80) << 24;
-    let exponent = (code as u32 >> 3) & 0xf;
-    let mantissa = code as u32 & 7;
-    let magnitude = if exponent == 15 && mantissa == 7 {
-        f32::NAN.to_bits()
-    } else if exponent == 0 {
-        (mantissa as f32 / 512.0).to_bits()
-    } else {
-        (exponent + 127 - 7) << 23 | mantissa << 20
-    };
-    f32::from_bits(sign | magnitude)
-}
+use kernels::fp8::E4M3;
 
 /// Shape of the factors of a `[rows, columns]` matrix; the last block of a row or column may be partial.
 pub fn scale_shape(shape: [usize; 2], block: [usize; 2]) -> [usize; 2] {
@@ -63,39 +36,6 @@ pub fn dequantize_rows(
 mod tests {
     use super::*;
 
-    /// The definition in real numbers: (-1)^s 2^(e-7) (1 + m/8), or (-1)^s 2^-6 m/8 where e is 0.
-    fn by_definition(code: u8) -> f64 {
-        let (sign, e, m) = (code / 128, i32::from(code / 8 % 16), f64::from(code % 8));
-        let magnitude = match e {
-            0 => 2f64.powi(-6) * m / 8.0,
-            _ => 2f64.powi(e - 7) * (1.0 + m / 8.0),
-        };
-        if sign == 1 { -magnitude } else { magnitude }
-    }
-
-    #[test]
-    fn every_code_has_the_value_of_the_definition() {
-        for code in 0..=255u8 {
-            let value = E4M3[code as usize];
-            if code & 0x7f == 0x7f {
-                assert!(value.is_nan(), "{code:#04x} is NaN");
-            } else {
-                assert_eq!(f64::from(value), by_definition(code), "{code:#04x}");
-                assert_eq!(value.is_sign_negative(), code >= 0x80, "{code:#04x}");
-            }
-        }
-    }
-
-    #[test]
-    fn landmarks() {
-        for (code, value) in
-            [(0x7e, 448.0), (0xfe, -448.0), (0x38, 1.0), (0x08, 0.015625), (0x01, 0.001953125), (0x00, 0.0)]
-        {
-            assert_eq!(decode_e4m3(code), value, "{code:#04x}");
-        }
-        assert!((1..=0x7e).all(|c| E4M3[c] > E4M3[c - 1]), "codes are sorted");
-    }
-
     #[test]
     fn each_block_has_its_factor_and_the_last_ones_may_be_partial() {
         let (rows, columns, block) = (5, 7, [2, 3]);
@@ -107,7 +47,7 @@ mod tests {
         for r in 0..rows {
             for c in 0..columns {
                 let scale = scales[r / 2 * 3 + c / 3];
-                let expected = by_definition(codes[r * columns + c]) as f32 * scale;
+                let expected = E4M3[usize::from(codes[r * columns + c])] * scale;
                 assert_eq!(whole[r * columns + c], expected, "row {r}, column {c}");
             }
         }

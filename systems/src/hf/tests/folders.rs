@@ -2,10 +2,11 @@
 use super::{TINY, Tensors, changed, folder, load, random_bytes, random_tensors, save};
 use crate::hf::config::{ConfigDocument, HfConfig};
 use crate::hf::convert;
-use crate::hf::fp8::{decode_e4m3, scale_shape};
+use crate::hf::fp8::scale_shape;
 use crate::hf::read::{Finding, HfFolder, ReadError};
 use crate::hf::write::{DEFAULT_SHARD_BYTES, FolderWriter, SaveDtype, WriteError, WriteOptions, write_folder};
 use crate::params::{ParamKind, param_specs};
+use kernels::fp8::decode_e4m3;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use safetensors::tensor::Dtype;
