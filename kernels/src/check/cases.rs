@@ -448,17 +448,17 @@ impl List {
         let hyper =
             AdamW { lr: 0.1, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, step: 3, max_grad_norm: 1.0 };
         let dims = [z.d, z.f];
-        for grad in [F32, Bf16] {
+        for (grad, moments) in [(F32, F32), (Bf16, F32), (F32, Bf16)] {
             let tensors = vec![
                 t(F32, &dims, Random),
                 t(grad, &dims, Random),
-                t(F32, &dims, Random),
-                t(F32, &dims, Positive),
+                t(moments, &dims, Random),
+                t(moments, &dims, Positive),
                 t(F64, &[1], Fill::Values(vec![9.0])),
                 t(Bf16, &dims, Poison),
             ];
             let near = Tolerance { element: 1.0 / 128.0, calc_diff: 1e-6 };
-            let shape = format!("[{}, {}] of {grad:?}", z.d, z.f);
+            let shape = format!("[{}, {}] of {grad:?}, moments {moments:?}", z.d, z.f);
             self.add(("adamw::update", F32, near), shape, tensors, move |s, x| {
                 let slots = adamw::Slots { master: x[0], grad: x[1], m: x[2], v: x[3], weight: Some(x[5]) };
                 adamw::update(s, hyper, slots, x[4])

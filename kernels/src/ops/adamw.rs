@@ -1,4 +1,4 @@
-//! AdamW (arXiv 1711.05101) with f32 master weights:
+//! AdamW (arXiv 1711.05101) with f32 master weights, and moments in f32 or bf16 (DeepSeek-V3 report, section 3.3.3):
 //! m = b1 m + (1-b1) g, v = b2 v + (1-b2) g^2, p = p (1 - lr wd) - lr m' / (sqrt(v') + eps), with m' = m / (1 - b1^n) and
 //! v' = v / (1 - b2^n), where g is the clipped gradient.
 
@@ -9,7 +9,7 @@ use crate::{
     device::Target,
     dtype::{DType, Float},
     error::Result,
-    ops::{elementwise, expect_shape, is_fast, norm::clip_factor},
+    ops::{elementwise, expect::expect_tensor, expect_shape, is_fast, norm::clip_factor},
     ptx,
     simd::vectorize,
     stream::Stream,
@@ -43,9 +43,9 @@ pub struct Slots {
     pub master: Tensor,
     /// Gradient, any float type.
     pub grad: Tensor,
-    /// First moment, like the master.
+    /// First moment, like the master or bf16.
     pub m: Tensor,
-    /// Second moment, like the master.
+    /// Second moment, like the first.
     pub v: Tensor,
     /// Where the rounded weight goes, when compute has another type than the master.
     pub weight: Option<Tensor>,
@@ -59,21 +59,22 @@ pub fn update(s: &mut Stream, hyper: AdamW, slots: Slots, sum_squares: Tensor) -
         expect_shape("adamw", role, tensor, &dims)?;
     }
     let Slots { master, grad, m, v, weight } = slots;
-    s.account(cost(master.len(), grad.dtype.size_bytes()));
+    expect_tensor("adamw", "v", v, m.dtype, &dims)?;
+    s.account(cost(master.len(), grad.dtype.size_bytes(), m.dtype.size_bytes()));
     if let Some(weight) = weight {
         expect_shape("adamw", "weight", weight.reshape(&dims), &dims)?;
         s.account(elementwise::cost(master.len(), 1, weight.dtype.size_bytes()));
     }
     let writes: Vec<Tensor> = [master, m, v].into_iter().chain(weight).collect();
-    let has = master.dtype == DType::F32 && is_fast(grad) && weight.is_none_or(is_fast);
+    let has = master.dtype == DType::F32 && is_fast(grad) && is_fast(m) && weight.is_none_or(is_fast);
     let kernels = |_: &Target| has.then(|| ptx::adamw::update(hyper, slots, sum_squares));
     s.launch_kernel(&[grad, sum_squares], &writes, kernels, move |memory| {
         if let Some(clip) = clip_factor(memory.read::<f64>(sum_squares)[0], hyper.max_grad_norm) {
-            with_float!(grad.dtype, G => with_float!(master.dtype, T => {
+            with_float!(grad.dtype, G => with_float!(master.dtype, T => with_float!(m.dtype, M => {
                 let grad = memory.read::<G>(grad);
-                let (mut p, mut m, mut v) = (memory.write::<T>(master), memory.write::<T>(m), memory.write::<T>(v));
-                update_slice::<T, G>(hyper, clip, &grad, &mut p, &mut m, &mut v);
-            }));
+                let (mut p, mut m, mut v) = (memory.write::<T>(master), memory.write::<M>(m), memory.write::<M>(v));
+                update_slice::<T, G, M>(hyper, clip, &grad, &mut p, (&mut m, &mut v));
+            })));
         }
         if let Some(weight) = weight {
             elementwise::copy_now(memory, master, weight);
@@ -82,8 +83,15 @@ pub fn update(s: &mut Stream, hyper: AdamW, slots: Slots, sum_squares: Tensor) -
     Ok(())
 }
 
-fn update_slice<T: Float, G: Float>(h: AdamW, clip: f64, grad: &[G], p: &mut [T], m: &mut [T], v: &mut [T]) {
+fn update_slice<T: Float, G: Float, M: Float>(
+    h: AdamW,
+    clip: f64,
+    grad: &[G],
+    p: &mut [T],
+    (m, v): (&mut [M], &mut [M]),
+) {
     let n = h.step as i32;
+    let moment = |x: M| <T as Float>::of_f64(x.as_f64()).to_acc();
     let c = |x: f64| <T as Float>::of_f64(x).to_acc();
     let (b1, b2, a1, a2) = (c(h.beta1), c(h.beta2), c(1.0 - h.beta1), c(1.0 - h.beta2));
     let (step, root) = (c(h.lr / (1.0 - h.beta1.powi(n))), c((1.0 - h.beta2.powi(n)).sqrt().recip()));
@@ -96,21 +104,21 @@ fn update_slice<T: Float, G: Float>(h: AdamW, clip: f64, grad: &[G], p: &mut [T]
             || {
                 for (((p, m), v), g) in p.iter_mut().zip(m).zip(v).zip(grad) {
                     let g = <T as Float>::of_f64(g.as_f64() * clip).to_acc();
-                    let m1 = b1 * m.to_acc() + a1 * g;
-                    let v1 = b2 * v.to_acc() + a2 * g * g;
+                    let m1 = b1 * moment(*m) + a1 * g;
+                    let v1 = b2 * moment(*v) + a2 * g * g;
                     let delta = step * m1 / (num_traits::Float::sqrt(v1) * root + eps);
                     *p = T::from_acc(p.to_acc() * keep - delta);
-                    (*m, *v) = (T::from_acc(m1), T::from_acc(v1));
+                    (*m, *v) = (M::of_f64(m1.as_f64()), M::of_f64(v1.as_f64()));
                 }
             },
         );
     });
 }
 
-/// Cost of updating `len` parameters with f32 state.
-pub fn cost(len: usize, grad_bytes: usize) -> Cost {
-    let n = len as u64;
-    Cost::stream(14 * n, n * (12 + grad_bytes as u64), 12 * n)
+/// Cost of updating `len` parameters with f32 masters.
+pub fn cost(len: usize, grad_bytes: usize, moment_bytes: usize) -> Cost {
+    let (n, state) = (len as u64, 4 + 2 * moment_bytes as u64);
+    Cost::stream(14 * n, n * (state + grad_bytes as u64), n * state)
 }
 
 #[cfg(test)]
@@ -146,5 +154,39 @@ mod tests {
         let clipped = one_update(16.0, 1.0);
         assert!((f64::from(clipped[1]) - (0.45 + 0.1)).abs() < 1e-5, "g = 1 after clipping: {clipped:?}");
         assert_eq!(one_update(f64::NAN, 1.0), [1.0, 0.5, 0.25]);
+    }
+
+    #[test]
+    fn moments_in_bf16_are_rounded_and_the_weight_is_made_from_what_was_not() {
+        let mut s = stream();
+        let memory = s.memory().clone();
+        let hyper = AdamW {
+            lr: 0.1,
+            beta1: 0.9,
+            beta2: 0.95,
+            eps: 1e-8,
+            weight_decay: 0.1,
+            step: 3,
+            max_grad_norm: f64::INFINITY,
+        };
+        let wide = |x: &[f32]| memory.from_slice(&[3], x);
+        let narrow =
+            |x: &[f32]| memory.from_slice(&[3], &x.iter().map(|&x| half::bf16::from_f32(x)).collect::<Vec<_>>());
+        // Moments that bf16 holds, and a gradient that takes them to values that it does not.
+        let (p, g, m, v) = ([1.0, -2.0, 0.5], [4.0, 0.3, -1e-3], [0.5, -0.25, 2.0], [0.25, 0.125, 4.0]);
+        let acc = memory.from_slice(&[1], &[16.0]);
+        let f32s = Slots { master: wide(&p), grad: wide(&g), m: wide(&m), v: wide(&v), weight: None };
+        let bf16s = Slots { master: wide(&p), grad: wide(&g), m: narrow(&m), v: narrow(&v), weight: None };
+        update(&mut s, hyper, f32s, acc).unwrap();
+        update(&mut s, hyper, bf16s, acc).unwrap();
+        s.synchronize().unwrap();
+        assert_eq!(memory.download::<f32>(f32s.master), memory.download::<f32>(bf16s.master));
+        for (wide, narrow) in [(f32s.m, bf16s.m), (f32s.v, bf16s.v)] {
+            let rounded: Vec<_> = memory.download::<f32>(wide).into_iter().map(half::bf16::from_f32).collect();
+            assert_eq!(memory.download::<half::bf16>(narrow), rounded);
+            assert_ne!(rounded[0].to_f32(), memory.download::<f32>(wide)[0]);
+        }
+        let mixed = Slots { v: wide(&v), ..bf16s };
+        assert!(update(&mut s, hyper, mixed, acc).unwrap_err().to_string().contains("adamw"));
     }
 }
