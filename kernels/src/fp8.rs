@@ -50,6 +50,12 @@ impl Scaling {
     }
 }
 
+/// Columns that `e` ragged groups of `n` rows in all need when they are laid side by side and each begins at a multiple of 128:
+/// group g begins at 128 times the tiles that those before it have.
+pub const fn padded(n: usize, e: usize) -> usize {
+    TILE * (n / TILE + e)
+}
+
 /// Rows of numbers with a scale for each 128 columns of a row. Both tensors are contiguous.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tiles {
@@ -148,13 +154,13 @@ pub const fn decode_e4m3(code: u8) -> f32 {
     f32::from_bits(magnitude.to_bits() | sign)
 }
 
+/// The recipe by its definitions, slowly.
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::ops::testing::random;
+pub(crate) mod definition {
+    use super::{MIN_AMAX, Scaling};
 
     /// By the definition of the format.
-    fn value(code: u8) -> f64 {
+    pub fn value(code: u8) -> f64 {
         let (e, m) = (i32::from(code >> 3 & 15), f64::from(code & 7));
         let magnitude = if e == 0 { m / 8.0 * 2f64.powi(-6) } else { (1.0 + m / 8.0) * 2f64.powi(e - 7) };
         let magnitude = if code & 0x7f == 0x7f { f64::NAN } else { magnitude };
@@ -162,8 +168,11 @@ mod tests {
     }
 
     /// By trying all codes.
-    fn nearest(x: f64) -> u8 {
+    pub fn nearest(x: f64) -> u8 {
         let sign = if x.is_sign_negative() { 0x80 } else { 0 };
+        if x.is_nan() {
+            return 0x7f | sign;
+        }
         let x = x.abs().min(448.0);
         let mut best = 0;
         for code in 1..0x7f {
@@ -174,6 +183,31 @@ mod tests {
         }
         best | sign
     }
+
+    /// The scale of these numbers: quotients of f32 in f64 are exact enough to be rounded once.
+    pub fn scale(x: &[f32], scaling: Scaling) -> f64 {
+        let amax = x.iter().filter(|x| !x.is_nan()).fold(MIN_AMAX, |amax, x| amax.max(x.abs()));
+        let real = f64::from((f64::from(amax) / 448.0) as f32);
+        match scaling {
+            Scaling::Real => real,
+            Scaling::PowerOfTwo => (-30..=120).map(|e| 2f64.powi(e)).find(|s| *s >= real).unwrap_or(2f64.powi(120)),
+        }
+    }
+
+    /// The code of a number under a scale; so are products.
+    pub fn code(x: f32, scale: f64) -> u8 {
+        let inverse = (1.0 / scale) as f32;
+        nearest(f64::from((f64::from(x) * f64::from(inverse)) as f32))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{
+        definition::{nearest, scale, value},
+        *,
+    };
+    use crate::ops::testing::random;
 
     #[test]
     fn every_code_is_its_value_and_comes_back() {
@@ -218,9 +252,9 @@ mod tests {
         assert_eq!(Scaling::Real.scale(448.0), 1.0);
         assert_eq!(Scaling::Real.scale(f32::INFINITY), f32::INFINITY);
         for amax in [MIN_AMAX, 1.0, 447.9, 448.0, 448.1, 896.0, 1e30, f32::MAX, f32::INFINITY] {
-            let target = f64::from(amax / MAX);
-            let want = (-30..=120).map(|e| 2f64.powi(e)).find(|s| *s >= target).unwrap_or(2f64.powi(120));
-            assert_eq!(f64::from(Scaling::PowerOfTwo.scale(amax)), want, "{amax}");
+            for scaling in [Scaling::Real, Scaling::PowerOfTwo] {
+                assert_eq!(f64::from(scaling.scale(amax)), scale(&[amax], scaling), "{amax}, {scaling:?}");
+            }
         }
     }
 

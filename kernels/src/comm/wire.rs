@@ -8,8 +8,11 @@ use half::bf16;
 
 use crate::{
     dtype::{DType, Float},
-    fp8::{MIN_AMAX, Scaling, TILE, decode_e4m3, encode_e4m3},
-    ops::parallel::{for_row_chunks, for_row_chunks2},
+    fp8::{Scaling, TILE, decode_e4m3},
+    ops::{
+        parallel::{for_row_chunks, for_row_chunks2},
+        quantize::encode_tile,
+    },
 };
 
 /// The encoding of rows between ranks.
@@ -73,7 +76,7 @@ impl<T: Float> Rows<T> {
                         let rows = x[first * d..].chunks_exact(d).zip(codes.chunks_exact_mut(d));
                         for ((x, codes), scales) in rows.zip(scales.chunks_exact_mut(tiles)) {
                             for ((x, codes), scale) in x.chunks(TILE).zip(codes.chunks_mut(TILE)).zip(scales) {
-                                *scale = encode_tile(x, codes);
+                                *scale = (encode_tile(x, codes, Scaling::PowerOfTwo).to_bits() >> 23) as u8;
                             }
                         }
                     },
@@ -103,16 +106,6 @@ impl<T: Float> Rows<T> {
     }
 }
 
-/// Codes of a tile; returns its scale's exponent plus 127.
-#[inline(always)]
-fn encode_tile<T: Float>(x: &[T], codes: &mut [u8]) -> u8 {
-    let amax = x.iter().fold(MIN_AMAX, |amax, x| amax.max((x.as_f64() as f32).abs()));
-    let scale = Scaling::PowerOfTwo.scale(amax);
-    let inverse = scale.recip();
-    codes.iter_mut().zip(x).for_each(|(code, x)| *code = encode_e4m3(x.as_f64() as f32 * inverse));
-    (scale.to_bits() >> 23) as u8
-}
-
 #[inline(always)]
 fn power_of_two(byte: u8) -> f32 {
     f32::from_bits(u32::from(byte) << 23)
@@ -121,36 +114,12 @@ fn power_of_two(byte: u8) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::testing::random;
+    use crate::{fp8::definition, ops::testing::random};
 
-    /// By the definition of the format.
-    fn value(code: u8) -> f64 {
-        let (e, m) = (i32::from(code >> 3 & 15), f64::from(code & 7));
-        let magnitude = if e == 0 { m / 8.0 * 2f64.powi(-6) } else { (1.0 + m / 8.0) * 2f64.powi(e - 7) };
-        let magnitude = if code & 0x7f == 0x7f { f64::NAN } else { magnitude };
-        if code & 0x80 == 0 { magnitude } else { -magnitude }
-    }
-
-    /// By trying all codes.
-    fn nearest(x: f64) -> u8 {
-        let sign = if x.is_sign_negative() { 0x80 } else { 0 };
-        let x = x.abs().min(448.0);
-        let mut best = 0;
-        for code in 1..0x7f {
-            let (old, new) = ((value(best) - x).abs(), (value(code) - x).abs());
-            if new < old || (new == old && code % 2 == 0) {
-                best = code;
-            }
-        }
-        best | sign
-    }
-
-    /// By the definition: the least power of two at or above amax / 448, and all codes tried.
-    fn quantized(tile: &[f64]) -> Vec<f64> {
-        let amax = tile.iter().fold(1e-4f32, |a, x| a.max(x.abs() as f32));
-        let target = f64::from(amax / 448.0);
-        let scale = (-30..=120).map(|e| 2f64.powi(e)).find(|s| *s >= target).unwrap_or(f64::NAN);
-        tile.iter().map(|&x| value(nearest(f64::from(x as f32) / scale)) * scale).collect()
+    /// By the definition of the recipe.
+    fn quantized(tile: &[f32]) -> Vec<f64> {
+        let scale = definition::scale(tile, Scaling::PowerOfTwo);
+        tile.iter().map(|&x| definition::value(definition::code(x, scale)) * scale).collect()
     }
 
     #[test]
@@ -170,7 +139,7 @@ mod tests {
         for (r, row) in x.chunks_exact(d).enumerate() {
             let mut got = vec![0f32; d];
             encoded.decode(r, &mut got);
-            let want = row.chunks(TILE).flat_map(|t| quantized(&t.iter().map(|&x| f64::from(x)).collect::<Vec<_>>()));
+            let want = row.chunks(TILE).flat_map(quantized);
             for (c, (got, want)) in got.iter().zip(want).enumerate() {
                 assert_eq!(f64::from(*got), want, "row {r}, column {c} was {}", row[c]);
             }

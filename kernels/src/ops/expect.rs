@@ -4,6 +4,7 @@
 use crate::{
     dtype::DType,
     error::{Error, Result},
+    fp8::{Blocks, Tiles},
     tensor::Tensor,
 };
 
@@ -30,6 +31,34 @@ pub(crate) fn expect_that(
     wanted: impl FnOnce() -> String,
 ) -> Result<()> {
     if holds { Ok(()) } else { Err(Error::Shape { op, role, expected: wanted(), found }) }
+}
+
+/// `Err` if codes or scales are not those of `rows` rows of `columns` with a scale for each 128 columns.
+pub(crate) fn expect_tiles(
+    op: &'static str,
+    role: &'static str,
+    tiles: Tiles,
+    rows: usize,
+    columns: usize,
+) -> Result<()> {
+    expect_tensor(op, role, tiles.codes, DType::U8, &[rows, columns])?;
+    expect_scales(op, role, tiles.scales, &Tiles::scale_shape(rows, columns))
+}
+
+/// `Err` if codes or scales are not those of a matrix of shape `dims`, or of several, with a scale for each 128 x 128.
+pub(crate) fn expect_blocks(op: &'static str, role: &'static str, blocks: Blocks, dims: &[usize]) -> Result<()> {
+    expect_tensor(op, role, blocks.codes, DType::U8, dims)?;
+    expect_scales(op, role, blocks.scales, &Blocks::scale_shape(dims))
+}
+
+fn expect_scales(op: &'static str, role: &'static str, scales: Tensor, dims: &[usize]) -> Result<()> {
+    let holds = scales.dtype == DType::F32 && scales.shape == *dims;
+    expect_that(op, role, scales, holds, || format!("beside scales F32 of {dims:?}"))
+}
+
+/// `Err` if `tensor` is not of floating-point numbers.
+pub(crate) fn expect_float(op: &'static str, role: &'static str, tensor: Tensor) -> Result<()> {
+    expect_that(op, role, tensor, tensor.dtype.is_float(), || "of floating-point numbers".into())
 }
 
 /// The type that sums over elements of `dtype` are kept in, as [`crate::dtype::Float::Acc`].

@@ -20,7 +20,7 @@
 //! [`swiglu`] has the same products with the activation done while a chunk is in the cache.
 
 pub mod swiglu;
-mod tasks;
+pub(super) mod tasks;
 
 use tasks::{Task, run, split};
 
@@ -43,11 +43,11 @@ use crate::{
 
 /// The sizes of a grouped layer.
 #[derive(Clone, Copy, Debug)]
-struct Sizes {
-    n: usize,
-    e: usize,
-    o: usize,
-    i: usize,
+pub(super) struct Sizes {
+    pub n: usize,
+    pub e: usize,
+    pub o: usize,
+    pub i: usize,
 }
 
 /// Rows of x below which one row of an expert is a product with a vector.

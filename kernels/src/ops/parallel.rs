@@ -42,3 +42,20 @@ pub fn for_row_chunks2<T: Send, U: Send>(
         .enumerate()
         .for_each(|(i, (a, b))| vectorize(|| f(i * rows, a, b)));
 }
+
+/// The same over three outputs with the same number of rows, of which the last has one element a row.
+#[inline]
+pub fn for_row_chunks3<T: Send, U: Send, V: Send>(
+    (a, a_cols): (&mut [T], usize),
+    (b, b_cols): (&mut [U], usize),
+    c: &mut [V],
+    f: impl Fn(usize, &mut [T], &mut [U], &mut [V]) + Sync,
+) {
+    let rows = rows_per_chunk(a_cols.max(b_cols));
+    if a.len().max(b.len()) <= MIN_PARALLEL_ELEMENTS {
+        vectorize(|| f(0, a, b, c));
+        return;
+    }
+    let chunks = a.par_chunks_mut(rows * a_cols).zip(b.par_chunks_mut(rows * b_cols)).zip(c.par_chunks_mut(rows));
+    chunks.enumerate().for_each(|(i, ((a, b), c))| vectorize(|| f(i * rows, a, b, c)));
+}

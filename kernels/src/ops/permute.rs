@@ -13,10 +13,12 @@ use crate::{
     device::Target,
     dtype::{DType, Float},
     error::Result,
+    fp8::{Scaling, Tiles},
     ops::{
         are_fast,
-        expect::{acc_dtype, expect_tensor},
+        expect::{acc_dtype, expect_float, expect_tensor, expect_tiles},
         parallel::{for_row_chunks, for_row_chunks2},
+        quantize::{self, encode_tiles},
     },
     ptx,
     stream::Stream,
@@ -91,6 +93,37 @@ pub fn permute(s: &mut Stream, x: Tensor, order: Order, rows: Tensor) -> Result<
                 }
             });
         });
+    });
+    Ok(())
+}
+
+/// F into FP8: as [`permute`], and then quantized, into `q` [t k, d]. Tokens are encoded once and their codes copied.
+pub fn permute_tiles(s: &mut Stream, x: Tensor, order: Order, q: Tiles, scaling: Scaling) -> Result<()> {
+    const OP: &str = "permute into FP8";
+    let (n, t, d) = (order.token_of_row.len(), x.rows(), x.cols());
+    order.check(OP, n)?;
+    expect_float(OP, "x", x)?;
+    expect_tiles(OP, "q", q, n, d)?;
+    s.account(permute_tiles_cost(n, d, x.dtype.size_bytes()));
+    s.launch(&[x, order.token_of_row], &q.tensors(), move |m| {
+        let mut of_tokens = (vec![0; t * d], vec![0.0; Tiles::scale_shape(t, d).iter().product()]);
+        with_float!(x.dtype, T => encode_tiles(&m.read::<T>(x), d, scaling, (&mut of_tokens.0, &mut of_tokens.1)));
+        let tokens = m.read::<u32>(order.token_of_row);
+        for_row_chunks(
+            &mut m.write::<u8>(q.codes),
+            d,
+            #[inline(always)]
+            |first, chunk| {
+                for (row, &t) in chunk.chunks_exact_mut(d).zip(&tokens[first..]) {
+                    row.copy_from_slice(&of_tokens.0[t as usize * d..][..d]);
+                }
+            },
+        );
+        let mut scales = m.write::<f32>(q.scales);
+        let tiles = scales.chunks_exact_mut(q.scales.dim(1)).zip(of_tokens.1.chunks_exact(t.next_multiple_of(4)));
+        for (rows, of_tokens) in tiles {
+            rows.iter_mut().zip(tokens.iter()).for_each(|(scale, &t)| *scale = of_tokens[t as usize]);
+        }
     });
     Ok(())
 }
@@ -235,6 +268,11 @@ pub fn permute_cost(n: usize, d: usize, elem_bytes: usize) -> Cost {
     Cost::stream((n * d) as u64, bytes, bytes)
 }
 
+/// Cost of permute into FP8, over n rows.
+pub fn permute_tiles_cost(n: usize, d: usize, elem_bytes: usize) -> Cost {
+    quantize::tiles_cost(n, d, elem_bytes)
+}
+
 /// Cost of combine; its gradient costs twice that.
 pub fn combine_cost(t: usize, k: usize, d: usize, elem_bytes: usize) -> Cost {
     Cost::stream(2 * (t * k * d) as u64, (t * k * d * elem_bytes) as u64, (t * d * elem_bytes) as u64)
@@ -374,5 +412,23 @@ mod tests {
         let weights = m.alloc(DType::Bf16, &[3, 2]);
         let error = combine(&mut s, rows, weights, o, y, false).unwrap_err().to_string();
         assert!(error.contains("`weights` should be F32 of [3, 2]"), "{error}");
+    }
+
+    #[test]
+    fn tiles_are_those_of_the_permuted_rows() {
+        let (t, k, e, d) = (200, 3, 7, 300);
+        let mut s = stream();
+        let m = s.memory().clone();
+        let indices: Vec<u32> = (0..t * k).map(|i| (i * i % e) as u32).collect();
+        let o = sorted(&mut s, &indices, k, e);
+        let (x, rows) = (m.from_slice(&[t, d], &random_bf16(t * d, 1)), m.alloc(DType::Bf16, &[t * k, d]));
+        permute(&mut s, x, o, rows).unwrap();
+        for scaling in [Scaling::Real, Scaling::PowerOfTwo] {
+            let [want, got] = [(); 2].map(|()| poisoned_tiles(&m, t * k, d));
+            quantize::tiles(&mut s, rows, want, scaling).unwrap();
+            permute_tiles(&mut s, x, o, got, scaling).unwrap();
+            s.synchronize().unwrap();
+            assert_same_tiles(&m, got, want);
+        }
     }
 }

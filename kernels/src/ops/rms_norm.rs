@@ -10,9 +10,13 @@ use crate::{
     device::Target,
     dtype::{Float, Real},
     error::Result,
+    fp8::{Scaling, Tiles},
     ops::{
-        are_fast, expect_shape,
+        are_fast,
+        expect::{expect_float, expect_tensor, expect_tiles},
+        expect_shape,
         parallel::{for_row_chunks, for_row_chunks2},
+        quantize::{self, encode_rows, to_f32},
     },
     ptx,
     simd::vectorize,
@@ -35,8 +39,7 @@ pub fn forward(s: &mut Stream, x: Tensor, w: Tensor, y: Tensor, rstd: Tensor, ep
             for_row_chunks2((&mut y, d), (&mut rstd, 1), #[inline(always)] |first, y, rstd| {
                 for (i, (y, rstd)) in y.chunks_exact_mut(d).zip(rstd).enumerate() {
                     let x = &x[(first + i) * c..][..d];
-                    let mean = sum(d, #[inline(always)] |j| x[j].to_acc() * x[j].to_acc()) / <T as Float>::Acc::of_f64(d as f64);
-                    let r = num_traits::Float::recip(num_traits::Float::sqrt(mean + <T as Float>::Acc::of_f64(eps)));
+                    let r = inverse_rms(x, eps);
                     *rstd = T::from_acc(r);
                     for j in 0..d {
                         y[j] = T::from_acc(x[j].to_acc() * r * w[j].to_acc());
@@ -46,6 +49,52 @@ pub fn forward(s: &mut Stream, x: Tensor, w: Tensor, y: Tensor, rstd: Tensor, ep
         });
     });
     Ok(())
+}
+
+/// F into FP8: as [`forward`], but y goes to `q` [t, d] with the bits that it has in f32, not rounded to the type of `x` in between.
+pub fn forward_tiles(
+    s: &mut Stream,
+    x: Tensor,
+    w: Tensor,
+    q: Tiles,
+    rstd: Tensor,
+    eps: f64,
+    scaling: Scaling,
+) -> Result<()> {
+    const OP: &str = "rms_norm into FP8";
+    let (t, c, d) = (x.rows(), x.cols(), w.len());
+    expect_float(OP, "x", x)?;
+    expect_tensor(OP, "w", w, x.dtype, &[d])?;
+    expect_tensor(OP, "rstd", rstd, x.dtype, &[t])?;
+    expect_tiles(OP, "q", q, t, d)?;
+    s.account(cost_tiles(t, d, x.dtype.size_bytes()));
+    s.launch(&[x, w], &[q.codes, q.scales, rstd], move |m| {
+        with_float!(x.dtype, T => {
+            let (x, w, mut rstd) = (m.read::<T>(x), m.read::<T>(w), m.write::<T>(rstd));
+            let (mut codes, mut scales) = (m.write::<u8>(q.codes), m.write::<f32>(q.scales));
+            encode_rows((&mut codes, &mut scales), d, scaling, &mut rstd, #[inline(always)] |row, y| {
+                let x = &x[row * c..][..d];
+                let r = inverse_rms(x, eps);
+                for j in 0..d {
+                    y[j] = to_f32(x[j].to_acc() * r * w[j].to_acc());
+                }
+                T::from_acc(r)
+            });
+        });
+    });
+    Ok(())
+}
+
+/// 1 / sqrt(mean of the squares + eps)
+#[inline(always)]
+fn inverse_rms<T: Float>(x: &[T], eps: f64) -> T::Acc {
+    let squares = sum(
+        x.len(),
+        #[inline(always)]
+        |j| x[j].to_acc() * x[j].to_acc(),
+    );
+    let mean = squares / T::Acc::of_f64(x.len() as f64);
+    num_traits::Float::recip(num_traits::Float::sqrt(mean + T::Acc::of_f64(eps)))
 }
 
 /// Eight partial sums, so that the loop vectorizes and the order of additions is fixed.
@@ -160,8 +209,18 @@ pub fn cost(t: usize, d: usize, elem_bytes: usize) -> Cost {
     Cost::stream(4 * n, n * elem_bytes as u64, n * elem_bytes as u64)
 }
 
+/// Cost of the forward pass into FP8.
+pub fn cost_tiles(t: usize, d: usize, elem_bytes: usize) -> Cost {
+    let plain = cost(t, d, elem_bytes);
+    let quantized = quantize::tiles_cost(t, d, 0);
+    Cost::stream(plain.vector_flops + quantized.vector_flops, plain.read_bytes, quantized.written_bytes)
+}
+
 #[cfg(test)]
 mod tests {
+    #![expect(clippy::unwrap_used, reason = "tests")]
+    use half::bf16;
+
     use super::*;
     use crate::{dtype::DType, ops::testing::*};
 
@@ -185,5 +244,29 @@ mod tests {
                 weight_grad(s, x[0], rstd, dy, dx[1])
             },
         );
+    }
+
+    /// Of the same numbers: x [t, c] and w in bf16, and both in f32.
+    #[test]
+    fn tiles_are_those_of_the_norm_in_f32() {
+        let (t, c, d) = (70, 310, 300);
+        let mut s = stream();
+        let m = s.memory().clone();
+        let (x, w) = (random_bf16(t * c, 1), random_bf16(d, 2));
+        let wide = |x: &[bf16]| x.iter().map(|x| x.to_f32()).collect::<Vec<_>>();
+        let narrow = (m.from_slice(&[t, c], &x), m.from_slice(&[d], &w));
+        let wide = (m.from_slice(&[t, c], &wide(&x)), m.from_slice(&[d], &wide(&w)));
+        let (y, rstd) = (m.alloc(DType::F32, &[t, d]), m.alloc(DType::F32, &[t]));
+        let rounded = (m.alloc(DType::Bf16, &[t, d]), m.alloc(DType::Bf16, &[t]), m.alloc(DType::Bf16, &[t]));
+        forward(&mut s, wide.0, wide.1, y, rstd, 1e-6).unwrap();
+        forward(&mut s, narrow.0, narrow.1, rounded.0, rounded.1, 1e-6).unwrap();
+        for scaling in [Scaling::Real, Scaling::PowerOfTwo] {
+            let [want, got] = [(); 2].map(|()| poisoned_tiles(&m, t, d));
+            quantize::tiles(&mut s, y, want, scaling).unwrap();
+            forward_tiles(&mut s, narrow.0, narrow.1, got, rounded.2, 1e-6, scaling).unwrap();
+            s.synchronize().unwrap();
+            assert_same_tiles(&m, got, want);
+            assert_eq!(m.download::<bf16>(rounded.2), m.download::<bf16>(rounded.1));
+        }
     }
 }

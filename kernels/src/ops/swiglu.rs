@@ -5,7 +5,14 @@ use crate::{
     device::Target,
     dtype::{Float, Real},
     error::Result,
-    ops::{are_fast, expect_shape, parallel::for_row_chunks},
+    fp8::{Scaling, Tiles},
+    ops::{
+        are_fast,
+        expect::{expect_float, expect_tiles},
+        expect_shape,
+        parallel::for_row_chunks,
+        quantize::{self, encode_rows, to_f32},
+    },
     ptx,
     stream::Stream,
     tensor::Tensor,
@@ -67,6 +74,29 @@ pub fn forward(s: &mut Stream, h: Tensor, a: Tensor) -> Result<()> {
     Ok(())
 }
 
+/// F into FP8: as [`forward`], but a goes to `q` [t, f] with the bits that it has in f32, not rounded to the type of `h` in between.
+pub fn forward_tiles(s: &mut Stream, h: Tensor, q: Tiles, scaling: Scaling) -> Result<()> {
+    const OP: &str = "swiglu into FP8";
+    let (t, f) = (q.codes.rows(), q.codes.cols());
+    expect_float(OP, "h", h)?;
+    expect_shape(OP, "h", h.reshape(&[t, h.len() / t.max(1)]), &[t, 2 * f])?;
+    expect_tiles(OP, "q", q, t, f)?;
+    s.account(cost_tiles(t, f, h.dtype.size_bytes()));
+    s.launch(&[h], &q.tensors(), move |m| {
+        with_float!(h.dtype, T => {
+            let h = m.read::<T>(h);
+            let (mut codes, mut scales) = (m.write::<u8>(q.codes), m.write::<f32>(q.scales));
+            encode_rows((&mut codes, &mut scales), f, scaling, &mut vec![(); t], #[inline(always)] |row, a| {
+                let (g, u) = h[row * 2 * f..][..2 * f].split_at(f);
+                for j in 0..f {
+                    a[j] = to_f32(value(g[j].to_acc(), u[j].to_acc()));
+                }
+            });
+        });
+    });
+    Ok(())
+}
+
 /// I: `dh` [t, 2f] from `h` and `da` [t, f].
 pub fn input_grad(s: &mut Stream, h: Tensor, da: Tensor, dh: Tensor) -> Result<()> {
     let (t, f) = (da.rows(), da.cols());
@@ -93,8 +123,15 @@ pub fn cost(t: usize, f: usize, elem_bytes: usize) -> Cost {
     Cost::stream(6 * n, 2 * n * elem_bytes as u64, n * elem_bytes as u64)
 }
 
+/// Cost of the forward pass into FP8.
+pub fn cost_tiles(t: usize, f: usize, elem_bytes: usize) -> Cost {
+    let (plain, quantized) = (cost(t, f, elem_bytes), quantize::tiles_cost(t, f, 0));
+    Cost::stream(plain.vector_flops + quantized.vector_flops, plain.read_bytes, quantized.written_bytes)
+}
+
 #[cfg(test)]
 mod tests {
+    #![expect(clippy::unwrap_used, reason = "tests")]
     use super::*;
     use crate::{dtype::DType, ops::testing::*};
 
@@ -110,5 +147,25 @@ mod tests {
             },
             |s, x, dy, dx| input_grad(s, x[0], dy, dx[0]),
         );
+    }
+
+    /// Of the same numbers, in bf16 and in f32.
+    #[test]
+    fn tiles_are_those_of_the_activation_in_f32() {
+        let (t, f) = (70, 300);
+        let mut s = stream();
+        let m = s.memory().clone();
+        let h = random_bf16(t * 2 * f, 1);
+        let wide: Vec<f32> = h.iter().map(|x| x.to_f32()).collect();
+        let (h, wide, a) =
+            (m.from_slice(&[t, 2 * f], &h), m.from_slice(&[t, 2 * f], &wide), m.alloc(DType::F32, &[t, f]));
+        forward(&mut s, wide, a).unwrap();
+        for scaling in [Scaling::Real, Scaling::PowerOfTwo] {
+            let [want, got] = [(); 2].map(|()| poisoned_tiles(&m, t, f));
+            quantize::tiles(&mut s, a, want, scaling).unwrap();
+            forward_tiles(&mut s, h, got, scaling).unwrap();
+            s.synchronize().unwrap();
+            assert_same_tiles(&m, got, want);
+        }
     }
 }

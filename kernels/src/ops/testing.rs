@@ -4,14 +4,53 @@
 
 use std::sync::Arc;
 
+use half::bf16;
 use rand::{RngExt as _, SeedableRng};
 
-use crate::{device::Device, dtype::DType, error::Result, memory::Memory, stream::Stream, tensor::Tensor};
+use crate::{device::Device, dtype::DType, error::Result, fp8::Tiles, memory::Memory, stream::Stream, tensor::Tensor};
 
 /// `n` values in (-1, 1).
 pub fn random(n: usize, seed: u64) -> Vec<f64> {
     let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
     (0..n).map(|_| rng.random_range(-1.0..1.0)).collect()
+}
+
+/// The same in bf16.
+pub fn random_bf16(n: usize, seed: u64) -> Vec<bf16> {
+    random(n, seed).into_iter().map(bf16::from_f64).collect()
+}
+
+/// Of mean 0 and variance 1: twelve uniform numbers, summed.
+pub fn gaussian(n: usize, seed: u64) -> Vec<f64> {
+    random(12 * n, seed).chunks(12).map(|x| x.iter().sum::<f64>() / 2.0).collect()
+}
+
+/// DeepGEMM's measure of how two results differ: 1 - 2 <x, y> / (|x|^2 + |y|^2); 0 if both are zero.
+pub fn calc_diff(x: &[f64], y: &[f64]) -> f64 {
+    assert_eq!(x.len(), y.len());
+    let dot = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(x, y)| x * y).sum::<f64>();
+    let squares = dot(x, x) + dot(y, y);
+    if squares == 0.0 { 0.0 } else { 1.0 - 2.0 * dot(x, y) / squares }
+}
+
+/// Tiles that no op has written.
+pub fn poisoned_tiles(m: &Memory, rows: usize, columns: usize) -> Tiles {
+    let tiles = Tiles::alloc(m, rows, columns);
+    m.write::<u8>(tiles.codes).fill(0xa5);
+    m.write::<f32>(tiles.scales).fill(f32::NAN);
+    tiles
+}
+
+/// The scales of tiles, [tiles, rows], without what is past the last row.
+pub fn scales_of(m: &Memory, tiles: Tiles) -> Vec<f32> {
+    let (scales, rows) = (m.download::<f32>(tiles.scales), tiles.codes.rows());
+    scales.chunks(tiles.scales.dim(1).max(1)).flat_map(|tile| &tile[..rows]).copied().collect()
+}
+
+/// Codes and scales are the same, bit for bit.
+pub fn assert_same_tiles(m: &Memory, got: Tiles, want: Tiles) {
+    assert_eq!(m.download::<u8>(got.codes), m.download::<u8>(want.codes));
+    assert_eq!(scales_of(m, got), scales_of(m, want));
 }
 
 /// A CPU stream.

@@ -10,7 +10,7 @@ use super::Sizes;
 
 /// A part of one expert's product.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) struct Task {
+pub(in crate::ops) struct Task {
     pub expert: usize,
     /// Of x and y.
     pub rows: Range<usize>,
@@ -34,7 +34,7 @@ const MIN_OUTPUTS: usize = 32;
 const MIN_PARALLEL_WORK: usize = 1 << 19;
 
 /// Whole experts, but cut by rows where one has more than its share.
-pub(super) fn by_rows(offsets: &[u32], z: Sizes) -> Vec<Task> {
+pub(in crate::ops) fn by_rows(offsets: &[u32], z: Sizes) -> Vec<Task> {
     let most = (z.n / NUM_PARTS).max(MIN_ROWS);
     let mut tasks = Vec::with_capacity(z.e + NUM_PARTS);
     for (expert, rows) in experts(offsets, z) {
@@ -46,7 +46,7 @@ pub(super) fn by_rows(offsets: &[u32], z: Sizes) -> Vec<Task> {
 }
 
 /// Whole experts, but cut by outputs where one has more than its share of the rows.
-pub(super) fn by_outputs(offsets: &[u32], z: Sizes) -> Vec<Task> {
+pub(in crate::ops) fn by_outputs(offsets: &[u32], z: Sizes) -> Vec<Task> {
     let most = (z.n / NUM_PARTS).max(MIN_ROWS);
     let mut tasks = Vec::with_capacity(z.e + NUM_PARTS);
     for (expert, rows) in experts(offsets, z) {
@@ -75,7 +75,7 @@ fn cut(range: Range<usize>, most: usize) -> impl Iterator<Item = Range<usize>> {
 }
 
 /// The rows of `out` that each task writes, as `place` says; places ascend and do not overlap.
-pub(super) fn split<'a, T>(
+pub(in crate::ops) fn split<'a, T>(
     tasks: &[Task],
     out: &'a mut [T],
     cols: usize,
@@ -93,7 +93,7 @@ pub(super) fn split<'a, T>(
 }
 
 /// Calls `f` with each task and its output, on all cores if it pays.
-pub(super) fn run<S: Send>(tasks: Vec<Task>, outs: Vec<S>, work_per_item: usize, f: impl Fn(&Task, S) + Sync) {
+pub(in crate::ops) fn run<S: Send>(tasks: Vec<Task>, outs: Vec<S>, work_per_item: usize, f: impl Fn(&Task, S) + Sync) {
     let mut jobs: Vec<(Task, S)> = tasks.into_iter().zip(outs).collect();
     let work: usize = jobs.iter().map(|(task, _)| task.work()).sum();
     if jobs.len() < 2 || work * work_per_item < MIN_PARALLEL_WORK {
