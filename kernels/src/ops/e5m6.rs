@@ -161,3 +161,6 @@ pub fn encode_cost(t: usize, c: usize, elem_bytes: usize) -> Cost {
 pub fn decode_cost(t: usize, c: usize, elem_bytes: usize) -> Cost {
     Cost::stream((t * c) as u64, bytes(t, c), (t * c * elem_bytes) as u64)
 }
+
+#[cfg(test)]
+mod tests;

@@ -231,3 +231,6 @@ pub fn weight_grad_cost(t: usize, o: usize, i: usize) -> Cost {
         ..Cost::default()
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -110,3 +110,6 @@ pub fn weight_grad_cost(p: usize, e: usize, o: usize, i: usize) -> Cost {
         ..Cost::default()
     }
 }
+
+#[cfg(test)]
+mod tests;
