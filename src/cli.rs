@@ -324,6 +324,8 @@ pub enum Precision {
     F32,
     /// bfloat16 with 32-bit accumulation
     Bf16,
+    /// Products in 8 bits with a scale for each 128 numbers, other work in bfloat16
+    Fp8,
     /// 64-bit floating point
     F64,
 }
@@ -333,6 +335,7 @@ impl From<Precision> for Compute {
         match precision {
             Precision::F32 => Compute::F32,
             Precision::Bf16 => Compute::Bf16,
+            Precision::Fp8 => Compute::Fp8,
             Precision::F64 => Compute::F64,
         }
     }

@@ -9,7 +9,7 @@ use systems::{
     hf::config::{ConfigDocument, HfConfig},
     model_config::ModelConfig,
     problem::Problem,
-    scene::{self, Compute, Data, Loaded, Reduce, Scene, SceneErrors, ScenePath},
+    scene::{self, Data, Loaded, Reduce, Scene, SceneErrors, ScenePath},
 };
 
 /// A scene that is valid.
@@ -105,10 +105,6 @@ fn missing_sections(scene: &Scene, needs: &[&str]) -> Vec<Problem> {
 /// What can be planned only.
 fn not_run_yet(scene: &Scene) -> Vec<Problem> {
     let mut problems = Vec::new();
-    if scene.precision.compute == Compute::Fp8 {
-        let problem = Problem::new("precision.compute", "is Fp8, which can be planned but not run yet");
-        problems.push(problem.help("precision.compute: Bf16"));
-    }
     if scene.expert_parallel.as_ref().is_some_and(|experts| experts.reduce == Reduce::Node) {
         let problem = Problem::new("expert_parallel.reduce", "is Node, which can be planned but not run yet");
         problems.push(problem.help("expert_parallel.reduce: Source"));

@@ -5,11 +5,13 @@
 use bevy_ecs::prelude::*;
 use engine::prelude::*;
 use kernels::{
-    ops::{elementwise, gemm, rms_norm, swiglu},
+    fp8::Tiles,
+    ops::{dequantize, elementwise, quantize, swiglu},
     tensor::Tensor,
 };
 
 use crate::{
+    linear::{Rows, Workspace},
     lower::{Lowering, Saved},
     model::Weight,
 };
@@ -37,9 +39,11 @@ pub struct Dense {
 pub struct DenseActivations {
     x: Tensor,
     rstd: Tensor,
-    normed: Tensor,
+    normed: Rows,
     h: Tensor,
-    a: Tensor,
+    /// `h` in 8 bits, if it waits as that for the backward pass.
+    kept: Option<Tiles>,
+    a: Rows,
     /// Output [t, d].
     pub out: Tensor,
 }
@@ -63,6 +67,7 @@ pub(crate) struct MlpTask {
     grads: Option<DenseGradients>,
     /// Compute the norm's and the activation's output again.
     recompute: (bool, bool),
+    room: Option<Workspace>,
 }
 
 impl Dense {
@@ -72,18 +77,19 @@ impl Dense {
         let acts = DenseActivations {
             x,
             rstd: l.alloc("mlp rstd", &[t]),
-            normed: l.alloc("mlp normed", &[t, d]),
+            normed: l.alloc_rows("mlp normed", self.gate_up, [t, d]),
             h: l.alloc("mlp gate_up", &[t, 2 * f]),
-            a: l.alloc("mlp swiglu", &[t, f]),
+            kept: l.alloc_narrow_swiglu(self.gate_up, [t, 2 * f]),
+            a: l.alloc_rows("mlp swiglu", self.down, [t, f]),
             out: l.alloc("mlp out", &[t, d]),
         };
         l.task(
             MLP_F,
             Pass::Forward,
-            MlpTask { dense: *self, eps: l.eps, acts, grads: None, recompute: (false, false) },
+            MlpTask { dense: *self, eps: l.eps, acts, grads: None, recompute: (false, false), room: None },
         )?;
-        l.drop_recomputable(Saved::Norm, acts.normed);
-        l.drop_recomputable(Saved::Swiglu, acts.a);
+        l.drop_recomputable_rows(Saved::Norm, acts.normed);
+        l.drop_swiglu(acts.kept, acts.h, acts.a);
         Ok(acts)
     }
 
@@ -94,8 +100,8 @@ impl Dense {
         mut acts: DenseActivations,
         d_out: Tensor,
     ) -> Result<(DenseActivations, DenseGradients)> {
-        acts.normed = l.alloc_again(Saved::Norm, acts.normed);
-        acts.a = l.alloc_again(Saved::Swiglu, acts.a);
+        acts.normed = l.alloc_rows_again(Saved::Norm, acts.normed);
+        (acts.h, acts.a) = l.alloc_swiglu_again(acts.kept, acts.h, acts.a);
         let (t, d, f) = (acts.x.dim(0), acts.x.dim(1), self.down.value.dim(1));
         let grads = DenseGradients {
             d_out,
@@ -104,48 +110,60 @@ impl Dense {
             d_normed: l.alloc("mlp d normed", &[t, d]),
             dx: l.alloc("mlp d in", &[t, d]),
         };
-        let recompute = (l.recomputes(Saved::Norm), l.recomputes(Saved::Swiglu));
-        l.task(MLP_I, Pass::InputGrad, MlpTask { dense: *self, eps: l.eps, acts, grads: Some(grads), recompute })?;
+        let recompute = (l.recomputes(Saved::Norm), l.recomputes(Saved::Swiglu) || acts.kept.is_some());
+        let room = l.alloc_workspace(Pass::InputGrad, &[(self.gate_up, t), (self.down, t)]);
+        let task = MlpTask { dense: *self, eps: l.eps, acts, grads: Some(grads), recompute, room };
+        l.task(MLP_I, Pass::InputGrad, task)?;
+        l.release_workspace(room);
         Ok((acts, grads))
     }
 
     /// Emits W.
     pub fn lower_weight_grad(&self, l: &mut Lowering, acts: DenseActivations, grads: DenseGradients) -> Result<()> {
+        let t = acts.x.dim(0);
+        let room = l.alloc_workspace(Pass::WeightGrad, &[(self.gate_up, t), (self.down, t)]);
         let recompute = (false, false);
-        l.task(MLP_W, Pass::WeightGrad, MlpTask { dense: *self, eps: l.eps, acts, grads: Some(grads), recompute })
+        let task = MlpTask { dense: *self, eps: l.eps, acts, grads: Some(grads), recompute, room };
+        l.task(MLP_W, Pass::WeightGrad, task)?;
+        l.release_workspace(room);
+        Ok(())
     }
 }
 
 pub(crate) fn mlp_forward(In(id): In<Entity>, mut launch: Launch<MlpTask>) -> Result {
     let (_, &MlpTask { dense, eps, acts, .. }, s) = launch.get(id)?;
-    rms_norm::forward(s, acts.x, dense.norm.value, acts.normed, acts.rstd, eps)?;
-    gemm::forward(s, acts.normed, dense.gate_up.value, None, acts.h)?;
-    swiglu::forward(s, acts.h, acts.a)?;
+    acts.normed.norm(s, acts.x, dense.norm.value, acts.rstd, eps)?;
+    dense.gate_up.forward(s, acts.normed, None, None, acts.h)?;
+    acts.a.swiglu(s, acts.h)?;
+    if let (Some(kept), Some(fp8)) = (acts.kept, dense.gate_up.fp8) {
+        quantize::tiles(s, acts.h, kept, fp8.scaling)?;
+    }
     elementwise::copy(s, acts.x, acts.out)?;
-    gemm::forward_acc(s, acts.a, dense.down.value, acts.out)?;
-    Ok(())
+    dense.down.forward_acc(s, acts.a, None, acts.out)
 }
 
 pub(crate) fn mlp_input_grad(In(id): In<Entity>, mut launch: Launch<MlpTask>) -> Result {
-    let (_, &MlpTask { dense, eps, acts, grads, recompute: (norm, activation) }, s) = launch.get(id)?;
+    let (_, &MlpTask { dense, eps, acts, grads, recompute: (norm, activation), room }, s) = launch.get(id)?;
     let Some(g) = grads else { return Ok(()) };
     if norm {
-        rms_norm::forward(s, acts.x, dense.norm.value, acts.normed, acts.rstd, eps)?;
+        acts.normed.norm(s, acts.x, dense.norm.value, acts.rstd, eps)?;
+    }
+    if let Some(kept) = acts.kept {
+        dequantize::tiles(s, kept, acts.h)?;
     }
     if activation {
-        swiglu::forward(s, acts.h, acts.a)?;
+        acts.a.swiglu(s, acts.h)?;
     }
-    gemm::input_grad(s, g.d_out, dense.down.value, g.da, false)?;
+    dense.down.input_grad(s, g.d_out, room, g.da, false)?;
     swiglu::input_grad(s, acts.h, g.da, g.dh)?;
-    gemm::input_grad(s, g.dh, dense.gate_up.value, g.d_normed, false)?;
+    dense.gate_up.input_grad(s, g.dh, room, g.d_normed, false)?;
     elementwise::copy(s, g.d_out, g.dx)?;
     Ok(dense.norm.norm_grads(s, acts.x, acts.rstd, g.d_normed, g.dx, true)?)
 }
 
 pub(crate) fn mlp_weight_grad(In(id): In<Entity>, mut launch: Launch<MlpTask>) -> Result {
-    let (_, &MlpTask { dense, acts, grads, .. }, s) = launch.get(id)?;
-    let (Some(g), Some(d_down), Some(d_gate_up)) = (grads, dense.down.grad, dense.gate_up.grad) else { return Ok(()) };
-    gemm::weight_grad(s, g.d_out, acts.a, d_down, None)?;
-    gemm::weight_grad(s, g.dh, acts.normed, d_gate_up, None)?;
-    Ok(())
+    let (_, &MlpTask { dense, acts, grads, room, .. }, s) = launch.get(id)?;
+    let Some(g) = grads else { return Ok(()) };
+    dense.down.weight_grad(s, g.d_out, acts.a, room, None)?;
+    dense.gate_up.weight_grad(s, g.dh, acts.normed, room, None)
 }

@@ -16,7 +16,7 @@ use kernels::{
     tensor::Tensor,
 };
 
-use crate::{lower::Lowering, ranks::Ranks, routing::RouteActivations};
+use crate::{linear::Rows, lower::Lowering, ranks::Ranks, routing::RouteActivations};
 
 /// Tokens to experts.
 pub const DISPATCH_F: TaskKind = TaskKind("dispatch_forward");
@@ -31,7 +31,9 @@ pub const RETURN_I: TaskKind = TaskKind("return_input_grad");
 #[derive(Clone, Copy, Debug)]
 pub struct Arrived {
     /// Rows by expert, then by rank, then in that rank's order [n, d].
-    pub rows: Tensor,
+    pub rows: Rows,
+    /// n and d.
+    pub dims: [usize; 2],
     /// Expert i of this rank has rows `offsets[i]..offsets[i + 1]`; u32 \[e + 1\].
     pub offsets: Tensor,
     /// Where rows come from; `None` if all experts are here.
@@ -64,7 +66,8 @@ pub(crate) struct MoveTask {
 /// Emits dispatch; `num_experts` are those of the whole layer.
 pub fn lower_dispatch(l: &mut Lowering, route: RouteActivations, num_experts: usize) -> Result<Arrived> {
     if let Some(rows) = route.rows {
-        return Ok(Arrived { rows, offsets: route.order.offsets, from: None });
+        let dims = [route.num_rows(), route.x.dim(1)];
+        return Ok(Arrived { rows, dims, offsets: route.order.offsets, from: None });
     }
     let (k, d) = (route.chosen().dim(1), route.x.dim(1));
     let e = num_experts / l.layout.mesh.ep as usize;
@@ -81,7 +84,8 @@ pub fn lower_dispatch(l: &mut Lowering, route: RouteActivations, num_experts: us
         Pass::Forward,
         MoveTask { what, order: Some(route.order), received, tag, num_tokens: num_tokens(l) },
     )?;
-    Ok(Arrived { rows: received.rows, offsets: received.offsets, from: Some(received) })
+    let rows = Rows::High(received.rows);
+    Ok(Arrived { rows, dims: [n, d], offsets: received.offsets, from: Some(received) })
 }
 
 /// Emits the way of `rows` [t k, d] to where dispatch put theirs, `out` [n, d].

@@ -9,12 +9,15 @@
 use bevy_ecs::prelude::*;
 use engine::prelude::*;
 use kernels::{
-    ops::{elementwise, gemm, grouped_gemm, permute, swiglu},
+    fp8::Tiles,
+    ops::{dequantize, elementwise, grouped_gemm, permute, quantize, swiglu},
+    stream::Stream,
     tensor::Tensor,
 };
 
 use crate::{
     dispatch::{self, Arrived},
+    linear::{Rows, Workspace},
     lower::{Lowering, Saved},
     model::Weight,
     routing::RouteActivations,
@@ -66,8 +69,11 @@ pub struct Moe {
 struct SharedActivations {
     gate_up: Weight,
     down: Weight,
+    /// The normed tokens.
+    input: Rows,
     h: Tensor,
-    a: Tensor,
+    kept: Option<Tiles>,
+    a: Rows,
 }
 
 /// What F leaves for the other passes.
@@ -77,8 +83,12 @@ pub struct ExpertActivations {
     pub route: RouteActivations,
     /// Rows that came to this rank's experts.
     pub arrived: Arrived,
+    /// The same, as the experts multiply them.
+    input: Rows,
     h: Tensor,
-    a: Tensor,
+    /// `h` in 8 bits, if it waits as that for the backward pass.
+    kept: Option<Tiles>,
+    a: Rows,
     /// Outputs of this rank's experts, as their rows.
     y: Tensor,
     /// Outputs for this rank's tokens [t k, d]: `y` itself where all experts are here.
@@ -97,6 +107,8 @@ pub struct ExpertGradients {
     /// Gradient of `y`.
     dy: Tensor,
     d_weights: Tensor,
+    /// Gradient of `a`, where it is not made within a product.
+    da: Option<Tensor>,
     dh: Tensor,
     /// Gradient of the arrived rows.
     d_arrived: Tensor,
@@ -120,6 +132,7 @@ pub(crate) struct ExpertTask {
     /// Compute SwiGLU, and the norm with this epsilon, again.
     recompute: bool,
     norm_again: Option<f64>,
+    room: Option<Workspace>,
 }
 
 impl Moe {
@@ -131,29 +144,39 @@ impl Moe {
         arrived: Arrived,
     ) -> Result<ExpertActivations> {
         let (t, d) = (route.x.dim(0), route.x.dim(1));
-        let (n, f) = (arrived.rows.dim(0), self.experts_down.value.dim(2));
+        let (n, f) = (arrived.dims[0], self.experts_down.value.dim(2));
         let shared = self.shared.map(|(gate_up, down)| SharedActivations {
             gate_up,
             down,
+            input: match gate_up.fp8 {
+                None => Rows::High(route.normed),
+                Some(_) => l.alloc_rows("shared in", gate_up, [t, d]),
+            },
             h: l.alloc("shared gate_up", &[t, gate_up.value.dim(0)]),
-            a: l.alloc("shared swiglu", &[t, down.value.dim(1)]),
+            kept: l.alloc_narrow_swiglu(gate_up, [t, gate_up.value.dim(0)]),
+            a: l.alloc_rows("shared swiglu", down, [t, down.value.dim(1)]),
         });
         let y = l.alloc("experts out", &[n, d]);
         let acts = ExpertActivations {
             route,
             arrived,
+            input: match (arrived.rows, self.experts_gate_up.fp8) {
+                (Rows::High(_), Some(_)) => l.alloc_rows("expert rows in 8 bits", self.experts_gate_up, [n, d]),
+                (rows, _) => rows,
+            },
             h: l.alloc("experts gate_up", &[n, 2 * f]),
-            a: l.alloc("experts swiglu", &[n, f]),
+            kept: l.alloc_narrow_swiglu(self.experts_gate_up, [n, 2 * f]),
+            a: l.alloc_rows("experts swiglu", self.experts_down, [n, f]),
             y,
             returned: if arrived.is_local() { y } else { l.alloc_wire("returned rows", route.num_rows(), d) },
             shared,
             out: l.alloc("mlp out", &[t, d]),
         };
-        l.task(
-            EXPERTS_F,
-            Pass::Forward,
-            ExpertTask { moe: *self, acts, grads: None, recompute: false, norm_again: None },
-        )?;
+        l.task(EXPERTS_F, Pass::Forward, self.forward_task(acts))?;
+        // What was rounded to 8 bits is done with.
+        if let (Rows::High(rows), Rows::Fp8(..)) = (arrived.rows, acts.input) {
+            l.release(rows);
+        }
         Ok(acts)
     }
 
@@ -164,17 +187,19 @@ impl Moe {
 
     /// Emits the weighted sum of a token's experts, onto the residual and the shared experts.
     pub fn lower_combine(&self, l: &mut Lowering, acts: ExpertActivations) -> Result<()> {
-        l.task(
-            COMBINE_F,
-            Pass::Forward,
-            ExpertTask { moe: *self, acts, grads: None, recompute: false, norm_again: None },
-        )?;
-        l.drop_recomputable(Saved::Swiglu, acts.a);
+        l.task(COMBINE_F, Pass::Forward, self.forward_task(acts))?;
+        l.drop_swiglu(acts.kept, acts.h, acts.a);
         if let Some(shared) = acts.shared {
-            l.drop_recomputable(Saved::Swiglu, shared.a);
+            l.drop_swiglu(shared.kept, shared.h, shared.a);
             l.keep_narrow(shared.h, 4);
+            if let Rows::Fp8(..) = shared.input {
+                l.drop_recomputable_rows(Saved::Norm, shared.input);
+            }
         }
         acts.route.drop_norm(l);
+        if !acts.needs_normed() {
+            l.release(acts.route.normed);
+        }
         if !acts.arrived.is_local() {
             l.release(acts.y);
             // Sums of a node's outputs are for the tokens; no row is kept for the gradient of its weight, which the experts
@@ -184,7 +209,9 @@ impl Moe {
             }
         }
         // The inputs of products: 1 byte of 2.
-        l.keep_narrow(acts.arrived.rows, 4);
+        if let Rows::High(rows) = acts.input {
+            l.keep_narrow(rows, 4);
+        }
         l.keep_narrow(acts.h, 4);
         Ok(())
     }
@@ -196,32 +223,38 @@ impl Moe {
         mut acts: ExpertActivations,
         d_out: Tensor,
     ) -> Result<(ExpertActivations, ExpertGradients)> {
-        acts.a = l.alloc_again(Saved::Swiglu, acts.a);
+        (acts.h, acts.a) = l.alloc_swiglu_again(acts.kept, acts.h, acts.a);
         acts.route = acts.route.with_norm_again(l);
         if l.reduces_on_the_way && !acts.arrived.is_local() {
             acts.returned = l.alloc_like_wire("returned rows", acts.returned);
         }
         if let Some(shared) = &mut acts.shared {
-            shared.a = l.alloc_again(Saved::Swiglu, shared.a);
+            (shared.h, shared.a) = l.alloc_swiglu_again(shared.kept, shared.h, shared.a);
+            shared.input = match shared.input {
+                Rows::High(_) => Rows::High(acts.route.normed),
+                input => l.alloc_rows_again(Saved::Norm, input),
+            };
         }
         let d_returned = l.alloc_like("d experts out", acts.returned);
-        let d_arrived = l.alloc_like("d expert rows", acts.arrived.rows);
-        let local = acts.arrived.is_local();
+        let d_arrived = l.alloc("d expert rows", &acts.arrived.dims);
+        let ([n, d], local) = (acts.arrived.dims, acts.arrived.is_local());
         let grads = ExpertGradients {
             d_out,
             d_returned,
-            dy: if local { d_returned } else { l.alloc_like_wire("d experts out, sent", acts.arrived.rows) },
+            dy: if local { d_returned } else { l.alloc_wire("d experts out, sent", n, d) },
             d_weights: l.alloc_like("d expert weights", acts.route.weights()),
+            da: self.experts_down.fp8.map(|_| l.alloc("d experts swiglu", &[n, acts.h.dim(1) / 2])),
             dh: l.alloc_like("d experts gate_up", acts.h),
             d_arrived,
             d_rows: if local { d_arrived } else { l.alloc_like_wire("d expert rows, returned", acts.returned) },
             shared: acts.shared.map(|s| SharedGradients {
-                da: l.alloc_like("d shared swiglu", s.a),
+                da: l.alloc("d shared swiglu", &[s.h.dim(0), s.h.dim(1) / 2]),
                 dh: l.alloc_like("d shared gate_up", s.h),
                 d_normed: l.alloc_like("d shared in", acts.route.normed),
             }),
         };
-        l.task(COMBINE_I, Pass::InputGrad, self.task(l, acts, grads))?;
+        let shared: Vec<_> = acts.shared.iter().map(|shared| (shared.down, acts.route.x.dim(0))).collect();
+        self.emit(l, COMBINE_I, Pass::InputGrad, &shared, acts, grads)?;
         dispatch::lower_send(l, acts.route.order, acts.arrived, grads.d_returned, grads.dy)?;
         Ok((acts, grads))
     }
@@ -233,7 +266,11 @@ impl Moe {
         acts: ExpertActivations,
         grads: ExpertGradients,
     ) -> Result<()> {
-        l.task(EXPERTS_I, Pass::InputGrad, self.task(l, acts, grads))
+        let mut products = self.expert_products(acts);
+        products.extend(acts.shared.map(|shared| (shared.gate_up, acts.route.x.dim(0))));
+        self.emit(l, EXPERTS_I, Pass::InputGrad, &products, acts, grads)?;
+        grads.da.into_iter().for_each(|da| l.release(da));
+        Ok(())
     }
 
     /// Emits the way back of the rows' gradients.
@@ -248,12 +285,45 @@ impl Moe {
         acts: ExpertActivations,
         grads: ExpertGradients,
     ) -> Result<()> {
-        l.task(EXPERTS_W, Pass::WeightGrad, self.task(l, acts, grads))
+        let mut products = self.expert_products(acts);
+        let t = acts.route.x.dim(0);
+        products.extend(acts.shared.iter().flat_map(|shared| [(shared.gate_up, t), (shared.down, t)]));
+        self.emit(l, EXPERTS_W, Pass::WeightGrad, &products, acts, grads)
     }
 
-    fn task(&self, l: &Lowering, acts: ExpertActivations, grads: ExpertGradients) -> ExpertTask {
+    fn forward_task(&self, acts: ExpertActivations) -> ExpertTask {
+        ExpertTask { moe: *self, acts, grads: None, recompute: false, norm_again: None, room: None }
+    }
+
+    /// The products of the routed experts, and how many rows they have.
+    fn expert_products(&self, acts: ExpertActivations) -> Vec<(Weight, usize)> {
+        [self.experts_gate_up, self.experts_down].map(|weight| (weight, acts.arrived.dims[0])).into()
+    }
+
+    /// Emits a task of the backward pass with room for what it multiplies in 8 bits.
+    fn emit(
+        &self,
+        l: &mut Lowering,
+        kind: TaskKind,
+        pass: Pass,
+        products: &[(Weight, usize)],
+        acts: ExpertActivations,
+        grads: ExpertGradients,
+    ) -> Result<()> {
         let norm_again = l.recomputes(Saved::Norm).then_some(l.eps);
-        ExpertTask { moe: *self, acts, grads: Some(grads), recompute: l.recomputes(Saved::Swiglu), norm_again }
+        let recompute = l.recomputes(Saved::Swiglu);
+        let room = l.alloc_workspace(pass, products);
+        l.task(kind, pass, ExpertTask { moe: *self, acts, grads: Some(grads), recompute, norm_again, room })?;
+        l.release_workspace(room);
+        Ok(())
+    }
+}
+
+impl ExpertActivations {
+    /// Whether the backward pass reads the norm's output in the high format.
+    fn needs_normed(&self) -> bool {
+        let of_router = self.route.reads_normed();
+        of_router || self.shared.is_some_and(|shared| matches!(shared.input, Rows::High(_)))
     }
 }
 
@@ -266,70 +336,110 @@ impl ExpertGradients {
 
 pub(crate) fn experts_forward(In(id): In<Entity>, mut launch: Launch<ExpertTask>) -> Result {
     let (_, &ExpertTask { moe, acts, .. }, s) = launch.get(id)?;
-    let Arrived { rows, offsets, .. } = acts.arrived;
-    grouped_gemm::swiglu::forward(s, rows, offsets, moe.experts_gate_up.value, acts.h, acts.a)?;
-    grouped_gemm::forward(s, acts.a, offsets, moe.experts_down.value, acts.y)?;
+    let offsets = acts.arrived.offsets;
+    match (acts.input, acts.a) {
+        (Rows::High(rows), Rows::High(a)) => {
+            grouped_gemm::swiglu::forward(s, rows, offsets, moe.experts_gate_up.value, acts.h, a)?;
+        }
+        _ => {
+            if let Rows::High(rows) = acts.arrived.rows {
+                acts.input.round(s, rows)?;
+            }
+            moe.experts_gate_up.forward_grouped(s, acts.input, offsets, acts.h)?;
+            acts.a.swiglu(s, acts.h)?;
+            keep(s, moe.experts_gate_up, acts.h, acts.kept)?;
+        }
+    }
+    moe.experts_down.forward_grouped(s, acts.a, offsets, acts.y)?;
     if let Some(shared) = acts.shared {
-        gemm::forward(s, acts.route.normed, shared.gate_up.value, None, shared.h)?;
-        swiglu::forward(s, shared.h, shared.a)?;
+        shared.input.round(s, acts.route.normed)?;
+        shared.gate_up.forward(s, shared.input, None, None, shared.h)?;
+        shared.a.swiglu(s, shared.h)?;
+        keep(s, shared.gate_up, shared.h, shared.kept)?;
     }
     Ok(())
+}
+
+/// Rounds SwiGLU's input to what waits for the backward pass.
+fn keep(s: &mut Stream, gate_up: Weight, h: Tensor, kept: Option<Tiles>) -> Result {
+    match (kept, gate_up.fp8) {
+        (Some(kept), Some(fp8)) => Ok(quantize::tiles(s, h, kept, fp8.scaling)?),
+        _ => Ok(()),
+    }
 }
 
 pub(crate) fn combine_forward(In(id): In<Entity>, mut launch: Launch<ExpertTask>) -> Result {
     let (_, &ExpertTask { acts, .. }, s) = launch.get(id)?;
     elementwise::copy(s, acts.route.x, acts.out)?;
     if let Some(shared) = acts.shared {
-        gemm::forward_acc(s, shared.a, shared.down.value, acts.out)?;
+        shared.down.forward_acc(s, shared.a, None, acts.out)?;
     }
     permute::combine(s, acts.returned, acts.route.weights(), acts.route.order, acts.out, true)?;
     Ok(())
 }
 
 pub(crate) fn combine_input_grad(In(id): In<Entity>, mut launch: Launch<ExpertTask>) -> Result {
-    let (_, &ExpertTask { moe, acts, grads, norm_again, .. }, s) = launch.get(id)?;
+    let (_, &ExpertTask { moe, acts, grads, norm_again, room, .. }, s) = launch.get(id)?;
     let Some(g) = grads else { return Ok(()) };
     let route = &acts.route;
     if let Some(eps) = norm_again {
         route.norm(s, moe.norm.value, eps)?;
+        if let Some(shared) = acts.shared {
+            shared.input.round(s, route.normed)?;
+        }
     }
     permute::combine_grad(s, g.d_out, acts.returned, route.weights(), route.order, g.d_returned, g.d_weights)?;
     if let (Some(shared), Some(g_shared)) = (acts.shared, g.shared) {
-        gemm::input_grad(s, g.d_out, shared.down.value, g_shared.da, false)?;
+        shared.down.input_grad(s, g.d_out, room, g_shared.da, false)?;
     }
     Ok(())
 }
 
 pub(crate) fn experts_input_grad(In(id): In<Entity>, mut launch: Launch<ExpertTask>) -> Result {
-    let (_, &ExpertTask { moe, acts, grads, recompute, .. }, s) = launch.get(id)?;
+    let (_, &ExpertTask { moe, acts, grads, recompute, room, .. }, s) = launch.get(id)?;
     let Some(g) = grads else { return Ok(()) };
     let offsets = acts.arrived.offsets;
-    let again = recompute.then_some(acts.a);
-    grouped_gemm::swiglu::input_grad(s, g.dy, offsets, moe.experts_down.value, acts.h, g.dh, again)?;
-    grouped_gemm::input_grad(s, g.dh, offsets, moe.experts_gate_up.value, g.d_arrived)?;
-    if let (Some(shared), Some(g_shared)) = (acts.shared, g.shared) {
-        if recompute {
-            swiglu::forward(s, shared.h, shared.a)?;
+    match (acts.a, g.da) {
+        (Rows::High(a), None) => {
+            let again = recompute.then_some(a);
+            grouped_gemm::swiglu::input_grad(s, g.dy, offsets, moe.experts_down.value, acts.h, g.dh, again)?;
         }
+        (a, Some(da)) => {
+            swiglu_again(s, (acts.h, acts.kept), a, recompute)?;
+            moe.experts_down.input_grad_grouped(s, g.dy, offsets, room, da)?;
+            swiglu::input_grad(s, acts.h, da, g.dh)?;
+        }
+        (Rows::Fp8(..), None) => return Err("experts in 8 bits have no room for a gradient".into()),
+    }
+    moe.experts_gate_up.input_grad_grouped(s, g.dh, offsets, room, g.d_arrived)?;
+    if let (Some(shared), Some(g_shared)) = (acts.shared, g.shared) {
+        swiglu_again(s, (shared.h, shared.kept), shared.a, recompute)?;
         swiglu::input_grad(s, shared.h, g_shared.da, g_shared.dh)?;
-        gemm::input_grad(s, g_shared.dh, shared.gate_up.value, g_shared.d_normed, false)?;
+        shared.gate_up.input_grad(s, g_shared.dh, room, g_shared.d_normed, false)?;
+    }
+    Ok(())
+}
+
+/// SwiGLU's input from what it waited as, and its output, where the backward pass makes them again.
+fn swiglu_again(s: &mut Stream, (h, kept): (Tensor, Option<Tiles>), a: Rows, recompute: bool) -> Result {
+    if let Some(kept) = kept {
+        dequantize::tiles(s, kept, h)?;
+    }
+    if recompute || kept.is_some() {
+        a.swiglu(s, h)?;
     }
     Ok(())
 }
 
 pub(crate) fn experts_weight_grad(In(id): In<Entity>, mut launch: Launch<ExpertTask>) -> Result {
-    let (_, &ExpertTask { moe, acts, grads, .. }, s) = launch.get(id)?;
-    let (Some(g), Some(d_gate_up), Some(d_down)) = (grads, moe.experts_gate_up.grad, moe.experts_down.grad) else {
-        return Ok(());
-    };
-    let Arrived { rows, offsets, .. } = acts.arrived;
-    grouped_gemm::weight_grad(s, g.dy, acts.a, offsets, d_down)?;
-    grouped_gemm::weight_grad(s, g.dh, rows, offsets, d_gate_up)?;
-    if let (Some(shared), Some(g_shared)) = (acts.shared, g.shared)
-        && let (Some(d_gate_up), Some(d_down)) = (shared.gate_up.grad, shared.down.grad)
-    {
-        gemm::weight_grad(s, g.d_out, shared.a, d_down, None)?;
-        gemm::weight_grad(s, g_shared.dh, acts.route.normed, d_gate_up, None)?;
+    let (_, &ExpertTask { moe, acts, grads, room, .. }, s) = launch.get(id)?;
+    let Some(g) = grads else { return Ok(()) };
+    let offsets = acts.arrived.offsets;
+    moe.experts_down.weight_grad_grouped(s, g.dy, acts.a, offsets, room)?;
+    moe.experts_gate_up.weight_grad_grouped(s, g.dh, acts.input, offsets, room)?;
+    if let (Some(shared), Some(g_shared)) = (acts.shared, g.shared) {
+        shared.down.weight_grad(s, g.d_out, shared.a, room, None)?;
+        shared.gate_up.weight_grad(s, g_shared.dh, shared.input, room, None)?;
     }
     Ok(())
 }

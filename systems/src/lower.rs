@@ -22,6 +22,7 @@ use kernels::{
 
 use crate::{
     attention::AttentionSizes,
+    formats::Fp8Formats,
     generate::{Caches, LayerCache},
     layout::Layout,
     microbatch::Inputs,
@@ -61,6 +62,8 @@ pub struct Lowering<'w> {
     pub repeating: bool,
     /// The tasks emitted now overlap with those of another microbatch.
     pub overlapping: bool,
+    /// How products in 8 bits are made, if any are.
+    pub fp8: Option<Fp8Formats>,
     /// What products read again for weight gradients is kept in 8 bits; for plans, which only count it.
     pub keeps_narrow: bool,
     /// Outputs of a token's experts are added up on their way back; for plans.
@@ -149,6 +152,7 @@ impl<'w> Lowering<'w> {
             checking: false,
             repeating: false,
             overlapping: false,
+            fp8: None,
             keeps_narrow: false,
             reduces_on_the_way: false,
             expert_load: None,

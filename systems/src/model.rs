@@ -14,7 +14,9 @@ use crate::{
     attention::{Gqa, Mla, MlaQuery},
     dense::Dense,
     expert::{ExpertKey, Moe},
+    formats::Formats,
     layout::Layout,
+    linear::Fp8Weight,
     model_config::{Attention, ModelConfig},
     mtp::MtpModule,
     observe::Stage,
@@ -28,8 +30,10 @@ pub struct Weight {
     pub index: usize,
     /// Value in the compute type.
     pub value: Tensor,
-    /// Gradient in the compute type's accumulator type; `None` when nothing is trained.
+    /// Gradient, in the compute type or in f32 beside 8 bits; `None` when nothing is trained.
     pub grad: Option<Tensor>,
+    /// Copies in 8 bits, where products take these.
+    pub fp8: Option<Fp8Weight>,
 }
 
 impl Weight {
@@ -67,14 +71,20 @@ pub struct Parameters {
 
 impl Parameters {
     /// Allocates the parameters of `specs`; with gradients if `trainable`.
-    pub fn allocate(specs: Vec<ParamSpec>, memory: &Memory, compute: DType, trainable: bool) -> Self {
-        let by_name = specs.iter().enumerate().map(|(i, spec)| (spec.name.clone(), i)).collect();
+    pub fn allocate(specs: Vec<ParamSpec>, memory: &Memory, formats: &Formats, trainable: bool) -> Self {
+        let by_name: BTreeMap<String, usize> =
+            specs.iter().enumerate().map(|(i, spec)| (spec.name.clone(), i)).collect();
         let mut weights = Vec::with_capacity(specs.len());
         for (index, spec) in specs.iter().enumerate() {
-            let dtype = spec.kind.dtype(compute);
+            let dtype = spec.kind.dtype(formats.compute);
             let value = memory.alloc(dtype, &spec.shape);
-            let grad = (trainable && spec.kind.is_trained()).then(|| memory.alloc(dtype, &spec.shape));
-            weights.push(Weight { index, value, grad });
+            let bias = spec.name.strip_suffix(".weight").map(|stem| format!("{stem}.bias"));
+            let has_bias = bias.is_some_and(|bias| by_name.contains_key(&bias));
+            let fp8 = formats.fp8_of(spec).filter(|_| !has_bias);
+            let fp8 = fp8.map(|fp8| Fp8Weight::alloc(memory, &spec.shape, trainable, fp8.scaling));
+            let summed = if fp8.is_some() { DType::F32 } else { dtype };
+            let grad = (trainable && spec.kind.is_trained()).then(|| memory.alloc(summed, &spec.shape));
+            weights.push(Weight { index, value, grad, fp8 });
         }
         Parameters { specs, weights, by_name }
     }

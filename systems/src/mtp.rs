@@ -10,11 +10,15 @@
 use bevy_ecs::prelude::*;
 use engine::prelude::*;
 use kernels::{
-    ops::{elementwise, gemm, rms_norm},
+    ops::{elementwise, rms_norm},
     tensor::Tensor,
 };
 
-use crate::{lower::Lowering, model::Weight};
+use crate::{
+    linear::{Rows, Workspace},
+    lower::Lowering,
+    model::Weight,
+};
 
 /// F of joining embedding and hidden state.
 pub const JOIN_F: TaskKind = TaskKind("mtp_join_forward");
@@ -68,6 +72,7 @@ pub(crate) struct JoinTask {
     eps: f64,
     acts: JoinActivations,
     grads: Option<JoinGradients>,
+    room: Option<Workspace>,
 }
 
 impl MtpModule {
@@ -82,7 +87,7 @@ impl MtpModule {
             joined: l.alloc("mtp joined", &[t, 2 * d]),
             out: l.alloc("mtp in", &[t, d]),
         };
-        l.task(JOIN_F, Pass::Forward, JoinTask { module: *self, eps: l.eps, acts, grads: None })?;
+        self.emit(l, JOIN_F, Pass::Forward, acts, None)?;
         Ok(acts)
     }
 
@@ -95,13 +100,27 @@ impl MtpModule {
             d_embedded: l.alloc_like("d mtp embedding", acts.hidden),
             d_hidden: l.alloc_like("d mtp hidden", acts.hidden),
         };
-        l.task(JOIN_I, Pass::InputGrad, JoinTask { module: *self, eps: l.eps, acts, grads: Some(grads) })?;
+        self.emit(l, JOIN_I, Pass::InputGrad, acts, Some(grads))?;
         Ok(grads)
     }
 
     /// Emits W of the join.
     pub fn lower_weight_grad(&self, l: &mut Lowering, acts: JoinActivations, grads: JoinGradients) -> Result<()> {
-        l.task(JOIN_W, Pass::WeightGrad, JoinTask { module: *self, eps: l.eps, acts, grads: Some(grads) })
+        self.emit(l, JOIN_W, Pass::WeightGrad, acts, Some(grads))
+    }
+
+    fn emit(
+        &self,
+        l: &mut Lowering,
+        kind: TaskKind,
+        pass: Pass,
+        acts: JoinActivations,
+        grads: Option<JoinGradients>,
+    ) -> Result<()> {
+        let room = l.alloc_workspace(pass, &[(self.eh_proj, acts.hidden.dim(0))]);
+        l.task(kind, pass, JoinTask { module: *self, eps: l.eps, acts, grads, room })?;
+        l.release_workspace(room);
+        Ok(())
     }
 }
 
@@ -119,14 +138,14 @@ pub(crate) fn join_forward(In(id): In<Entity>, mut launch: Launch<JoinTask>) -> 
         rms_norm::forward(s, x, norm.value, a.normed[i], a.rstd[i], task.eps)?;
         elementwise::copy_columns(s, (a.normed[i], 0), (a.joined, i * d), d, false)?;
     }
-    Ok(gemm::forward(s, a.joined, task.module.eh_proj.value, None, a.out)?)
+    task.module.eh_proj.forward(s, Rows::High(a.joined), task.room, None, a.out)
 }
 
 pub(crate) fn join_input_grad(In(id): In<Entity>, mut launch: Launch<JoinTask>) -> Result {
     let (_, &task, s) = launch.get(id)?;
     let (a, d) = (&task.acts, task.acts.hidden.dim(1));
     let Some(g) = task.grads else { return Ok(()) };
-    gemm::input_grad(s, g.d_out, task.module.eh_proj.value, g.d_joined, false)?;
+    task.module.eh_proj.input_grad(s, g.d_out, task.room, g.d_joined, false)?;
     for (i, x, norm) in task.halves() {
         elementwise::copy_columns(s, (g.d_joined, i * d), (g.d_normed[i], 0), d, false)?;
         let dx = [g.d_embedded, g.d_hidden][i];
@@ -137,6 +156,6 @@ pub(crate) fn join_input_grad(In(id): In<Entity>, mut launch: Launch<JoinTask>) 
 
 pub(crate) fn join_weight_grad(In(id): In<Entity>, mut launch: Launch<JoinTask>) -> Result {
     let (_, &task, s) = launch.get(id)?;
-    let (Some(g), Some(dw)) = (task.grads, task.module.eh_proj.grad) else { return Ok(()) };
-    Ok(gemm::weight_grad(s, g.d_out, task.acts.joined, dw, None)?)
+    let Some(g) = task.grads else { return Ok(()) };
+    task.module.eh_proj.weight_grad(s, g.d_out, Rows::High(task.acts.joined), task.room, None)
 }

@@ -18,6 +18,7 @@ use crate::{
         validation::Validation,
     },
     evaluate::{EvaluatePlugin, Evaluation, EvaluationResult},
+    formats::Formats,
     generate::run_to_rest,
     head::{self, LossScale, LossSums},
     hf::read::HfFolder,
@@ -33,7 +34,7 @@ use crate::{
     ranks::Ranks,
     save,
     scene::{Compute, Recompute},
-    session::{ModelSetup, SessionError, app_with_model, dtype, run_plan},
+    session::{ModelSetup, SessionError, app_with_model, run_plan},
     work::Work,
 };
 
@@ -67,7 +68,7 @@ impl Checkpoint {
         }
         let setup = ModelSetup {
             config: &model.config,
-            compute: dtype(compute),
+            formats: Formats::of(compute),
             max_positions,
             trainable,
             recompute: Recompute::Off,

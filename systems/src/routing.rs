@@ -25,6 +25,7 @@ use kernels::{
 use crate::{
     expert::Moe,
     layout::Layout,
+    linear::Rows,
     lower::{Lowering, Saved},
     microbatch::Inputs,
     model::Model,
@@ -150,10 +151,15 @@ pub struct RouteActivations {
     /// Where each token's copies lie.
     pub order: permute::Order,
     /// Tokens in expert order [t k, d], where all experts are on this rank.
-    pub rows: Option<Tensor>,
+    pub rows: Option<Rows>,
 }
 
 impl RouteActivations {
+    /// Whether the router's backward pass reads the norm's output itself, and not a copy in its own type.
+    pub fn reads_normed(&self) -> bool {
+        self.wide.buffer == self.normed.buffer
+    }
+
     /// Weight of each chosen expert [t, k].
     pub fn weights(&self) -> Tensor {
         self.chosen.weights
@@ -263,7 +269,7 @@ impl Moe {
                 row_of_slot: l.alloc_as("row of slot", DType::U32, &[t * k]),
                 token_of_row: l.alloc_as("token of row", DType::U32, &[t * k]),
             },
-            rows: l.has_all_experts().then(|| l.alloc("expert rows", &[t * k, d])),
+            rows: l.has_all_experts().then(|| l.alloc_rows("expert rows", self.experts_gate_up, [t * k, d])),
         };
         let task = self.route_task(l, router, acts, None);
         l.task(ROUTE_F, Pass::Forward, task)?;
@@ -339,7 +345,7 @@ pub(crate) fn route_forward(
     gate::forward(s, gate, acts.logits, bias, acts.chosen)?;
     permute::sort(s, acts.chosen.indices, acts.order)?;
     if let Some(rows) = acts.rows {
-        permute::permute(s, acts.normed, acts.order, rows)?;
+        rows.permute(s, acts.normed, acts.order)?;
     }
     if let (false, Some(total)) = (repeating, acts.total) {
         balance::accumulate_counts(s, acts.chosen.counts, total)?;

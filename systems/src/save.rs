@@ -15,6 +15,7 @@ use crate::{
         read::HfFolder,
         write::{SaveDtype, WriteOptions, write_folder},
     },
+    linear,
     live::Live,
     model::{self, Model, Parameters, Weight},
     optimizer::{OptimizerState, Slot},
@@ -264,7 +265,7 @@ pub fn restore(world: &mut World, folder: &Path) -> Result<(), BoxError> {
             let part = start + part.start..start + part.end;
             match tensor.dtype {
                 DType::F64 => memory.upload(tensor, &file.get::<f64>(&name, &whole.shape)?[part]),
-                _ => memory.upload(tensor, &file.get::<f32>(&name, &whole.shape)?[part]),
+                _ => model::upload(&memory, tensor, &file.get::<f32>(&name, &whole.shape)?[part]),
             }
             // The weight in f64 is whole on every holder, not only in the part that this rank updates.
             if state == State::Weight64 {
@@ -281,7 +282,7 @@ pub fn restore(world: &mut World, folder: &Path) -> Result<(), BoxError> {
     (training.step, training.num_tokens, training.train_secs) = (state.step, state.num_tokens, state.train_secs);
     training.last_seen = state.last_seen;
     world.insert_resource(state.live);
-    Ok(())
+    Ok(linear::quantize_weights(world)?)
 }
 
 /// Every parameter's gradient under its Hugging Face names, as f32, written to `path`.

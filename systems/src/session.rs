@@ -11,9 +11,11 @@ use crate::{
     api::Progress,
     attention::{AttentionSizes, Rotary, gqa, mla},
     dense, dispatch, embedding, expert,
+    formats::Formats,
     generate::CachedTokens,
     head,
     head::LossSums,
+    linear,
     lower::{self, Lowering, Streams},
     mesh::Coordinates,
     microbatch::Inputs,
@@ -39,6 +41,8 @@ pub struct Session {
     pub streams: Streams,
     /// What the backward pass computes again.
     pub recompute: Recompute,
+    /// Number formats.
+    pub formats: Formats,
 }
 
 /// Why a session could not be started or ended badly.
@@ -130,7 +134,8 @@ impl Plugin for ModelPlugin {
             .on_task(optimizer::REDUCE_COUNTS, optimizer::reduce_counts)
             .on_task(optimizer::REDUCE_NORM, optimizer::reduce_norm)
             .on_task(optimizer::GATHER, optimizer::gather_weights)
-            .on_task(optimizer::UPDATE, optimizer::optimizer_update);
+            .on_task(optimizer::UPDATE, optimizer::optimizer_update)
+            .on_task(optimizer::QUANTIZE, optimizer::quantize_weights);
     }
 }
 
@@ -163,7 +168,7 @@ pub struct ModelSetup<'a> {
     /// Shapes and formulas.
     pub config: &'a ModelConfig,
     /// Type of activations and weights.
-    pub compute: DType,
+    pub formats: Formats,
     /// Positions that will be used.
     pub max_positions: usize,
     /// Gradients are wanted.
@@ -198,7 +203,7 @@ pub fn app_with_model(
     let world = app.world_mut();
     let memory = world.resource::<Tensors>().memory().clone();
     let ModelSetup {
-        config, compute, max_positions, trainable, recompute, progress, ranks, num_threads, clock, ..
+        config, formats, max_positions, trainable, recompute, progress, ranks, num_threads, clock, ..
     } = setup;
     let rank = ranks.layout.rank;
     let mut stream =
@@ -208,7 +213,8 @@ pub fn app_with_model(
     let rank = world.spawn((Rank { rank, pp, dp, ep }, Name::new(format!("rank {rank}")))).id();
     world.entity_mut(rank).add_children(&[streams.compute, streams.comm]);
     let specs = ranks.layout.my_specs(config);
-    let parameters = Parameters::allocate(specs, &memory, compute, trainable);
+    let parameters = Parameters::allocate(specs, &memory, &formats, trainable);
+    let compute = formats.compute;
     if clock == Clock::Wall {
         for (spec, weight) in parameters.iter() {
             model::upload(&memory, weight.value, &values(spec)?);
@@ -221,7 +227,10 @@ pub fn app_with_model(
     world.insert_resource(parameters);
     world.insert_resource(model);
     world.insert_resource(ranks);
-    world.insert_resource(Session { progress, streams, recompute });
+    world.insert_resource(Session { progress, streams, recompute, formats });
+    if clock == Clock::Wall {
+        linear::quantize_weights(world).map_err(SessionError::device)?;
+    }
     memory.failure().map_err(SessionError::device)?;
     Ok(app)
 }
@@ -256,7 +265,7 @@ impl<'w> Lowering<'w> {
         let model = world.resource::<Model>();
         let sizes = (AttentionSizes::new(&model.config), model.config.rms_norm_eps, model.compute);
         let session = world.resource::<Session>();
-        let (streams, recompute) = (session.streams, session.recompute.clone());
+        let (streams, recompute, fp8) = (session.streams, session.recompute.clone(), session.formats.fp8.clone());
         let layout = world.resource::<Ranks>().layout.clone();
         let memory: Memory = world.resource::<Tensors>().memory().clone();
         let named: Vec<_> = world
@@ -268,6 +277,7 @@ impl<'w> Lowering<'w> {
             .flatten()
             .collect();
         let mut lowering = Lowering::new(world, (memory, streams, layout), sizes, inputs, recompute, training);
+        lowering.fp8 = fp8;
         for (tensor, name) in named {
             lowering.name(tensor, name);
         }

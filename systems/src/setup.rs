@@ -20,6 +20,7 @@ use crate::{
     },
     distribute::Distribution,
     evaluate::{EvaluatePlugin, Evaluation},
+    formats::Formats,
     generate::{GeneratePlugin, Generation, Sampler},
     head::LossSums,
     hf::read::HfFolder,
@@ -30,7 +31,7 @@ use crate::{
     ranks::Ranks,
     routing::RoutingState,
     scene::{self, Loaded, Scene},
-    session::{ModelSetup, SessionError, app_with_model, dtype},
+    session::{ModelSetup, SessionError, app_with_model},
     train::{TrainPlugin, Training},
     work::Work,
 };
@@ -175,9 +176,10 @@ pub fn set_up_rank(
     let max_positions = config.max_position_embeddings.max(data_section.seq_len);
     let is_solo = ranks.layout.is_solo();
     let layout = ranks.layout.clone();
+    let formats = Formats::new(&scene.precision);
     let setup = ModelSetup {
         config,
-        compute: dtype(scene.precision.compute),
+        formats: formats.clone(),
         max_positions,
         trainable: true,
         recompute: scene.recompute.clone(),
@@ -193,7 +195,13 @@ pub fn set_up_rank(
     })?;
     let world = app.world_mut();
     let memory = world.resource::<Tensors>().memory().clone();
-    let state = OptimizerState::allocate(optimizer, world.resource::<Parameters>(), config, &layout, &memory);
+    let state = OptimizerState::allocate(
+        (optimizer, formats.moments),
+        world.resource::<Parameters>(),
+        config,
+        &layout,
+        &memory,
+    );
     world.insert_resource(state);
     let most = scene.batch.max_microbatches() / layout.mesh.num_data_ranks() as usize;
     let sequences = scene.batch.microbatch_sequences;

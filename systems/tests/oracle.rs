@@ -143,7 +143,13 @@ fn twenty_steps_of_adamw_follow_the_same_losses() {
         let state = {
             let (config, ranks) = (&world.resource::<Model>().config, world.resource::<Ranks>());
             let parameters = world.resource::<Parameters>();
-            OptimizerState::allocate(Optimizer::AdamW(adamw), parameters, config, &ranks.layout, &memory)
+            OptimizerState::allocate(
+                (Optimizer::AdamW(adamw), kernels::dtype::DType::F32),
+                parameters,
+                config,
+                &ranks.layout,
+                &memory,
+            )
         };
         world.insert_resource(state);
         world.insert_resource(UpdateScalars { lr: 1e-3, update: 1, max_grad_norm: f64::INFINITY });

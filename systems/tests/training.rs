@@ -88,12 +88,12 @@ fn the_same_scene_gives_the_same_bits() {
 
 #[test]
 fn a_stopped_run_goes_on_to_the_last_bit() {
-    for optimizer_section in ["optimizer=AdamW()", "optimizer=Muon()"] {
+    for set in ["optimizer=AdamW()", "optimizer=Muon()", "precision=(compute: Fp8, moments: Bf16)"] {
         let (whole, parts) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        let whole = train(whole.path(), &[optimizer_section], false, 0);
-        let first = train(parts.path(), &[optimizer_section], false, 7);
+        let whole = train(whole.path(), &[set], false, 0);
+        let first = train(parts.path(), &[set], false, 7);
         assert_eq!((first.report.exit_code, first.report.num_steps), (130, 7));
-        let second = train(parts.path(), &[optimizer_section], true, 0);
+        let second = train(parts.path(), &[set], true, 0);
         assert_eq!(second.report.exit_code, 0);
         assert_eq!([first.losses, second.losses.clone()].concat(), whole.losses);
         assert_eq!(weights(&second), weights(&whole), "expert biases included");
@@ -149,6 +149,8 @@ fn every_precision_and_routing_mode_trains() {
     for set in [
         "precision.compute=Bf16",
         "precision.compute=F64",
+        "precision.compute=Fp8",
+        "precision=(compute: Fp8, moments: Bf16, scales: PowerOfTwo, attention_output: Narrow, swiglu_input: Narrow)",
         "routing.mode=Forced",
         "routing.mode=Random",
         "routing.z_loss=0.001",

@@ -9,6 +9,7 @@ pub mod adamw;
 pub mod attention;
 pub mod balance;
 pub mod cross_entropy;
+pub mod dequantize;
 pub mod e5m6;
 pub mod elementwise;
 pub mod embedding;

@@ -28,12 +28,16 @@ use crate::load;
 const INTERRUPT: usize = 2;
 
 /// Values of enums that the form offers.
-const CHOICES: [(&str, &[&str]); 2] = [
+const CHOICES: [(&str, &[&str]); 6] = [
     (
         "pipeline.schedule",
         &["GPipe", "OneFOneB", "Interleaved(chunks: 2)", "ZbH1", "ZbH2", "Zbv", "DualPipe", "DualPipeV"],
     ),
     ("precision.compute", &["F32", "Bf16", "Fp8", "F64"]),
+    ("precision.moments", &["F32", "Bf16"]),
+    ("precision.scales", &["Real", "PowerOfTwo"]),
+    ("precision.attention_output", &["High", "Narrow"]),
+    ("precision.swiglu_input", &["High", "Narrow"]),
 ];
 
 /// Scenes, plans and runs of this process.

@@ -7,7 +7,7 @@ use engine::prelude::*;
 use kernels::{
     ops::{
         attention::{self, cached::KvCache},
-        elementwise, gemm, rms_norm, rope,
+        elementwise, rope,
     },
     stream::Stream,
     tensor::Tensor,
@@ -16,6 +16,7 @@ use kernels::{
 use super::{AttentionSizes, Rotary};
 use crate::{
     generate::CachedTokens,
+    linear::{NarrowOutput, Rows, Workspace},
     lower::{Lowering, Saved},
     microbatch::Inputs,
     model::Weight,
@@ -52,12 +53,14 @@ pub struct Gqa {
 #[derive(Clone, Copy, Debug)]
 pub struct GqaActivations {
     x: Tensor,
-    normed: Tensor,
+    normed: Rows,
     rstd: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     o: Tensor,
+    /// `o` in fewer bits, if it waits as that for the backward pass.
+    kept: Option<NarrowOutput>,
     lse: Tensor,
     /// Output [t, d].
     pub out: Tensor,
@@ -86,25 +89,39 @@ pub(crate) struct GqaTask {
     grads: Option<GqaGradients>,
     renorm: bool,
     cache: Option<KvCache>,
+    room: Option<Workspace>,
 }
 
 impl Gqa {
     fn task(&self, l: &Lowering, acts: GqaActivations, grads: Option<GqaGradients>) -> GqaTask {
         let renorm = grads.is_some() && l.recomputes(Saved::Norm);
-        GqaTask { gqa: *self, sizes: l.attention, inputs: l.inputs, eps: l.eps, acts, grads, renorm, cache: None }
+        let (sizes, inputs, eps) = (l.attention, l.inputs, l.eps);
+        GqaTask { gqa: *self, sizes, inputs, eps, acts, grads, renorm, cache: None, room: None }
+    }
+
+    /// Emits a task with room for what it multiplies in 8 bits.
+    fn emit(&self, l: &mut Lowering, kind: TaskKind, pass: Pass, task: GqaTask) -> Result<()> {
+        let weights = [self.query.0, self.key.0, self.value.0, self.out];
+        let room = l.alloc_workspace(pass, &weights.map(|weight| (weight, task.acts.x.dim(0))));
+        l.task(kind, pass, GqaTask { room, ..task })?;
+        l.release_workspace(room);
+        Ok(())
     }
 
     fn allocate(&self, l: &mut Lowering, x: Tensor) -> GqaActivations {
         let (t, d) = (x.dim(0), x.dim(1));
         let AttentionSizes { heads, kv_heads, qk, v, .. } = l.attention;
+        // Of three projections, those with a bias are high: all or none.
+        let normed = l.alloc_rows("attention normed", self.query.0, [t, d]);
         GqaActivations {
             x,
-            normed: l.alloc("attention normed", &[t, d]),
+            normed,
             rstd: l.alloc("attention rstd", &[t]),
             q: l.alloc("query", &[t, heads, qk]),
             k: l.alloc("key", &[t, kv_heads, qk]),
             v: l.alloc("value", &[t, kv_heads, v]),
             o: l.alloc("attention heads", &[t, heads, v]),
+            kept: l.alloc_narrow_output(self.out, [t, heads * v]),
             lse: l.alloc_acc("attention logsumexp", &[t, heads]),
             out: l.alloc("attention out", &[t, d]),
         }
@@ -114,7 +131,7 @@ impl Gqa {
     pub fn lower_cached(&self, l: &mut Lowering, x: Tensor, cache: KvCache) -> Result<GqaActivations> {
         let acts = self.allocate(l, x);
         let task = GqaTask { cache: Some(cache), ..self.task(l, acts, None) };
-        l.task(GQA_CACHED, Pass::Forward, task)?;
+        self.emit(l, GQA_CACHED, Pass::Forward, task)?;
         Ok(acts)
     }
 
@@ -122,8 +139,11 @@ impl Gqa {
     pub fn lower_forward(&self, l: &mut Lowering, x: Tensor) -> Result<GqaActivations> {
         let acts = self.allocate(l, x);
         let task = self.task(l, acts, None);
-        l.task(GQA_F, Pass::Forward, task)?;
-        l.drop_recomputable(Saved::Norm, acts.normed);
+        self.emit(l, GQA_F, Pass::Forward, task)?;
+        l.drop_recomputable_rows(Saved::Norm, acts.normed);
+        if acts.kept.is_some() {
+            l.release(acts.o);
+        }
         Ok(acts)
     }
 
@@ -134,7 +154,10 @@ impl Gqa {
         mut acts: GqaActivations,
         d_out: Tensor,
     ) -> Result<(GqaActivations, GqaGradients)> {
-        acts.normed = l.alloc_again(Saved::Norm, acts.normed);
+        acts.normed = l.alloc_rows_again(Saved::Norm, acts.normed);
+        if acts.kept.is_some() {
+            acts.o = l.alloc_like("attention heads", acts.o);
+        }
         let grads = GqaGradients {
             d_out,
             d_o: l.alloc_like("d attention heads", acts.o),
@@ -145,14 +168,14 @@ impl Gqa {
             dx: l.alloc_like("d attention in", acts.x),
         };
         let task = self.task(l, acts, Some(grads));
-        l.task(GQA_I, Pass::InputGrad, task)?;
+        self.emit(l, GQA_I, Pass::InputGrad, task)?;
         Ok((acts, grads))
     }
 
     /// Emits W.
     pub fn lower_weight_grad(&self, l: &mut Lowering, acts: GqaActivations, grads: GqaGradients) -> Result<()> {
         let task = self.task(l, acts, Some(grads));
-        l.task(GQA_W, Pass::WeightGrad, task)
+        self.emit(l, GQA_W, Pass::WeightGrad, task)
     }
 }
 
@@ -160,9 +183,9 @@ impl GqaTask {
     /// Input to rotated queries, keys and values.
     fn project(&self, s: &mut Stream, rotary: &Rotary) -> Result {
         let (a, gqa) = (&self.acts, &self.gqa);
-        rms_norm::forward(s, a.x, gqa.norm.value, a.normed, a.rstd, self.eps)?;
+        a.normed.norm(s, a.x, gqa.norm.value, a.rstd, self.eps)?;
         for ((w, bias), y) in [(gqa.query, a.q), (gqa.key, a.k), (gqa.value, a.v)] {
-            gemm::forward(s, a.normed, w.value, bias.map(|b| b.value), flat(y))?;
+            w.forward(s, a.normed, None, bias.map(|b| b.value), flat(y))?;
         }
         for x in [a.q, a.k] {
             rope::forward(s, x, self.sizes.nope, self.inputs.positions, &rotary.0)?;
@@ -183,8 +206,8 @@ pub(crate) fn gqa_forward(In(id): In<Entity>, mut launch: Launch<GqaTask>, rotar
     s.account(task.sizes.core_cost(&task.inputs, a.q.dtype));
     attention::forward(s, task.attention(), a.o, a.lse)?;
     elementwise::copy(s, a.x, a.out)?;
-    gemm::forward_acc(s, flat(a.o), gqa.out.value, a.out)?;
-    Ok(())
+    gqa.out.forward_acc(s, Rows::High(flat(a.o)), task.room, a.out)?;
+    a.kept.map_or(Ok(()), |kept| kept.encode(s, flat(a.o)))
 }
 
 pub(crate) fn gqa_cached(
@@ -200,18 +223,20 @@ pub(crate) fn gqa_cached(
     attention::cached::append(s, a.k, a.v, cache, cached.0)?;
     attention::cached::forward(s, a.q, cache, cached.0, task.sizes.scale, a.o)?;
     elementwise::copy(s, a.x, a.out)?;
-    gemm::forward_acc(s, flat(a.o), gqa.out.value, a.out)?;
-    Ok(())
+    gqa.out.forward_acc(s, Rows::High(flat(a.o)), task.room, a.out)
 }
 
 pub(crate) fn gqa_input_grad(In(id): In<Entity>, mut launch: Launch<GqaTask>, rotary: Res<Rotary>) -> Result {
     let (_, &task, s) = launch.get(id)?;
     let (a, gqa) = (&task.acts, &task.gqa);
-    let Some(g) = task.grads else { return Ok(()) };
+    let (Some(g), room) = (task.grads, task.room) else { return Ok(()) };
     if task.renorm {
-        rms_norm::forward(s, a.x, gqa.norm.value, a.normed, a.rstd, task.eps)?;
+        a.normed.norm(s, a.x, gqa.norm.value, a.rstd, task.eps)?;
     }
-    gemm::input_grad(s, g.d_out, gqa.out.value, flat(g.d_o), false)?;
+    if let Some(kept) = a.kept {
+        kept.decode(s, flat(a.o))?;
+    }
+    gqa.out.input_grad(s, g.d_out, room, flat(g.d_o), false)?;
     let grads = attention::Grads { dq: g.dq, dk: g.dk, dv: g.dv };
     s.account(task.sizes.core_input_grad_cost(&task.inputs, a.q.dtype));
     attention::input_grad(s, task.attention(), a.o, a.lse, g.d_o, grads)?;
@@ -219,7 +244,7 @@ pub(crate) fn gqa_input_grad(In(id): In<Entity>, mut launch: Launch<GqaTask>, ro
         rope::input_grad(s, dx, task.sizes.nope, task.inputs.positions, &rotary.0)?;
     }
     for ((w, _), dy, accumulate) in [(gqa.query, g.dq, false), (gqa.key, g.dk, true), (gqa.value, g.dv, true)] {
-        gemm::input_grad(s, flat(dy), w.value, g.d_normed, accumulate)?;
+        w.input_grad(s, flat(dy), room, g.d_normed, accumulate)?;
     }
     elementwise::copy(s, g.d_out, g.dx)?;
     Ok(gqa.norm.norm_grads(s, a.x, a.rstd, g.d_normed, g.dx, true)?)
@@ -228,14 +253,10 @@ pub(crate) fn gqa_input_grad(In(id): In<Entity>, mut launch: Launch<GqaTask>, ro
 pub(crate) fn gqa_weight_grad(In(id): In<Entity>, mut launch: Launch<GqaTask>) -> Result {
     let (_, &task, s) = launch.get(id)?;
     let (a, gqa) = (&task.acts, &task.gqa);
-    let Some(g) = task.grads else { return Ok(()) };
-    let linear = |s: &mut Stream, dy: Tensor, x: Tensor, (w, bias): Projection| match w.grad {
-        Some(dw) => gemm::weight_grad(s, flat(dy), x, dw, bias.and_then(|b| b.grad)),
-        None => Ok(()),
-    };
-    linear(s, g.d_out, flat(a.o), (gqa.out, None))?;
-    for (projection, dy) in [(gqa.query, g.dq), (gqa.key, g.dk), (gqa.value, g.dv)] {
-        linear(s, dy, a.normed, projection)?;
+    let (Some(g), room) = (task.grads, task.room) else { return Ok(()) };
+    gqa.out.weight_grad(s, g.d_out, Rows::High(flat(a.o)), room, None)?;
+    for ((w, bias), dy) in [(gqa.query, g.dq), (gqa.key, g.dk), (gqa.value, g.dv)] {
+        w.weight_grad(s, flat(dy), a.normed, room, bias.and_then(|b| b.grad))?;
     }
     Ok(())
 }

@@ -7,7 +7,7 @@
 use bevy_ecs::prelude::*;
 use engine::prelude::*;
 use kernels::{
-    ops::{attention, elementwise, gemm, mla, rms_norm, rope},
+    ops::{attention, elementwise, mla, rope},
     stream::Stream,
     tensor::Tensor,
 };
@@ -15,6 +15,7 @@ use kernels::{
 use super::{AttentionSizes, Rotary};
 use crate::{
     generate::CachedTokens,
+    linear::{NarrowOutput, Rows, Workspace},
     lower::{Lowering, Saved},
     microbatch::Inputs,
     model::Weight,
@@ -53,6 +54,7 @@ pub struct Mla {
 
 /// Query projection, with or without a latent.
 #[derive(Clone, Copy, Debug)]
+#[expect(clippy::large_enum_variant, reason = "one a layer")]
 pub enum MlaQuery {
     /// q_proj [h (n + r), d].
     Full(Weight),
@@ -70,7 +72,7 @@ pub enum MlaQuery {
 #[derive(Clone, Copy, Debug)]
 struct LatentQuery {
     latent: Tensor,
-    normed: Tensor,
+    normed: Rows,
     rstd: Tensor,
 }
 
@@ -78,17 +80,19 @@ struct LatentQuery {
 #[derive(Clone, Copy, Debug)]
 pub struct MlaActivations {
     x: Tensor,
-    normed: Tensor,
+    normed: Rows,
     rstd: Tensor,
     latent_query: Option<LatentQuery>,
     q: Tensor,
     kv_latent: Tensor,
-    kv_normed: Tensor,
+    kv_normed: Rows,
     kv_rstd: Tensor,
     kv: Tensor,
     k: Tensor,
     v: Tensor,
     o: Tensor,
+    /// `o` in fewer bits, if it waits as that for the backward pass.
+    kept: Option<NarrowOutput>,
     lse: Tensor,
     /// Output [t, d].
     pub out: Tensor,
@@ -122,39 +126,73 @@ pub(crate) struct MlaTask {
     grads: Option<MlaGradients>,
     recompute: (bool, bool),
     cache: Option<Tensor>,
+    room: Option<Workspace>,
 }
 
 impl Mla {
     fn task(&self, l: &Lowering, acts: MlaActivations, grads: Option<MlaGradients>) -> MlaTask {
         let recompute = (l.recomputes(Saved::Norm), l.recomputes(Saved::MlaUp));
-        MlaTask { mla: *self, sizes: l.attention, inputs: l.inputs, eps: l.eps, acts, grads, recompute, cache: None }
+        MlaTask {
+            mla: *self,
+            sizes: l.attention,
+            inputs: l.inputs,
+            eps: l.eps,
+            acts,
+            grads,
+            recompute,
+            cache: None,
+            room: None,
+        }
     }
 
-    fn allocate(&self, l: &mut Lowering, x: Tensor) -> MlaActivations {
+    fn linear_weights(&self) -> Vec<Weight> {
+        let query = match self.query {
+            MlaQuery::Full(w) => vec![w],
+            MlaQuery::LowRank { down, up, .. } => vec![down, up],
+        };
+        query.into_iter().chain([self.kv_down, self.kv_up, self.out]).collect()
+    }
+
+    /// Emits a task with room for what it multiplies in 8 bits.
+    fn emit(&self, l: &mut Lowering, kind: TaskKind, pass: Pass, weights: &[Weight], task: MlaTask) -> Result<()> {
+        let products: Vec<_> = weights.iter().map(|weight| (*weight, task.acts.x.dim(0))).collect();
+        let room = l.alloc_workspace(pass, &products);
+        l.task(kind, pass, MlaTask { room, ..task })?;
+        l.release_workspace(room);
+        Ok(())
+    }
+
+    /// Generation keeps latents: what is normed stays in the high format there.
+    fn allocate(&self, l: &mut Lowering, x: Tensor, generates: bool) -> MlaActivations {
+        let rows = |l: &mut Lowering, name, weight, dims: [usize; 2]| match generates {
+            true => Rows::High(l.alloc(name, &dims)),
+            false => l.alloc_rows(name, weight, dims),
+        };
         let (t, d) = (x.dim(0), x.dim(1));
         let AttentionSizes { heads: h, qk, v, .. } = l.attention;
         let (c_r, c) = (self.kv_down.value.dim(0), self.kv_norm.value.len());
         let latent_query = match self.query {
             MlaQuery::Full(_) => None,
-            MlaQuery::LowRank { norm, .. } => Some(LatentQuery {
+            MlaQuery::LowRank { norm, up, .. } => Some(LatentQuery {
                 latent: l.alloc("query latent", &[t, norm.value.len()]),
-                normed: l.alloc("query latent normed", &[t, norm.value.len()]),
+                normed: rows(l, "query latent normed", up, [t, norm.value.len()]),
                 rstd: l.alloc("query latent rstd", &[t]),
             }),
         };
         MlaActivations {
             x,
-            normed: l.alloc("attention normed", &[t, d]),
+            normed: rows(l, "attention normed", self.kv_down, [t, d]),
             rstd: l.alloc("attention rstd", &[t]),
             latent_query,
             q: l.alloc("query", &[t, h, qk]),
             kv_latent: l.alloc("key-value latent", &[t, c_r]),
-            kv_normed: l.alloc("key-value latent normed", &[t, c]),
+            kv_normed: rows(l, "key-value latent normed", self.kv_up, [t, c]),
             kv_rstd: l.alloc("key-value latent rstd", &[t]),
             kv: l.alloc("keys and values", &[t, self.kv_up.value.dim(0)]),
             k: l.alloc("key", &[t, h, qk]),
             v: l.alloc("value", &[t, h, v]),
             o: l.alloc("attention heads", &[t, h, v]),
+            kept: l.alloc_narrow_output(self.out, [t, h * v]),
             lse: l.alloc_acc("attention logsumexp", &[t, h]),
             out: l.alloc("attention out", &[t, d]),
         }
@@ -162,13 +200,16 @@ impl Mla {
 
     /// Emits F.
     pub fn lower_forward(&self, l: &mut Lowering, x: Tensor) -> Result<MlaActivations> {
-        let acts = self.allocate(l, x);
+        let acts = self.allocate(l, x, false);
         let task = self.task(l, acts, None);
-        l.task(MLA_F, Pass::Forward, task)?;
+        self.emit(l, MLA_F, Pass::Forward, &[self.out], task)?;
         l.release(acts.kv);
-        l.drop_recomputable(Saved::Norm, acts.normed);
+        l.drop_recomputable_rows(Saved::Norm, acts.normed);
         // The input of the last product, in E5M6 (DeepSeek-V3 report, section 3.3.3): 12 bits of 16.
         l.keep_narrow(acts.o, 6);
+        if acts.kept.is_some() {
+            l.release(acts.o);
+        }
         for tensor in [acts.q, acts.k, acts.v] {
             l.drop_recomputable(Saved::MlaUp, tensor);
         }
@@ -177,9 +218,9 @@ impl Mla {
 
     /// Emits F of new tokens over `cache` [capacity, c + r], which they are appended to. Only the output is of use after it.
     pub fn lower_cached(&self, l: &mut Lowering, x: Tensor, cache: Tensor) -> Result<MlaActivations> {
-        let acts = self.allocate(l, x);
+        let acts = self.allocate(l, x, true);
         let task = MlaTask { cache: Some(cache), ..self.task(l, acts, None) };
-        l.task(MLA_CACHED, Pass::Forward, task)?;
+        self.emit(l, MLA_CACHED, Pass::Forward, &self.linear_weights(), task)?;
         Ok(acts)
     }
 
@@ -192,7 +233,10 @@ impl Mla {
     ) -> Result<(MlaActivations, MlaGradients)> {
         let (t, d) = (acts.x.dim(0), acts.x.dim(1));
         let AttentionSizes { heads: h, qk, v, .. } = l.attention;
-        acts.normed = l.alloc_again(Saved::Norm, acts.normed);
+        acts.normed = l.alloc_rows_again(Saved::Norm, acts.normed);
+        if acts.kept.is_some() {
+            acts.o = l.alloc_like("attention heads", acts.o);
+        }
         for tensor in [&mut acts.q, &mut acts.k, &mut acts.v] {
             *tensor = l.alloc_again(Saved::MlaUp, *tensor);
         }
@@ -210,30 +254,30 @@ impl Mla {
             dk: l.alloc("d key", &[t, h, qk]),
             dv: l.alloc("d value", &[t, h, v]),
             dkv: l.alloc("d keys and values", &[t, self.kv_up.value.dim(0)]),
-            d_kv_normed: like(l, "d key-value latent normed", acts.kv_normed),
+            d_kv_normed: l.alloc("d key-value latent normed", &[t, self.kv_norm.value.len()]),
             d_kv_latent: like(l, "d key-value latent", acts.kv_latent),
             d_query: acts
                 .latent_query
-                .map(|q| (l.alloc_like("d query latent normed", q.normed), l.alloc_like("d query latent", q.latent))),
+                .map(|q| (l.alloc_like("d query latent normed", q.latent), l.alloc_like("d query latent", q.latent))),
             d_normed: l.alloc("d attention normed", &[t, d]),
             dx: l.alloc("d attention in", &[t, d]),
         };
         let task = self.task(l, acts, Some(grads));
-        l.task(MLA_I, Pass::InputGrad, task)?;
+        self.emit(l, MLA_I, Pass::InputGrad, &self.linear_weights(), task)?;
         Ok((acts, grads))
     }
 
     /// Emits W.
     pub fn lower_weight_grad(&self, l: &mut Lowering, acts: MlaActivations, grads: MlaGradients) -> Result<()> {
         let task = self.task(l, acts, Some(grads));
-        l.task(MLA_W, Pass::WeightGrad, task)
+        self.emit(l, MLA_W, Pass::WeightGrad, &self.linear_weights(), task)
     }
 }
 
 impl MlaTask {
     fn norm(&self, s: &mut Stream) -> Result {
         let a = &self.acts;
-        Ok(rms_norm::forward(s, a.x, self.mla.norm.value, a.normed, a.rstd, self.eps)?)
+        Ok(a.normed.norm(s, a.x, self.mla.norm.value, a.rstd, self.eps)?)
     }
 
     /// Input to latents.
@@ -241,11 +285,11 @@ impl MlaTask {
         let (a, mla) = (&self.acts, &self.mla);
         self.norm(s)?;
         if let (MlaQuery::LowRank { down, norm, .. }, Some(q)) = (mla.query, a.latent_query) {
-            gemm::forward(s, a.normed, down.value, None, q.latent)?;
-            rms_norm::forward(s, q.latent, norm.value, q.normed, q.rstd, LATENT_EPS)?;
+            down.forward(s, a.normed, self.room, None, q.latent)?;
+            q.normed.norm(s, q.latent, norm.value, q.rstd, LATENT_EPS)?;
         }
-        gemm::forward(s, a.normed, mla.kv_down.value, None, a.kv_latent)?;
-        Ok(rms_norm::forward(s, a.kv_latent, mla.kv_norm.value, a.kv_normed, a.kv_rstd, LATENT_EPS)?)
+        mla.kv_down.forward(s, a.normed, self.room, None, a.kv_latent)?;
+        Ok(a.kv_normed.norm(s, a.kv_latent, mla.kv_norm.value, a.kv_rstd, LATENT_EPS)?)
     }
 
     /// Latent to rotated queries.
@@ -253,8 +297,8 @@ impl MlaTask {
         let (a, sizes) = (&self.acts, &self.sizes);
         let q = a.q.reshape(&[a.q.dim(0), sizes.heads * sizes.qk]);
         match (self.mla.query, a.latent_query) {
-            (MlaQuery::LowRank { up, .. }, Some(latent)) => gemm::forward(s, latent.normed, up.value, None, q)?,
-            (MlaQuery::Full(w), _) => gemm::forward(s, a.normed, w.value, None, q)?,
+            (MlaQuery::LowRank { up, .. }, Some(latent)) => up.forward(s, latent.normed, self.room, None, q)?,
+            (MlaQuery::Full(w), _) => w.forward(s, a.normed, self.room, None, q)?,
             _ => {}
         }
         Ok(rope::forward(s, a.q, sizes.nope, self.inputs.positions, &rotary.0)?)
@@ -269,7 +313,7 @@ impl MlaTask {
     fn up(&self, s: &mut Stream, rotary: &Rotary) -> Result {
         let a = &self.acts;
         self.queries(s, rotary)?;
-        gemm::forward(s, a.kv_normed, self.mla.kv_up.value, None, a.kv)?;
+        self.mla.kv_up.forward(s, a.kv_normed, None, None, a.kv)?;
         let latents = mla::Projections { kv_a: a.kv_latent, kv_b: a.kv };
         mla::assemble(s, latents, self.inputs.positions, &rotary.0, a.k, a.v)?;
         Ok(())
@@ -284,8 +328,8 @@ pub(crate) fn mla_forward(In(id): In<Entity>, mut launch: Launch<MlaTask>, rotar
     s.account(task.sizes.core_cost(&task.inputs, a.q.dtype));
     attention::forward(s, task.attention(), a.o, a.lse)?;
     elementwise::copy(s, a.x, a.out)?;
-    gemm::forward_acc(s, flat(a.o), mla.out.value, a.out)?;
-    Ok(())
+    mla.out.forward_acc(s, Rows::High(flat(a.o)), task.room, a.out)?;
+    a.kept.map_or(Ok(()), |kept| kept.encode(s, flat(a.o)))
 }
 
 pub(crate) fn mla_cached(
@@ -299,11 +343,10 @@ pub(crate) fn mla_cached(
     let Some(cache) = task.cache else { return Ok(()) };
     task.down(s)?;
     task.queries(s, &rotary)?;
-    mla::latent::append(s, a.kv_normed, a.kv_latent, &rotary.0, cache, cached.0)?;
+    mla::latent::append(s, a.kv_normed.high()?, a.kv_latent, &rotary.0, cache, cached.0)?;
     mla::latent::forward(s, a.q, mla.kv_up.value, cache, cached.0, task.sizes.scale, a.o)?;
     elementwise::copy(s, a.x, a.out)?;
-    gemm::forward_acc(s, flat(a.o), mla.out.value, a.out)?;
-    Ok(())
+    mla.out.forward_acc(s, Rows::High(flat(a.o)), task.room, a.out)
 }
 
 pub(crate) fn mla_recompute(In(id): In<Entity>, mut launch: Launch<MlaTask>, rotary: Res<Rotary>) -> Result {
@@ -321,24 +364,27 @@ pub(crate) fn mla_recompute(In(id): In<Entity>, mut launch: Launch<MlaTask>, rot
 pub(crate) fn mla_input_grad(In(id): In<Entity>, mut launch: Launch<MlaTask>, rotary: Res<Rotary>) -> Result {
     let (_, &task, s) = launch.get(id)?;
     let (a, mla, sizes) = (&task.acts, &task.mla, &task.sizes);
-    let Some(g) = task.grads else { return Ok(()) };
-    gemm::input_grad(s, g.d_out, mla.out.value, flat(g.d_o), false)?;
+    let (Some(g), room) = (task.grads, task.room) else { return Ok(()) };
+    if let Some(kept) = a.kept {
+        kept.decode(s, flat(a.o))?;
+    }
+    mla.out.input_grad(s, g.d_out, room, flat(g.d_o), false)?;
     let grads = attention::Grads { dq: g.dq, dk: g.dk, dv: g.dv };
     s.account(sizes.core_input_grad_cost(&task.inputs, a.q.dtype));
     attention::input_grad(s, task.attention(), a.o, a.lse, g.d_o, grads)?;
     rope::input_grad(s, g.dq, sizes.nope, task.inputs.positions, &rotary.0)?;
     let latents = mla::Projections { kv_a: g.d_kv_latent, kv_b: g.dkv };
     mla::assemble_grad(s, g.dk, g.dv, task.inputs.positions, &rotary.0, latents)?;
-    gemm::input_grad(s, g.dkv, mla.kv_up.value, g.d_kv_normed, false)?;
+    mla.kv_up.input_grad(s, g.dkv, room, g.d_kv_normed, false)?;
     mla.kv_norm.norm_grads(s, a.kv_latent, a.kv_rstd, g.d_kv_normed, g.d_kv_latent, false)?;
-    gemm::input_grad(s, g.d_kv_latent, mla.kv_down.value, g.d_normed, false)?;
+    mla.kv_down.input_grad(s, g.d_kv_latent, room, g.d_normed, false)?;
     match (mla.query, a.latent_query, g.d_query) {
         (MlaQuery::LowRank { down, norm, up }, Some(q), Some((d_normed, d_latent))) => {
-            gemm::input_grad(s, flat(g.dq), up.value, d_normed, false)?;
+            up.input_grad(s, flat(g.dq), room, d_normed, false)?;
             norm.norm_grads(s, q.latent, q.rstd, d_normed, d_latent, false)?;
-            gemm::input_grad(s, d_latent, down.value, g.d_normed, true)?;
+            down.input_grad(s, d_latent, room, g.d_normed, true)?;
         }
-        (MlaQuery::Full(w), ..) => gemm::input_grad(s, flat(g.dq), w.value, g.d_normed, true)?,
+        (MlaQuery::Full(w), ..) => w.input_grad(s, flat(g.dq), room, g.d_normed, true)?,
         _ => {}
     }
     elementwise::copy(s, g.d_out, g.dx)?;
@@ -348,20 +394,16 @@ pub(crate) fn mla_input_grad(In(id): In<Entity>, mut launch: Launch<MlaTask>, ro
 pub(crate) fn mla_weight_grad(In(id): In<Entity>, mut launch: Launch<MlaTask>) -> Result {
     let (_, &task, s) = launch.get(id)?;
     let (a, mla) = (&task.acts, &task.mla);
-    let Some(g) = task.grads else { return Ok(()) };
-    let linear = |s: &mut Stream, dy: Tensor, x: Tensor, w: Weight| match w.grad {
-        Some(dw) => gemm::weight_grad(s, dy, x, dw, None),
-        None => Ok(()),
-    };
-    linear(s, g.d_out, flat(a.o), mla.out)?;
-    linear(s, g.dkv, a.kv_normed, mla.kv_up)?;
-    linear(s, g.d_kv_latent, a.normed, mla.kv_down)?;
+    let (Some(g), room) = (task.grads, task.room) else { return Ok(()) };
+    mla.out.weight_grad(s, g.d_out, Rows::High(flat(a.o)), room, None)?;
+    mla.kv_up.weight_grad(s, g.dkv, a.kv_normed, room, None)?;
+    mla.kv_down.weight_grad(s, g.d_kv_latent, a.normed, room, None)?;
     match (mla.query, a.latent_query, g.d_query) {
         (MlaQuery::LowRank { down, up, .. }, Some(q), Some((_, d_latent))) => {
-            linear(s, flat(g.dq), q.normed, up)?;
-            linear(s, d_latent, a.normed, down)?;
+            up.weight_grad(s, flat(g.dq), q.normed, room, None)?;
+            down.weight_grad(s, d_latent, a.normed, room, None)?;
         }
-        (MlaQuery::Full(w), ..) => linear(s, flat(g.dq), a.normed, w)?,
+        (MlaQuery::Full(w), ..) => w.weight_grad(s, flat(g.dq), a.normed, room, None)?,
         _ => {}
     }
     Ok(())

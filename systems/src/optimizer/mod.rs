@@ -42,15 +42,17 @@ pub const REDUCE_NORM: TaskKind = TaskKind("reduce_norm");
 pub const GATHER: TaskKind = TaskKind("gather_weights");
 /// Updates a group of parameters.
 pub const UPDATE: TaskKind = TaskKind("optimizer_update");
+/// Makes the copies in 8 bits of updated weights.
+pub const QUANTIZE: TaskKind = TaskKind("quantize_weights");
 
 /// State of one parameter's optimizer, for this rank's part of it.
 #[derive(Clone, Debug)]
 pub enum Slot {
     /// First and second moment.
     AdamW {
-        /// At least f32.
+        /// In the type of moments.
         m: Tensor,
-        /// At least f32.
+        /// In the type of moments.
         v: Tensor,
     },
     /// Momentum.
@@ -111,7 +113,7 @@ pub struct UpdateScalars {
 impl OptimizerState {
     /// Allocates zeroed state for this rank's parts of `parameters`; masters start as the weights.
     pub fn allocate(
-        optimizer: Optimizer,
+        (optimizer, moments): (Optimizer, DType),
         parameters: &Parameters,
         config: &ModelConfig,
         layout: &Layout,
@@ -124,8 +126,8 @@ impl OptimizerState {
             let parts = if muon { by_matrix(spec, group.len()) } else { evenly(spec.num_elements(), group.len()) };
             let mine = parts[group.iter().position(|&rank| rank == layout.rank)?].clone();
             let wide = if weight.value.dtype == DType::F64 { DType::F64 } else { DType::F32 };
-            let state = || {
-                let tensor = memory.alloc(wide, &[mine.len()]);
+            let state = |dtype| {
+                let tensor = memory.alloc(dtype, &[mine.len()]);
                 zero_now(memory, tensor);
                 tensor
             };
@@ -138,9 +140,9 @@ impl OptimizerState {
                 tensor
             });
             let slot = if muon {
-                Slot::Muon { m: state(), matrices: matrices_in(spec, &mine) }
+                Slot::Muon { m: state(wide), matrices: matrices_in(spec, &mine) }
             } else {
-                Slot::AdamW { m: state(), v: state() }
+                Slot::AdamW { m: state(moments), v: state(moments) }
             };
             Some(Shard { master, slot, group, parts, mine })
         };
@@ -216,8 +218,8 @@ pub fn lower_zero(l: &mut Lowering) -> Result<()> {
     l.task(ZERO, None, WholeTask)
 }
 
-/// Emits all that follows the last gradient: sums over the holders of a parameter, norm, updates, and the new weights' way to
-/// the other holders.
+/// Emits all that follows the last gradient: sums over the holders of a parameter, norm, updates, the new weights' way to
+/// the other holders, and their copies in 8 bits.
 pub fn lower_update(l: &mut Lowering) -> Result<()> {
     let mut groups: BTreeMap<Option<usize>, Vec<usize>> = BTreeMap::new();
     for (spec, weight) in l.world.resource::<Parameters>().iter() {
@@ -251,9 +253,14 @@ pub fn lower_update(l: &mut Lowering) -> Result<()> {
     for (layer, group) in groups {
         l.layer = layer.map(|i| i as u32);
         let shared = shared(l, &group);
+        let weights = &l.world.resource::<Parameters>().weights;
+        let narrow: Vec<usize> = group.iter().copied().filter(|&index| weights[index].fp8.is_some()).collect();
         l.task(UPDATE, None, GroupTask(group))?;
         if !shared.is_empty() {
             l.transfer(GATHER, None, GroupTask(shared))?;
+        }
+        if !narrow.is_empty() {
+            l.task(QUANTIZE, None, GroupTask(narrow))?;
         }
     }
     l.layer = None;
@@ -358,6 +365,18 @@ pub(crate) fn gradient_norm(
         if let (Some(grad), Some(shard)) = (weight.grad, shard) {
             norm::sum_squares_acc(s, shard.part_of(grad), state.sum_squares)?;
         }
+    }
+    Ok(())
+}
+
+pub(crate) fn quantize_weights(
+    In(id): In<Entity>,
+    mut launch: Launch<GroupTask>,
+    parameters: Res<Parameters>,
+) -> Result {
+    let (_, group, s) = launch.get(id)?;
+    for &index in &group.0 {
+        parameters.weights[index].quantize(s)?;
     }
     Ok(())
 }

@@ -12,7 +12,7 @@ use engine::{
     joint::{RankTasks, simulate_ranks},
     prelude::*,
 };
-use kernels::cost::Cost;
+use kernels::{cost::Cost, dtype::DType};
 use rayon::prelude::*;
 
 use crate::{
@@ -20,6 +20,7 @@ use crate::{
     dispatch::{RETURN_F, RETURN_I},
     distribute::Distribution,
     expert::{EXPERTS_F, EXPERTS_I},
+    formats::Formats,
     head::{HEAD_F, LossSums},
     local::Silent,
     lower::ActivationBytes,
@@ -164,7 +165,8 @@ fn lower(
     let progress: Arc<dyn Progress> = Arc::new(Silent);
     let setup = ModelSetup {
         config: work.config,
-        compute: dtype_of(work.format),
+        // What is rounded to 8 bits, and when, is in the tasks' costs.
+        formats: Formats { compute: dtype_of(work.format), moments: DType::F32, fp8: None },
         max_positions: work.seq_len,
         trainable: true,
         recompute: work.recompute.clone(),
@@ -178,7 +180,13 @@ fn lower(
     let world = app.world_mut();
     let memory = world.resource::<Tensors>().memory().clone();
     let optimizer = work.optimizer.clone().unwrap_or(Optimizer::AdamW(AdamW::default()));
-    let state = OptimizerState::allocate(optimizer, world.resource::<Parameters>(), work.config, &layout, &memory);
+    let state = OptimizerState::allocate(
+        (optimizer, DType::F32),
+        world.resource::<Parameters>(),
+        work.config,
+        &layout,
+        &memory,
+    );
     let optimizer_bytes = state.num_bytes();
     world.insert_resource(state);
     let num_mtp = work.config.num_nextn_predict_layers;

@@ -6,7 +6,7 @@ use std::path::Path;
 use super::Scene;
 use super::schedule::{Constant, Cosine, Schedule, WarmupStableDecay};
 use super::{
-    compute::Recompute,
+    compute::{Compute, Kept, Moments, Part, Precision, Recompute, Scales},
     sections::{AdamW, Batch, Data, Optimizer, Routing, ScenePath, Tokenizer, Train, Validation},
 };
 use crate::problem::Problem;
@@ -116,6 +116,7 @@ impl Checks<'_> {
             train.max_grad_norm.into_iter().for_each(|norm| self.positive("train.max_grad_norm", norm));
             train.max_train_secs.into_iter().for_each(|secs| self.positive("train.max_train_secs", secs));
         }
+        self.precision(&scene.precision);
         if let Recompute::Selective(ops) = &scene.recompute {
             self.expect(!ops.is_empty(), "recompute", || "selects no operation; `Off` says so".to_owned());
             for (index, op) in ops.iter().enumerate() {
@@ -178,6 +179,30 @@ impl Checks<'_> {
                     format!("must come after step {} of the entry before, but is {}", before.step, ramp.step)
                 });
             }
+        }
+    }
+
+    fn precision(&mut self, precision: &Precision) {
+        let Precision { compute, moments, keep_high, scales, attention_output, swiglu_input, .. } = precision;
+        for part in Part::ALWAYS_HIGH.iter().filter(|part| !keep_high.contains(part)) {
+            let message = format!("leaves out `{part}`, which nothing multiplies in 8 bits");
+            self.problems.push(Problem::new("precision.keep_high", message).help(format!("add `{part}`")));
+        }
+        for (index, part) in keep_high.iter().enumerate() {
+            self.expect(!keep_high[..index].contains(part), "precision.keep_high", || format!("names `{part}` twice"));
+        }
+        self.expect(*compute != Compute::F64 || *moments == Moments::F32, "precision.moments", || {
+            "is Bf16 beside `compute: F64`, which is for proofs and rounds nothing".to_owned()
+        });
+        let narrow = [
+            ("scales", *scales != Scales::default()),
+            ("attention_output", *attention_output != Kept::default()),
+            ("swiglu_input", *swiglu_input != Kept::default()),
+        ];
+        for (key, _) in narrow.into_iter().filter(|(_, is_set)| *is_set && *compute != Compute::Fp8) {
+            let problem =
+                Problem::new(format!("precision.{key}"), format!("is for `compute: Fp8`, but that is {compute:?}"));
+            self.problems.push(problem.help(format!("take `{key}` out, or set `compute: Fp8`")));
         }
     }
 

@@ -26,7 +26,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 pub use check::prefix;
-pub use compute::{Compute, Device, Precision, Recompute, RecomputeOp};
+pub use compute::{Compute, Device, Kept, Moments, Part, Precision, Recompute, RecomputeOp, Scales};
 pub use diagnostic::{Place, SceneError, SceneErrors};
 pub use remote::Remote;
 pub use schedule::{Constant, Cosine, Schedule, WarmupStableDecay};
