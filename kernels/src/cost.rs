@@ -60,6 +60,12 @@ impl Cost {
         Cost { cast_elements: self.cast_elements + elements as u64, ..self }
     }
 
+    /// The same with `elements` of `elem_bytes` each that are read and added to what is written: a residual.
+    #[must_use]
+    pub fn adding(self, elements: usize, elem_bytes: usize) -> Self {
+        self + Cost::stream(elements as u64, (elements * elem_bytes) as u64, 0)
+    }
+
     /// As the cost of one op: if it has no products and uses no link, all its bytes are streamed.
     #[must_use]
     pub fn of_one_op(self) -> Self {

@@ -6,7 +6,7 @@ use crate::{
     device::Device,
     dtype::DType,
     memory::Memory,
-    ops::{attention, cross_entropy, gemm, gemv, grouped_gemm, mla::latent},
+    ops::{attention, cross_entropy, gemm, gemv, grouped_gemm, mla::latent, permute, rms_norm},
     stream::Stream,
     tensor::Tensor,
 };
@@ -38,6 +38,35 @@ fn each_pass_of_a_linear_layer_is_one_product() {
         let want = Cost { product_flops, read_bytes, written_bytes, cast_elements: cast, ..Cost::default() };
         assert_eq!(cost, want, "{pass}");
         assert_eq!(cost.flops(), product_flops, "{pass}");
+    }
+}
+
+#[test]
+fn a_residual_is_read_once_and_nothing_more_is_written() {
+    let (t, d, k, f) = (24, 16, 2, 40);
+    let td = (2 * t * d) as u64;
+    let bytes = |cost: Cost| (cost.read_bytes, cost.written_bytes, cost.streamed_bytes);
+    let linear = |s: &mut Stream, x: &dyn Fn(&[usize]) -> Tensor, onto: bool| {
+        let (a, w, y) = (x(&[t, f]), x(&[d, f]), x(&[t, d]));
+        if onto { gemm::forward_onto(s, a, w, x(&[t, d]), y) } else { gemm::forward(s, a, w, None, y) }.unwrap();
+    };
+    let combine = |s: &mut Stream, x: &dyn Fn(&[usize]) -> Tensor, onto: bool| {
+        let [offsets, row_of_slot, token_of_row] = [5, t * k, t * k].map(|n| s.memory().alloc(DType::U32, &[n]));
+        let (order, weights) =
+            (permute::Order { offsets, row_of_slot, token_of_row }, s.memory().alloc(DType::F32, &[t, k]));
+        permute::combine(s, x(&[t * k, d]), weights, order, onto.then(|| x(&[t, d])), x(&[t, d])).unwrap();
+    };
+    let norm = |s: &mut Stream, x: &dyn Fn(&[usize]) -> Tensor, onto: bool| {
+        let residual = onto.then(|| x(&[t, d]));
+        rms_norm::input_grad(s, x(&[t, d]), x(&[d]), x(&[t]), x(&[t, d]), residual, x(&[t, d])).unwrap();
+    };
+    type Op<'a> = &'a dyn Fn(&mut Stream, &dyn Fn(&[usize]) -> Tensor, bool);
+    for (op, of, is_streamed) in [("linear", &linear as Op, false), ("combine", &combine, true), ("norm", &norm, true)]
+    {
+        let [plain, onto] = [false, true].map(|onto| bytes(recorded(|s, x| of(s, x, onto))));
+        let streamed = if is_streamed { td } else { 0 };
+        assert_eq!(onto, (plain.0 + td, plain.1, plain.2 + streamed), "{op}");
+        assert_eq!(plain.1, td, "{op}");
     }
 }
 

@@ -238,6 +238,10 @@ impl<F: FnMut(&Speed)> Bench<F> {
             self.measure(("gemm::weight_grad", Bf16), format!("{} into F32", shape()), &tensors, &|s, x| {
                 gemm::weight_grad(s, x[0], x[1], x[2], None)
             })?;
+            let tensors = [(Bf16, vec![m, k]), (Bf16, vec![n, k]), (Bf16, vec![m, n]), (Bf16, vec![m, n])];
+            self.measure(("gemm::forward_onto", Bf16), format!("[{m}, {k}] x [{n}, {k}]"), &tensors, &|s, x| {
+                gemm::forward_onto(s, x[0], x[1], x[2], x[3])
+            })?;
             let tensors = [(F32, vec![m, k]), (F32, vec![n, k]), (F32, vec![m, n])];
             self.measure(("gemm::forward", F32), format!("[{m}, {k}] x [{n}, {k}]"), &tensors, &|s, x| {
                 gemm::forward(s, x[0], x[1], None, x[2])
@@ -282,6 +286,11 @@ impl<F: FnMut(&Speed)> Bench<F> {
         self.measure(("rms_norm::forward", Bf16), format!("[{t}, {d}]"), &tensors, &|s, x| {
             rms_norm::forward(s, x[0], x[1], x[2], x[3], 1e-6)
         })?;
+        let rows = (Bf16, vec![t, d]);
+        let tensors = [rows.clone(), (Bf16, vec![d]), (Bf16, vec![t]), rows.clone(), rows.clone(), rows];
+        self.measure(("rms_norm::input_grad", Bf16), format!("[{t}, {d}] onto another"), &tensors, &|s, x| {
+            rms_norm::input_grad(s, x[0], x[1], x[2], x[3], Some(x[4]), x[5])
+        })?;
         let tensors = [(Bf16, vec![t, 2 * f]), (Bf16, vec![t, f])];
         self.measure(("swiglu::forward", Bf16), format!("[{t}, {f}]"), &tensors, &|s, x| {
             swiglu::forward(s, x[0], x[1])
@@ -298,6 +307,7 @@ impl<F: FnMut(&Speed)> Bench<F> {
             m(Bf16, &[t, d]),
             m(Bf16, &[n, d]),
             m(F32, &[t, k]),
+            m(Bf16, &[t, d]),
         ];
         let order = |x: &[Tensor]| permute::Order { offsets: x[1], row_of_slot: x[2], token_of_row: x[3] };
         let shape = || format!("[{t}, {k}, {d}] of {e} experts");
@@ -305,9 +315,9 @@ impl<F: FnMut(&Speed)> Bench<F> {
             permute::sort(s, x[0], order(x))?;
             permute::permute(s, x[4], order(x), x[5])
         })?;
-        self.measure_on(("permute::sort and combine", Bf16), shape(), &tensors, &|s, x| {
+        self.measure_on(("permute::sort and combine", Bf16), shape() + " onto another", &tensors, &|s, x| {
             permute::sort(s, x[0], order(x))?;
-            permute::combine(s, x[5], x[6], order(x), x[4], false)
+            permute::combine(s, x[5], x[6], order(x), Some(x[4]), x[7])
         })?;
         let targets: Vec<u32> = (0..t).map(|i| (i * 31 % v) as u32).collect();
         let tensors = [

@@ -6,7 +6,7 @@ use bevy_ecs::prelude::*;
 use engine::prelude::*;
 use kernels::{
     fp8::Tiles,
-    ops::{dequantize, elementwise, quantize, swiglu},
+    ops::{dequantize, quantize, swiglu},
     tensor::Tensor,
 };
 
@@ -138,8 +138,7 @@ pub(crate) fn mlp_forward(In(id): In<Entity>, mut launch: Launch<MlpTask>) -> Re
     if let (Some(kept), Some(fp8)) = (acts.kept, dense.gate_up.fp8) {
         quantize::tiles(s, acts.h, kept, fp8.scaling)?;
     }
-    elementwise::copy(s, acts.x, acts.out)?;
-    dense.down.forward_acc(s, acts.a, None, acts.out)
+    dense.down.forward_onto(s, acts.a, None, acts.x, acts.out)
 }
 
 pub(crate) fn mlp_input_grad(In(id): In<Entity>, mut launch: Launch<MlpTask>) -> Result {
@@ -157,8 +156,7 @@ pub(crate) fn mlp_input_grad(In(id): In<Entity>, mut launch: Launch<MlpTask>) ->
     dense.down.input_grad(s, g.d_out, room, g.da, false)?;
     swiglu::input_grad(s, acts.h, g.da, g.dh)?;
     dense.gate_up.input_grad(s, g.dh, room, g.d_normed, false)?;
-    elementwise::copy(s, g.d_out, g.dx)?;
-    Ok(dense.norm.norm_grads(s, acts.x, acts.rstd, g.d_normed, g.dx, true)?)
+    Ok(dense.norm.norm_grads(s, acts.x, acts.rstd, g.d_normed, Some(g.d_out), g.dx)?)
 }
 
 pub(crate) fn mlp_weight_grad(In(id): In<Entity>, mut launch: Launch<MlpTask>) -> Result {

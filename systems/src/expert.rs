@@ -10,7 +10,7 @@ use bevy_ecs::prelude::*;
 use engine::prelude::*;
 use kernels::{
     fp8::Tiles,
-    ops::{dequantize, elementwise, grouped_gemm, permute, quantize, swiglu},
+    ops::{dequantize, grouped_gemm, permute, quantize, swiglu},
     stream::Stream,
     tensor::Tensor,
 };
@@ -370,12 +370,12 @@ fn keep(s: &mut Stream, gate_up: Weight, h: Tensor, kept: Option<Tiles>) -> Resu
 
 pub(crate) fn combine_forward(In(id): In<Entity>, mut launch: Launch<ExpertTask>) -> Result {
     let (_, &ExpertTask { acts, .. }, s) = launch.get(id)?;
-    elementwise::copy(s, acts.route.x, acts.out)?;
+    let (route, mut residual) = (&acts.route, acts.route.x);
     if let Some(shared) = acts.shared {
-        shared.down.forward_acc(s, shared.a, None, acts.out)?;
+        shared.down.forward_onto(s, shared.a, None, residual, acts.out)?;
+        residual = acts.out;
     }
-    permute::combine(s, acts.returned, acts.route.weights(), acts.route.order, acts.out, true)?;
-    Ok(())
+    Ok(permute::combine(s, acts.returned, route.weights(), route.order, Some(residual), acts.out)?)
 }
 
 pub(crate) fn combine_input_grad(In(id): In<Entity>, mut launch: Launch<ExpertTask>) -> Result {

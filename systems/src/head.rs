@@ -99,7 +99,7 @@ pub(crate) fn norm_forward(In(id): In<Entity>, mut launch: Launch<NormTask>) -> 
 pub(crate) fn norm_backward(In(id): In<Entity>, mut launch: Launch<NormTask>) -> Result {
     let (_, &NormTask { weight, acts, grads, .. }, s) = launch.get(id)?;
     let Some((dy, dx)) = grads else { return Ok(()) };
-    Ok(weight.norm_grads(s, acts.x, acts.rstd, dy, dx, false)?)
+    Ok(weight.norm_grads(s, acts.x, acts.rstd, dy, None, dx)?)
 }
 
 /// Which of a step's losses.

@@ -339,15 +339,23 @@ impl Weight {
         Ok(())
     }
 
-    /// F onto a residual: `y += x w^T`.
+    /// F onto a residual: assigns `y = residual + x w^T`.
     ///
     /// # Errors
     /// If shapes or formats do not fit.
-    pub fn forward_acc(&self, s: &mut Stream, x: Rows, room: Option<Workspace>, y: Tensor) -> Result {
+    pub fn forward_onto(
+        &self,
+        s: &mut Stream,
+        x: Rows,
+        room: Option<Workspace>,
+        residual: Tensor,
+        y: Tensor,
+    ) -> Result {
         match (self.fp8, x) {
-            (None, x) => gemm::forward_acc(s, x.high()?, self.value, y)?,
+            (None, x) => gemm::forward_onto(s, x.high()?, self.value, residual, y)?,
             (Some(fp8), x) => {
                 let x = x.in_8_bits(s, room)?;
+                Rows::High(y).round(s, residual)?;
                 fp8_gemm::product(s, x, fp8.blocks, y, true)?;
             }
         }

@@ -37,8 +37,8 @@ pub struct Weight {
 }
 
 impl Weight {
-    /// I and W of the RMSNorm that this is the weight of, from the gradient `dy` of its output. Both are one pass over the same
-    /// rows, and what waits for W need not keep them.
+    /// I and W of the RMSNorm that this is the weight of, from the gradient `dy` of its output; I adds `residual`, if given. Both are
+    /// one pass over the same rows, and what waits for W need not keep them.
     ///
     /// # Errors
     /// If shapes do not fit.
@@ -48,10 +48,10 @@ impl Weight {
         x: Tensor,
         rstd: Tensor,
         dy: Tensor,
+        residual: Option<Tensor>,
         dx: Tensor,
-        accumulate: bool,
     ) -> Result<(), kernels::error::Error> {
-        rms_norm::input_grad(s, x, self.value, rstd, dy, dx, accumulate)?;
+        rms_norm::input_grad(s, x, self.value, rstd, dy, residual, dx)?;
         match self.grad {
             Some(dw) => rms_norm::weight_grad(s, x, rstd, dy, dw),
             None => Ok(()),

@@ -149,7 +149,7 @@ pub(crate) fn join_input_grad(In(id): In<Entity>, mut launch: Launch<JoinTask>) 
     for (i, x, norm) in task.halves() {
         elementwise::copy_columns(s, (g.d_joined, i * d), (g.d_normed[i], 0), d, false)?;
         let dx = [g.d_embedded, g.d_hidden][i];
-        norm.norm_grads(s, x, a.rstd[i], g.d_normed[i], dx, false)?;
+        norm.norm_grads(s, x, a.rstd[i], g.d_normed[i], None, dx)?;
     }
     Ok(())
 }

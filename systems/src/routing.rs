@@ -382,8 +382,7 @@ pub(crate) fn route_input_grad(
         gemm::input_grad(s, g.d_logits, moe.gate.value, g.narrow, false)?;
         elementwise::add_acc(s, g.narrow, g.d_normed)?;
     }
-    elementwise::copy(s, g.d_out, g.dx)?;
-    Ok(moe.norm.norm_grads(s, acts.x, acts.rstd, g.d_normed, g.dx, true)?)
+    Ok(moe.norm.norm_grads(s, acts.x, acts.rstd, g.d_normed, Some(g.d_out), g.dx)?)
 }
 
 pub(crate) fn route_weight_grad(In(id): In<Entity>, mut launch: Launch<RouteTask>) -> Result {

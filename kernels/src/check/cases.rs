@@ -36,6 +36,9 @@ const ALIGNED: Sizes = Sizes { t: 40, d: 64, f: 32, v: 96, e: 4, k: 2, h: 2, n: 
 const ODD: Sizes = Sizes { t: 37, d: 35, f: 19, v: 61, e: 6, k: 3, h: 3, n: 10, r: 6, c: 9 };
 const LAYER: Sizes = Sizes { t: 1000, d: 2048, f: 1408, v: 8192, e: 16, k: 4, h: 16, n: 128, r: 64, c: 512 };
 
+/// What is added to what an op assigns: nothing, what is there, or the tensor after it.
+const RESIDUALS: [(&str, Option<usize>); 3] = [("", None), (" in place", Some(0)), (" onto another", Some(1))];
+
 /// All cases.
 pub fn cases(scale: Scale) -> Vec<Case> {
     let sizes: &[Sizes] = match scale {
@@ -165,10 +168,11 @@ impl List {
             rms_norm::forward(s, x[0], x[1], x[2], x[3], 1e-6)
         });
         let (rstd, dy) = (t(dtype, &[z.t], Positive), t(dtype, &[z.t, z.d], Random));
-        for accumulate in [false, true] {
-            let tensors = vec![x.clone(), w.clone(), rstd.clone(), dy.clone(), t(dtype, &wide, Random)];
-            self.add(("rms_norm::input_grad", dtype, near), shape(), tensors, move |s, x| {
-                rms_norm::input_grad(s, x[0], x[1], x[2], x[3], x[4], accumulate)
+        for (what, residual) in RESIDUALS {
+            let mut tensors = vec![x.clone(), w.clone(), rstd.clone(), dy.clone(), t(dtype, &wide, Random)];
+            tensors.extend((residual == Some(1)).then(|| x.clone()));
+            self.add(("rms_norm::input_grad", dtype, near), shape() + what, tensors, move |s, x| {
+                rms_norm::input_grad(s, x[0], x[1], x[2], x[3], residual.map(|at| x[4 + at]), x[4])
             });
         }
         let sums = Tolerance::product(dtype);
@@ -237,9 +241,14 @@ impl List {
         self.add(("gemm::forward", dtype, near), format!("{} + bias", shape()), tensors, |s, x| {
             gemm::forward(s, x[0], x[1], Some(x[3]), x[2])
         });
-        self.add(("gemm::forward_acc", dtype, near), shape(), vec![x.clone(), w.clone(), y(Random)], |s, x| {
-            gemm::forward_acc(s, x[0], x[1], x[2])
-        });
+        for (what, residual) in RESIDUALS {
+            let Some(residual) = residual else { continue };
+            let outs = if residual == 0 { vec![y(Random)] } else { vec![y(Poison), y(Random)] };
+            let tensors = [vec![x.clone(), w.clone()], outs].concat();
+            self.add(("gemm::forward_onto", dtype, near), shape() + what, tensors, move |s, x| {
+                gemm::forward_onto(s, x[0], x[1], x[2 + residual], x[2])
+            });
+        }
         for accumulate in [false, true] {
             let dx = t(dtype, &[z.t, i], if accumulate { Random } else { Poison });
             self.add(("gemm::input_grad", dtype, near), shape(), vec![y(Random), w.clone(), dx], move |s, x| {
@@ -313,10 +322,14 @@ impl List {
                 permute::sort(s, x[0], order(x))?;
                 permute::permute_grad(s, x[4], order(x), x[5], accumulate)
             });
-            let tensors = with_order(vec![rows(Random), weights.clone(), to()]);
-            self.add(("permute::combine", dtype, moved), shape(), tensors, move |s, x| {
+        }
+        for (what, residual) in RESIDUALS {
+            let mut tensors =
+                vec![rows(Random), weights.clone(), tokens(if residual == Some(0) { Random } else { Poison })];
+            tensors.extend((residual == Some(1)).then(|| tokens(Random)));
+            self.add(("permute::combine", dtype, moved), shape() + what, with_order(tensors), move |s, x| {
                 permute::sort(s, x[0], order(x))?;
-                permute::combine(s, x[4], x[5], order(x), x[6], accumulate)
+                permute::combine(s, x[4], x[5], order(x), residual.map(|at| x[6 + at]), x[6])
             });
         }
         let dweights = t(acc, &[z.t, z.k], Poison);

@@ -22,6 +22,14 @@ pub(crate) fn expect_tensor(
     Err(Error::Shape { op, role, expected: format!("{dtype:?} of {dims:?}"), found: tensor })
 }
 
+/// `Err` unless `residual`, which an op adds to what it assigns to `y`, is `y` itself or a tensor like it in another buffer.
+pub(crate) fn expect_residual(op: &'static str, residual: Tensor, y: Tensor) -> Result<()> {
+    let is_alike = (residual.dtype, residual.shape) == (y.dtype, y.shape);
+    expect_that(op, "residual", residual, is_alike && (residual == y || residual.buffer != y.buffer), || {
+        format!("{:?} of {:?}, the output itself or in another buffer", y.dtype, y.shape)
+    })
+}
+
 /// `Err` with `wanted` in words, unless `holds`.
 pub(crate) fn expect_that(
     op: &'static str,

@@ -14,7 +14,7 @@ use crate::{
     device::Target,
     dtype::Float,
     error::Result,
-    ops::{are_fast, expect_shape, gemv::gemv, is_fast},
+    ops::{are_fast, elementwise::copy_now, expect::expect_residual, expect_shape, gemv::gemv, is_fast},
     ptx,
     stream::Stream,
     tensor::Tensor,
@@ -246,14 +246,23 @@ pub fn forward(s: &mut Stream, x: Tensor, w: Tensor, bias: Option<Tensor>, y: Te
     Ok(())
 }
 
-/// F onto what is there: `y_to += x_ti w_oi^T`, for residual streams.
-pub fn forward_acc(s: &mut Stream, x: Tensor, w: Tensor, y: Tensor) -> Result<()> {
+/// F onto a residual stream: `y_to = residual_to + x_ti w_oi^T`, rounded once; in place where `residual` is `y`.
+///
+/// # Errors
+/// If shapes or types differ, or `residual` shares a buffer with `y` without being it.
+pub fn forward_onto(s: &mut Stream, x: Tensor, w: Tensor, residual: Tensor, y: Tensor) -> Result<()> {
+    const OP: &str = "linear onto a residual";
     let (o, i) = (w.dim(0), w.dim(1));
     let t = x.len() / i.max(1);
-    expect_shape("linear onto", "y", y, &[t, o])?;
-    s.account(forward_cost(t, o, i, x.dtype.size_bytes()));
-    let kernels = |on: &Target| are_fast(&[x, w, y]).then(|| ptx::gemm::forward_acc(on.into(), x, w, y));
-    s.launch_kernel(&[x, w, y], &[y], kernels, move |m| {
+    expect_shape(OP, "y", y, &[t, o])?;
+    expect_residual(OP, residual, y)?;
+    s.account(forward_onto_cost(t, o, i, x.dtype.size_bytes()));
+    let reads = [x, w, residual];
+    let kernels = |on: &Target| are_fast(&[x, w, y]).then(|| ptx::gemm::forward_onto(on.into(), x, w, residual, y));
+    s.launch_kernel(&reads, &[y], kernels, move |m| {
+        if residual != y {
+            copy_now(m, residual, y);
+        }
         with_float!(x.dtype, T => {
             let (x, w, mut y) = (m.read::<T>(x), m.read::<T>(w), m.write::<T>(y));
             gemm(Mat::new(&x, t, i), Mat::new(&w, o, i).t(), 1.0, &mut y, o, Threads::All);
@@ -316,6 +325,11 @@ pub fn forward_cost(t: usize, o: usize, i: usize, elem_bytes: usize) -> Cost {
     Cost::gemm(t, o, i, elem_bytes).casting(t * i)
 }
 
+/// Cost of F onto a residual, which is read in place of a copy of it.
+pub fn forward_onto_cost(t: usize, o: usize, i: usize, elem_bytes: usize) -> Cost {
+    forward_cost(t, o, i, elem_bytes).adding(t * o, elem_bytes)
+}
+
 /// Cost of I over `t` tokens, which converts dy.
 pub fn input_grad_cost(t: usize, o: usize, i: usize, elem_bytes: usize) -> Cost {
     Cost::gemm(t, i, o, elem_bytes).casting(t * o)
@@ -329,103 +343,4 @@ pub fn weight_grad_cost(t: usize, o: usize, i: usize, elem_bytes: usize) -> Cost
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::ops::testing::*;
-
-    #[test]
-    fn products_match_the_definition_for_every_stride() {
-        let (m, k, n) = (7, 5, 9);
-        let (a, b) = (random(m * k, 1), random(k * n, 2));
-        let at: Vec<f64> = (0..k * m).map(|j| a[(j % m) * k + j / m]).collect();
-        let bt: Vec<f64> = (0..n * k).map(|j| b[(j % k) * n + j / k]).collect();
-        let want: Vec<f64> =
-            (0..m * n).map(|j| (0..k).map(|l| a[(j / n) * k + l] * b[l * n + j % n]).sum::<f64>() + 2.0).collect();
-        for (a, b) in [
-            (Mat::new(&a, m, k), Mat::new(&b, k, n)),
-            (Mat::new(&at, k, m).t(), Mat::new(&b, k, n)),
-            (Mat::new(&a, m, k), Mat::new(&bt, n, k).t()),
-        ] {
-            let mut c = vec![1.0; m * n];
-            gemm(a, b, 2.0, &mut c, n, Threads::One);
-            assert_close(&c, &want, 1e-12);
-        }
-    }
-
-    /// Whether each row of a product over all rows has the bits that it has among any other number of rows.
-    fn rows_stand_alone<T: Float>(k: usize, n: usize, transposed: bool, beta: f64) -> bool {
-        const ROWS: usize = 200;
-        let cast = |x: Vec<f64>| x.into_iter().map(T::of_f64).collect::<Vec<T>>();
-        let (a, b, c) = (cast(random(ROWS * k, 1)), cast(random(k * n, 2)), cast(random(ROWS * n, 3)));
-        let b = if transposed { Mat::new(&b, n, k).t() } else { Mat::new(&b, k, n) };
-        let mut all = c.clone();
-        gemm_by_row(Mat::new(&a, ROWS, k), b, beta, &mut all, n);
-        let counts = [1, 2, 3, 4, 5, 7, 8, 13, 16, 31, 33, 63, 64, 65, 100, 129, 199];
-        counts.into_iter().all(|rows| {
-            let first = (rows * 7) % (ROWS - rows + 1);
-            let mut some = c[first * n..(first + rows) * n].to_vec();
-            gemm_by_row(Mat::new(&a[first * k..][..rows * k], rows, k), b, beta, &mut some, n);
-            some == all[first * n..(first + rows) * n]
-        })
-    }
-
-    #[test]
-    fn a_row_has_the_same_bits_beside_any_other_rows() {
-        for k in [1, 2, 3, 8, 17, 64, 100, 257, 512, 513, 700, 1100] {
-            for n in [1, 2, 3, 5, 7, 8, 16, 17, 31, 33, 63, 64, 65, 100, 127, 129, 250, 300] {
-                for (transposed, beta) in [(true, 0.0), (false, 0.0), (false, 1.0)] {
-                    let shape = (k, n, transposed, beta);
-                    assert!(rows_stand_alone::<f32>(k, n, transposed, beta), "f32 {shape:?}");
-                    assert!(rows_stand_alone::<f64>(k, n, transposed, beta), "f64 {shape:?}");
-                }
-            }
-            assert!(rows_stand_alone::<half::bf16>(k, 48, true, 0.0), "bf16 {k}");
-        }
-    }
-
-    #[test]
-    fn products_by_row_match_the_definition() {
-        for (m, k, n) in [(1, 5, 9), (3, 700, 7), (2, 1100, 64), (20, 600, 65), (4, 0, 3)] {
-            let (a, b) = (random(m * k, 1), random(k * n, 2));
-            let want: Vec<f64> =
-                (0..m * n).map(|j| (0..k).map(|l| a[(j / n) * k + l] * b[l * n + j % n]).sum::<f64>() + 2.0).collect();
-            // Rows of c two elements apart, which stay as they are.
-            let mut c = vec![1.0; m * (n + 2)];
-            gemm_by_row(Mat::new(&a, m, k), Mat::new(&b, k, n), 2.0, &mut c, n + 2);
-            for (c, want) in c.chunks_exact(n + 2).zip(want.chunks_exact(n)) {
-                assert_close(&c[..n], want, 1e-12);
-                assert_eq!(c[n..], [1.0, 1.0]);
-            }
-        }
-    }
-
-    #[test]
-    fn linear_gradients_match_finite_differences() {
-        let (t, o, i) = (4, 3, 5);
-        check_gradients(
-            &[(&[t, i], 1), (&[o, i], 2), (&[o], 3)],
-            &[t, o],
-            |s, x| {
-                let y = s.memory().alloc(crate::dtype::DType::F64, &[t, o]);
-                forward(s, x[0], x[1], Some(x[2]), y)?;
-                Ok(y)
-            },
-            |s, x, dy, dx| {
-                input_grad(s, dy, x[1], dx[0], false)?;
-                weight_grad(s, dy, x[0], dx[1], Some(dx[2]))
-            },
-        );
-    }
-
-    #[test]
-    fn bf16_products_round_once() {
-        let a: Vec<half::bf16> = random(6 * 8, 3).iter().map(|&x| half::bf16::from_f64(x)).collect();
-        let b: Vec<half::bf16> = random(8 * 4, 4).iter().map(|&x| half::bf16::from_f64(x)).collect();
-        let mut c = vec![half::bf16::ZERO; 24];
-        gemm(Mat::new(&a, 6, 8), Mat::new(&b, 8, 4), 0.0, &mut c, 4, Threads::One);
-        for (j, got) in c.iter().enumerate() {
-            let want: f64 = (0..8).map(|l| f64::from(a[(j / 4) * 8 + l]) * f64::from(b[l * 4 + j % 4])).sum();
-            assert!((f64::from(*got) - want).abs() <= want.abs() / 256.0 + 1e-6, "{got} for {want}");
-        }
-    }
-}
+mod tests;

@@ -4,7 +4,8 @@
 //! the order is one and the same everywhere. No token is dropped and n does not depend on the routing, so every shape is known
 //! before the counts are.
 //! - permute: `rows_nd[row_of_slot[t, j]] = x_td[t]`; its gradient sums the k rows of a token.
-//! - combine: `y_td[t] = sum_j weights_tk[t, j] rows_nd[row_of_slot[t, j]]`, in slot order; its gradient gathers dy and weighs it.
+//! - combine: `y_td[t] = sum_j weights_tk[t, j] rows_nd[row_of_slot[t, j]]`, in slot order and onto a residual if there is one; its
+//!   gradient gathers dy and weighs it.
 //!
 //! Weights and their gradients have the type that sums over rows are kept in: F32 for F32 and Bf16 rows, F64 for F64.
 
@@ -16,7 +17,7 @@ use crate::{
     fp8::{Scaling, Tiles},
     ops::{
         are_fast,
-        expect::{acc_dtype, expect_float, expect_tensor, expect_tiles},
+        expect::{acc_dtype, expect_float, expect_residual, expect_tensor, expect_tiles},
         parallel::{for_row_chunks, for_row_chunks2},
         quantize::{self, encode_tiles},
     },
@@ -130,12 +131,23 @@ pub fn permute_tiles(s: &mut Stream, x: Tensor, order: Order, q: Tiles, scaling:
 
 /// I of permute: `dx_td = sum_j drows[row_of_slot[t, j]]`, or `+=` if `accumulate`.
 pub fn permute_grad(s: &mut Stream, drows: Tensor, order: Order, dx: Tensor, accumulate: bool) -> Result<()> {
-    gather_sum(s, "permute gradient", drows, None, order, dx, accumulate)
+    gather_sum(s, "permute gradient", drows, None, order, accumulate.then_some(dx), dx)
 }
 
-/// F: `y_td = sum_j weights[t, j] rows[row_of_slot[t, j]]`, or `+=` if `accumulate` (onto the shared experts' output).
-pub fn combine(s: &mut Stream, rows: Tensor, weights: Tensor, order: Order, y: Tensor, accumulate: bool) -> Result<()> {
-    gather_sum(s, "combine", rows, Some(weights), order, y, accumulate)
+/// F: `y_td = residual_td + sum_j weights[t, j] rows[row_of_slot[t, j]]`, summed from the residual on, if there is one, and rounded
+/// once; in place where `residual` is `y`.
+///
+/// # Errors
+/// If shapes or types differ, or `residual` shares a buffer with `y` without being it.
+pub fn combine(
+    s: &mut Stream,
+    rows: Tensor,
+    weights: Tensor,
+    order: Order,
+    residual: Option<Tensor>,
+    y: Tensor,
+) -> Result<()> {
+    gather_sum(s, "combine", rows, Some(weights), order, residual, y)
 }
 
 fn gather_sum(
@@ -144,8 +156,8 @@ fn gather_sum(
     rows: Tensor,
     weights: Option<Tensor>,
     order: Order,
+    residual: Option<Tensor>,
     y: Tensor,
-    accumulate: bool,
 ) -> Result<()> {
     let (n, t, d) = (rows.rows(), y.rows(), y.cols());
     let k = n / t.max(1);
@@ -154,24 +166,32 @@ fn gather_sum(
     if let Some(weights) = weights {
         expect_tensor(op, "weights", weights, acc_dtype(y.dtype), &[t, k])?;
     }
-    let reads: Vec<Tensor> =
-        [rows, order.row_of_slot].into_iter().chain(weights).chain(accumulate.then_some(y)).collect();
-    s.account(combine_cost(t, k, d, y.dtype.size_bytes()));
+    if let Some(residual) = residual {
+        expect_residual(op, residual, y)?;
+    }
+    let reads: Vec<Tensor> = [rows, order.row_of_slot].into_iter().chain(weights).chain(residual).collect();
+    let added = if residual.is_some() { t * d } else { 0 };
+    s.account(combine_cost(t, k, d, y.dtype.size_bytes()).adding(added, y.dtype.size_bytes()));
     let kernels = |_: &Target| {
         (are_fast(&[rows, y])).then(|| match weights {
-            Some(weights) => ptx::permute::combine(rows, weights, order, y, accumulate),
-            None => ptx::permute::permute_grad(rows, order, y, accumulate),
+            Some(weights) => ptx::permute::combine(rows, weights, order, residual, y),
+            None => ptx::permute::permute_grad(rows, order, y, residual.is_some()),
         })
     };
     s.launch_kernel(&reads, &[y], kernels, move |m| {
         with_float!(y.dtype, T => {
             type A = <T as Float>::Acc;
+            let onto = residual.is_some();
+            let residual = residual.filter(|r| *r != y).map(|r| m.read::<T>(r));
             let (rows, slots, mut y) = (m.read::<T>(rows), m.read::<u32>(order.row_of_slot), m.write::<T>(y));
             let weights = weights.map(|w| m.read::<A>(w));
             for_row_chunks(&mut y, d, #[inline(always)] |first, chunk| {
                 for (t, y) in (first..).zip(chunk.chunks_exact_mut(d)) {
+                    if let Some(residual) = &residual {
+                        y.copy_from_slice(&residual[t * d..][..d]);
+                    }
                     let weights = weights.as_ref().map(|w| &w[t * k..][..k]);
-                    sum_rows(&rows, &slots[t * k..][..k], weights, y, accumulate);
+                    sum_rows(&rows, &slots[t * k..][..k], weights, y, onto);
                 }
             });
         });
@@ -273,7 +293,7 @@ pub fn permute_tiles_cost(n: usize, d: usize, elem_bytes: usize) -> Cost {
     quantize::tiles_cost(n, d, elem_bytes)
 }
 
-/// Cost of combine; its gradient costs twice that.
+/// Cost of combine without a residual; its gradient costs twice that.
 pub fn combine_cost(t: usize, k: usize, d: usize, elem_bytes: usize) -> Cost {
     Cost::stream(2 * (t * k * d) as u64, (t * k * d * elem_bytes) as u64, (t * d * elem_bytes) as u64)
 }
@@ -336,12 +356,17 @@ mod tests {
         let o = sorted(&mut s, &indices, k, e);
         let (x_td, w_tk) = (random(t * d, 1), random(t * k, 2));
         let (x, w) = (m.from_slice(&[t, d], &x_td), m.from_slice(&[t, k], &w_tk));
-        let (rows, y) = (m.alloc(DType::F64, &[t * k, d]), m.from_slice(&[t, d], &vec![1.0f64; t * d]));
+        let rows = m.alloc(DType::F64, &[t * k, d]);
         permute(&mut s, x, o, rows).unwrap();
-        combine(&mut s, rows, w, o, y, true).unwrap();
-        s.synchronize().unwrap();
         let want: Vec<f64> = (0..t * d).map(|i| 1.0 + x_td[i] * w_tk[i / d * k..][..k].iter().sum::<f64>()).collect();
-        assert_close(&m.download::<f64>(y), &want, 1e-12);
+        for in_place in [true, false] {
+            let residual = m.from_slice(&[t, d], &vec![1.0f64; t * d]);
+            let y = if in_place { residual } else { m.from_slice(&[t, d], &vec![f64::NAN; t * d]) };
+            combine(&mut s, rows, w, o, Some(residual), y).unwrap();
+            s.synchronize().unwrap();
+            assert_close(&m.download::<f64>(y), &want, 1e-12);
+            assert!(in_place || m.download::<f64>(residual).iter().all(|x| *x == 1.0));
+        }
         let (rows, offsets) = (m.download::<f64>(rows), m.download::<u32>(o.offsets));
         for i in 0..t * k {
             let (row, expert) = (m.download::<u32>(o.row_of_slot)[i], indices[i] as usize);
@@ -356,7 +381,7 @@ mod tests {
     #[test]
     fn gradients_match_finite_differences() {
         let (t, k, d) = (6, 2, 5);
-        for accumulate in [false, true] {
+        for onto in [false, true] {
             check_gradients(
                 &[(&[t, d], 1), (&[t, k], 2), (&[t, d], 3)],
                 &[t, d],
@@ -364,10 +389,7 @@ mod tests {
                     let o = sorted(s, &INDICES, k, 4);
                     let (rows, y) = (s.memory().alloc(DType::F64, &[t * k, d]), s.memory().alloc(DType::F64, &[t, d]));
                     permute(s, x[0], o, rows)?;
-                    if accumulate {
-                        crate::ops::elementwise::copy(s, x[2], y)?;
-                    }
-                    combine(s, rows, x[1], o, y, accumulate)?;
+                    combine(s, rows, x[1], o, onto.then_some(x[2]), y)?;
                     Ok(y)
                 },
                 |s, x, dy, dx| {
@@ -376,10 +398,10 @@ mod tests {
                     let (rows, drows) = (alloc(), alloc());
                     permute(s, x[0], o, rows)?;
                     combine_grad(s, dy, rows, x[1], o, drows, dx[1])?;
-                    if accumulate {
+                    if onto {
                         crate::ops::elementwise::copy(s, dy, dx[2])?;
                     }
-                    permute_grad(s, drows, o, dx[0], accumulate)
+                    permute_grad(s, drows, o, dx[0], onto)
                 },
             );
         }
@@ -394,7 +416,7 @@ mod tests {
         let rows = m.from_slice(&[3, 1], &[bf(1.0), bf(256.0), bf(1.0)]);
         let w = m.from_slice(&[1, 3], &[1f32, 1.0, 1.0]);
         let y = m.alloc(DType::Bf16, &[1, 1]);
-        combine(&mut s, rows, w, o, y, false).unwrap();
+        combine(&mut s, rows, w, o, None, y).unwrap();
         s.synchronize().unwrap();
         // 256 + 1 rounds to 256 in bf16; 258 is a bf16.
         assert_eq!(m.download::<half::bf16>(y), [bf(258.0)]);
@@ -410,8 +432,15 @@ mod tests {
         let error = permute(&mut s, x, o, wrong).unwrap_err().to_string();
         assert!(error.contains("`rows` should be F32 of [6, 4]"), "{error}");
         let weights = m.alloc(DType::Bf16, &[3, 2]);
-        let error = combine(&mut s, rows, weights, o, y, false).unwrap_err().to_string();
+        let error = combine(&mut s, rows, weights, o, None, y).unwrap_err().to_string();
         assert!(error.contains("`weights` should be F32 of [3, 2]"), "{error}");
+        let (weights, both) = (m.alloc(DType::F32, &[3, 2]), m.alloc(DType::F32, &[6, 4]));
+        let [upper, lower] = [0, 12].map(|first| both.slice(first, 12).reshape(&[3, 4]));
+        let error = combine(&mut s, rows, weights, o, Some(upper), lower).unwrap_err().to_string();
+        assert!(
+            error.contains("`residual` should be F32 of [3, 4], the output itself or in another buffer"),
+            "{error}"
+        );
     }
 
     #[test]

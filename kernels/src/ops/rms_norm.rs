@@ -2,6 +2,10 @@
 //!
 //! The input may be the first d columns of wider rows: a projection that yields a latent and a rotary key side by side is
 //! normalized in place of its latent, without a copy.
+//!
+//! In a residual layer x + f(norm(x)) the gradient of x is that of the sum plus the norm's: I adds them in its one pass. Forward, the
+//! product or the combine that ends f(..) adds x and writes the sum, which the next norm reads: 4 t d elements moved with the norm. Were
+//! x added by the norm, f(..) would be written, rounded and read first: 5 t d.
 
 use rayon::prelude::*;
 
@@ -13,7 +17,7 @@ use crate::{
     fp8::{Scaling, Tiles},
     ops::{
         are_fast,
-        expect::{expect_float, expect_tensor, expect_tiles},
+        expect::{expect_float, expect_residual, expect_tensor, expect_tiles},
         expect_shape,
         parallel::{for_row_chunks, for_row_chunks2},
         quantize::{self, encode_rows, to_f32},
@@ -120,35 +124,50 @@ fn sum<A: Real>(n: usize, f: impl Fn(usize) -> A) -> A {
     total
 }
 
-/// I: the gradient of the first d columns of `x` goes to the same columns of `dx` [t, c]: assigned, or added with `accumulate`.
+/// I: the gradient of the first d columns of `x`, plus those columns of `residual` [t, c] if given, goes to the same columns of `dx`
+/// [t, c], rounded once; in place where `residual` is `dx`. Other columns of `dx` stay.
+///
+/// # Errors
+/// If shapes or types differ, or `residual` shares a buffer with `dx` without being it.
 pub fn input_grad(
     s: &mut Stream,
     x: Tensor,
     w: Tensor,
     rstd: Tensor,
     dy: Tensor,
+    residual: Option<Tensor>,
     dx: Tensor,
-    accumulate: bool,
 ) -> Result<()> {
+    const OP: &str = "rms_norm input gradient";
     let (t, c, d) = (x.rows(), x.cols(), w.len());
-    expect_shape("rms_norm input gradient", "dy", dy, &[t, d])?;
-    expect_shape("rms_norm input gradient", "dx", dx.reshape(&[t, c]), &[t, c])?;
-    s.account(cost(2 * t, d, x.dtype.size_bytes()));
+    expect_shape(OP, "dy", dy, &[t, d])?;
+    expect_shape(OP, "dx", dx.reshape(&[t, c]), &[t, c])?;
+    if let Some(residual) = residual {
+        expect_residual(OP, residual, dx)?;
+    }
+    let (added, size) = (if residual.is_some() { t * d } else { 0 }, x.dtype.size_bytes());
+    s.account(input_grad_cost(t, d, size).adding(added, size));
+    let reads: Vec<Tensor> = [x, w, rstd, dy].into_iter().chain(residual).collect();
     let kernels =
-        |_: &Target| are_fast(&[x, w, rstd, dy, dx]).then(|| ptx::rms_norm::input_grad(x, w, rstd, dy, dx, accumulate));
-    s.launch_kernel(&[x, w, rstd, dy], &[dx], kernels, move |m| {
+        |_: &Target| are_fast(&[x, w, rstd, dy, dx]).then(|| ptx::rms_norm::input_grad(x, w, rstd, dy, residual, dx));
+    s.launch_kernel(&reads, &[dx], kernels, move |m| {
         with_float!(x.dtype, T => {
+            let onto = residual.is_some();
+            let residual = residual.filter(|r| *r != dx).map(|r| m.read::<T>(r));
             let (x, w, rstd, dy) = (m.read::<T>(x), m.read::<T>(w), m.read::<T>(rstd), m.read::<T>(dy));
             let mut dx = m.write::<T>(dx);
             for_row_chunks(&mut dx, c, #[inline(always)] |first, dx| {
                 for (i, dx) in dx.chunks_exact_mut(c).enumerate() {
                     let row = first + i;
+                    if let Some(residual) = &residual {
+                        dx[..d].copy_from_slice(&residual[row * c..][..d]);
+                    }
                     let (x, dy, r) = (&x[row * c..][..d], &dy[row * d..][..d], rstd[row].to_acc());
                     let dot = sum(d, #[inline(always)] |j| x[j].to_acc() * dy[j].to_acc() * w[j].to_acc());
                     let k = dot * r * r * r / <T as Float>::Acc::of_f64(d as f64);
                     for j in 0..d {
                         let g = dy[j].to_acc() * w[j].to_acc() * r - x[j].to_acc() * k;
-                        dx[j] = T::from_acc(if accumulate { dx[j].to_acc() + g } else { g });
+                        dx[j] = T::from_acc(if onto { dx[j].to_acc() + g } else { g });
                     }
                 }
             });
@@ -203,7 +222,7 @@ fn column_sums<T: Float>(x: &[T], c: usize, rstd: &[T], dy: &[T], dw: &mut [T]) 
     }
 }
 
-/// Cost of the forward pass; backward passes are about twice that.
+/// Cost of the forward pass, and of W, which reads two tensors and writes none.
 pub fn cost(t: usize, d: usize, elem_bytes: usize) -> Cost {
     let n = (t * d) as u64;
     Cost::stream(4 * n, n * elem_bytes as u64, n * elem_bytes as u64)
@@ -214,6 +233,12 @@ pub fn cost_tiles(t: usize, d: usize, elem_bytes: usize) -> Cost {
     let plain = cost(t, d, elem_bytes);
     let quantized = quantize::tiles_cost(t, d, 0);
     Cost::stream(plain.vector_flops + quantized.vector_flops, plain.read_bytes, quantized.written_bytes)
+}
+
+/// Cost of I without a residual: reads x and dy, writes dx.
+pub fn input_grad_cost(t: usize, d: usize, elem_bytes: usize) -> Cost {
+    let n = (t * d) as u64;
+    Cost::stream(8 * n, 2 * n * elem_bytes as u64, n * elem_bytes as u64)
 }
 
 #[cfg(test)]
@@ -240,7 +265,7 @@ mod tests {
                 let y = s.memory().alloc(DType::F64, &[t, d]);
                 let rstd = s.memory().alloc(DType::F64, &[t]);
                 forward(s, x[0], x[1], y, rstd, 1e-6)?;
-                input_grad(s, x[0], x[1], rstd, dy, dx[0], true)?;
+                input_grad(s, x[0], x[1], rstd, dy, Some(dx[0]), dx[0])?;
                 weight_grad(s, x[0], rstd, dy, dx[1])
             },
         );
@@ -268,5 +293,52 @@ mod tests {
             assert_same_tiles(&m, got, want);
             assert_eq!(m.download::<bf16>(rounded.2), m.download::<bf16>(rounded.1));
         }
+    }
+
+    #[test]
+    #[expect(clippy::unwrap_used, reason = "tests")]
+    fn the_gradient_of_a_residual_layer_is_one_pass() {
+        let (t, d) = (3, 18);
+        let norm = |s: &mut Stream, x: &[Tensor]| -> Result<[Tensor; 2]> {
+            let [y, rstd] = [&[t, d][..], &[t]].map(|dims| s.memory().alloc(DType::F64, dims));
+            forward(s, x[0], x[1], y, rstd, 1e-6)?;
+            Ok([y, rstd])
+        };
+        check_gradients(
+            &[(&[t, d], 1), (&[d], 2)],
+            &[t, d],
+            |s, x| {
+                let [y, _] = norm(s, x)?;
+                crate::ops::elementwise::add_acc(s, x[0], y)?;
+                Ok(y)
+            },
+            |s, x, dy, dx| {
+                let [_, rstd] = norm(s, x)?;
+                input_grad(s, x[0], x[1], rstd, dy, Some(dy), dx[0])?;
+                weight_grad(s, x[0], rstd, dy, dx[1])
+            },
+        );
+        // Of wider rows, only the columns that have a gradient; from elsewhere with the bits that it has in place.
+        let (c, mut s) = (21, stream());
+        let m = s.memory().clone();
+        let put = |dims: &[usize], seed| m.from_slice(dims, &random(dims.iter().product(), seed));
+        let (x, w, rstd, dy, residual) =
+            (put(&[t, c], 1), put(&[d], 2), put(&[t], 3), put(&[t, d], 4), put(&[t, c], 5));
+        let before = m.download::<f64>(residual);
+        let dx = m.from_slice(&[t, c], &vec![7.0; t * c]);
+        input_grad(&mut s, x, w, rstd, dy, Some(residual), dx).unwrap();
+        s.synchronize().unwrap();
+        assert_eq!(m.download::<f64>(residual), before);
+        input_grad(&mut s, x, w, rstd, dy, Some(residual), residual).unwrap();
+        s.synchronize().unwrap();
+        for (at, (got, in_place)) in m.download::<f64>(dx).into_iter().zip(m.download::<f64>(residual)).enumerate() {
+            assert_eq!(got, if at % c < d { in_place } else { 7.0 }, "element {at}");
+        }
+        let part = residual.slice(0, t * d).reshape(&[t, d]);
+        let error = input_grad(&mut s, part, w, rstd, dy, Some(residual), part).unwrap_err().to_string();
+        assert!(
+            error.contains("`residual` should be F64 of [3, 18], the output itself or in another buffer"),
+            "{error}"
+        );
     }
 }

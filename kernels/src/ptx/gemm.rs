@@ -1,6 +1,6 @@
 //! Matrix products on tensor cores and, in f32, on ordinary ones; dense and grouped by expert.
 //!
-//! Every product here is one [`Problem`]: C_mn = A_mk B_kn, assigned or added, where the two operands lie as a pass of a linear
+//! Every product here is one [`Problem`]: C_mn = A_mk B_kn, or D_mn + A_mk B_kn where D may be C, where the two operands lie as a pass of a linear
 //! layer finds them (see [`crate::ops::gemm`]):
 //! - [`Layout::Nt`], F: A [m, k], B [n, k]: both contiguous along k
 //! - [`Layout::Nn`], I: A [m, k], B [k, n]
@@ -15,7 +15,7 @@
 //! - `wgmma`: bf16, sm_90a, rows of A and B that begin at 16 bytes
 //!
 //! Each element is one sum over k in one order that depends on neither the tile's place nor on the rows beside it: a row's result
-//! has the same bits whatever rows are beside it. Sums are f32, rounded once; what is added to is added to the sum before that.
+//! has the same bits whatever rows are beside it. Sums are f32, rounded once; D is added to the sum before that.
 
 mod column_sum;
 mod defaults;
@@ -55,12 +55,12 @@ pub fn forward(on: Target, x: Tensor, w: Tensor, bias: Option<Tensor>, y: Tensor
     launch(on, &Problem { bias, ..Problem::new(Layout::Nt, [t, o, i], operands) })
 }
 
-/// F onto what is there: `y_to += x_ti w_oi^T`.
-pub fn forward_acc(on: Target, x: Tensor, w: Tensor, y: Tensor) -> Vec<Launch> {
+/// F onto a residual: `y_to = residual_to + x_ti w_oi^T`; `residual` may be y.
+pub fn forward_onto(on: Target, x: Tensor, w: Tensor, residual: Tensor, y: Tensor) -> Vec<Launch> {
     let (o, i) = (w.dim(0), w.dim(1));
     let t = x.len() / i.max(1);
     let operands = (Matrix::new(x, i), Matrix::new(w, i), Matrix::new(y, o));
-    launch(on, &Problem { accumulate: true, ..Problem::new(Layout::Nt, [t, o, i], operands) })
+    launch(on, &Problem { addend: Some(residual), ..Problem::new(Layout::Nt, [t, o, i], operands) })
 }
 
 /// I: `dx_ti = dy_to w_oi`, or `+=` if `accumulate`.
@@ -68,7 +68,7 @@ pub fn input_grad(on: Target, dy: Tensor, w: Tensor, dx: Tensor, accumulate: boo
     let (o, i) = (w.dim(0), w.dim(1));
     let t = dx.len() / i.max(1);
     let operands = (Matrix::new(dy, o), Matrix::new(w, i), Matrix::new(dx, i));
-    launch(on, &Problem { accumulate, ..Problem::new(Layout::Nn, [t, i, o], operands) })
+    launch(on, &Problem { addend: accumulate.then_some(dx), ..Problem::new(Layout::Nn, [t, i, o], operands) })
 }
 
 /// W: `dw_oi += dy_to^T x_ti`, and `dbias_o += sum_t dy_to` if given. dw may be f32 where dy and x are bf16.
@@ -76,7 +76,7 @@ pub fn weight_grad(on: Target, dy: Tensor, x: Tensor, dw: Tensor, dbias: Option<
     let (o, i) = (dw.dim(0), dw.dim(1));
     let t = x.len() / i.max(1);
     let operands = (Matrix::new(dy, o), Matrix::new(x, i), Matrix::new(dw, i));
-    let mut launches = launch(on, &Problem { accumulate: true, ..Problem::new(Layout::Tn, [o, i, t], operands) });
+    let mut launches = launch(on, &Problem { addend: Some(dw), ..Problem::new(Layout::Tn, [o, i, t], operands) });
     if let Some(dbias) = dbias {
         launches.extend(column_sum::add(dy, t, o, dbias));
     }

@@ -45,7 +45,7 @@ pub fn weight_grad(on: Target, dy: Tensor, x: Tensor, rows: Rows, dw: Tensor) ->
         Rows::Counts(counts) => Groups::MaskedInner { counts, num, capacity: capacity(n, e) },
     };
     let operands = (Matrix::new(dy, o), Matrix::new(x, i), Matrix::new(dw, i));
-    launch(on, &Problem { accumulate: true, groups, ..Problem::new(Layout::Tn, [o, i, n], operands) })
+    launch(on, &Problem { addend: Some(dw), groups, ..Problem::new(Layout::Tn, [o, i, n], operands) })
 }
 
 fn sizes(x: Tensor, w: Tensor) -> [usize; 4] {

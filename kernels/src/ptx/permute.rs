@@ -2,14 +2,14 @@
 //!
 //! Signatures (row counts and numbers are u32; `g` is groups of neighbouring elements a row, one access of a thread):
 //! - permute (x, token_of_row, rows, n, g): a row's thread copies its groups of the token's row.
-//! - gather_sum `(rows, row_of_slot, [weights,] y, t, g)`: a token's threads sum its k rows in slot order, rounding products and sums
-//!   one by one as the CPU does: the bits are the same.
+//! - gather_sum `(rows, row_of_slot, [weights,] [residual,] y, t, g)`: a token's threads sum its k rows in slot order, from the
+//!   residual on, rounding products and sums one by one as the CPU does: the bits are the same. The residual may be y.
 //! - combine_grad (dy, rows, weights, row_of_slot, drows, dweights, t, g): a token's threads read dy once for its k rows; the products
 //!   are summed over the team by a fixed tree.
 //!
 //! A team is a warp for short rows and a block for long ones. k is part of the names: the k rows of a token are k loads in flight.
 //! Counts and offsets are never read on the host. Time: bytes over memory bandwidth (permute 2 n d elements, gather_sum (k + 1) t d,
-//! combine_grad (2 k + 1) t d).
+//! combine_grad (2 k + 1) t d; t d more for a residual).
 
 mod sort;
 
@@ -35,21 +35,21 @@ pub fn permute(x: Tensor, order: Order, rows: Tensor) -> Vec<Launch> {
 
 /// I of permute: `dx_td = sum_j drows[row_of_slot[t, j]]`, or `+=` if `accumulate`.
 pub fn permute_grad(drows: Tensor, order: Order, dx: Tensor, accumulate: bool) -> Vec<Launch> {
-    gather_sum(drows, None, order, dx, accumulate)
+    gather_sum(drows, None, order, accumulate.then_some(dx), dx)
 }
 
-/// F: `y_td = sum_j weights[t, j] rows[row_of_slot[t, j]]`, or `+=` if `accumulate`.
-pub fn combine(rows: Tensor, weights: Tensor, order: Order, y: Tensor, accumulate: bool) -> Vec<Launch> {
-    gather_sum(rows, Some(weights), order, y, accumulate)
+/// F: `y_td = residual_td + sum_j weights[t, j] rows[row_of_slot[t, j]]`; the residual, if there is one, may be y.
+pub fn combine(rows: Tensor, weights: Tensor, order: Order, residual: Option<Tensor>, y: Tensor) -> Vec<Launch> {
+    gather_sum(rows, Some(weights), order, residual, y)
 }
 
-fn gather_sum(rows: Tensor, weights: Option<Tensor>, order: Order, y: Tensor, accumulate: bool) -> Vec<Launch> {
+fn gather_sum(rows: Tensor, weights: Option<Tensor>, order: Order, residual: Option<Tensor>, y: Tensor) -> Vec<Launch> {
     let (t, d) = (y.rows(), y.cols());
     let k = rows.rows() / t.max(1);
-    let lanes = parts::lanes(&[rows, y], d);
+    let lanes = parts::lanes(&[rows, y, residual.unwrap_or(y)], d);
     let team = Team::of(d / lanes);
-    let tensors = [rows, order.row_of_slot].into_iter().chain(weights).chain([y]);
-    let kernel = gather_sum_kernel(y.dtype, lanes, team, k, weights.is_some(), accumulate);
+    let tensors = [rows, order.row_of_slot].into_iter().chain(weights).chain(residual).chain([y]);
+    let kernel = gather_sum_kernel(y.dtype, lanes, team, k, weights.is_some(), residual.is_some());
     launch(kernel, team, tensors.map(Arg::Tensor).collect(), [t, d / lanes])
 }
 
@@ -141,23 +141,27 @@ fn rows_of(
         .collect()
 }
 
-fn gather_sum_kernel(dtype: DType, lanes: usize, team: Team, num: usize, weighted: bool, accumulate: bool) -> Kernel {
+fn gather_sum_kernel(dtype: DType, lanes: usize, team: Team, num: usize, weighted: bool, onto: bool) -> Kernel {
     let op = if weighted { "combine" } else { "permute_grad" };
-    let acc = if accumulate { "_acc" } else { "" };
-    let name = format!("{op}{acc}_{}_k{num}_x{lanes}_{}", dtype_name(dtype), team.name());
+    let residual = if onto { "_onto" } else { "" };
+    let name = format!("{op}{residual}_{}_k{num}_x{lanes}_{}", dtype_name(dtype), team.name());
     parts::kernel(name, move |k| {
         let (rows, slots) = (k.pointer("rows"), k.pointer("row_of_slot"));
         let weights = weighted.then(|| k.pointer("weights"));
+        let residual = onto.then(|| k.pointer("residual"));
         let (y, t, groups) = (k.pointer("y"), k.u32("t"), k.u32("g"));
         let (token, first) = team.place(k, t);
         let d = columns(k, groups, lanes);
         let (rows, y) = (rows_of(k, (rows, slots, weights), (token, d), num, dtype), row(k, y, token, d, dtype));
+        let residual = residual.map(|residual| row(k, residual, token, d, dtype));
         strided(k, first, groups, team.threads(), |k, i| {
             let to = group(k, y, i, dtype, lanes);
-            let sums = if accumulate {
-                load_vector(k, to, dtype, lanes)
-            } else {
-                (0..lanes).map(|_| parts::constant(k, 0.0)).collect()
+            let sums = match residual {
+                Some(residual) => {
+                    let from = group(k, residual, i, dtype, lanes);
+                    load_vector(k, from, dtype, lanes)
+                }
+                None => (0..lanes).map(|_| parts::constant(k, 0.0)).collect(),
             };
             let values: Vec<_> = rows
                 .iter()
@@ -227,9 +231,9 @@ pub fn variants() -> Vec<Variant> {
         Variant::new(sort::scatter_kernel(256), 40),
         Variant::new(permute_kernel(DType::Bf16, 8, Team::Block), 32),
     ];
-    for accumulate in [false, true] {
+    for onto in [false, true] {
         for weighted in [false, true] {
-            all.push(Variant::new(gather_sum_kernel(DType::Bf16, 8, Team::Block, 8, weighted, accumulate), 96));
+            all.push(Variant::new(gather_sum_kernel(DType::Bf16, 8, Team::Block, 8, weighted, onto), 96));
         }
     }
     all.push(Variant::new(combine_grad_kernel(DType::Bf16, 8, Team::Block, 8), 128));

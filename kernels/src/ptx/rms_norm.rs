@@ -1,7 +1,7 @@
 //! RMSNorm: a warp or a block a row ([`Team`]); the second reading of a row comes from the caches.
 //!
 //! forward (x, w, y, rstd, rows, c, d: u32, eps: f32): d columns of rows of c. Moves x once and y once.
-//! input_grad (x, w, rstd, dy, dx, rows, c, d: u32). Moves x, dy and dx once each (dx twice where it is added to).
+//! input_grad (x, w, rstd, dy, [residual,] dx, rows, c, d: u32). Moves x, dy, dx and the residual, which may be dx, once each.
 //! weight_grad in two launches: `partial` (x, rstd, dy, partial, rows, c, d): block (i, j) sums 32 rows of its columns;
 //! `column_sums` (partial, n, d, dw): 8 warps share 32 groups of columns, each takes every eighth row, and the first adds
 //! the eight and dw: one order, and one rounding. Scratch 0: partial, f32 [rows / 32, d].
@@ -35,16 +35,17 @@ pub fn forward(x: Tensor, w: Tensor, y: Tensor, rstd: Tensor, eps: f64) -> Vec<L
     vec![Launch { kernel: forward_kernel(x.dtype, team, lanes), grid: team.grid(t), args }]
 }
 
-/// I: the gradient of the first d columns of `x` goes to the same columns of `dx` [t, c]: assigned, or added with `accumulate`.
-pub fn input_grad(x: Tensor, w: Tensor, rstd: Tensor, dy: Tensor, dx: Tensor, accumulate: bool) -> Vec<Launch> {
+/// I: the gradient of the first d columns of `x`, plus those of `residual` [t, c] if given, goes to the same columns of `dx` [t, c].
+pub fn input_grad(x: Tensor, w: Tensor, rstd: Tensor, dy: Tensor, residual: Option<Tensor>, dx: Tensor) -> Vec<Launch> {
     let (t, c, d) = (x.rows(), x.cols(), w.len());
     if t * d == 0 {
         return vec![];
     }
-    let (lanes, mut args) = (row_lanes(&[x, w, dy, dx], c, d), [x, w, rstd, dy, dx].map(Arg::Tensor).to_vec());
+    let lanes = row_lanes(&[x, w, dy, dx, residual.unwrap_or(dx)], c, d);
+    let mut args: Vec<Arg> = [x, w, rstd, dy].into_iter().chain(residual).chain([dx]).map(Arg::Tensor).collect();
     args.extend([t, c, d].map(|n| Arg::U32(count(n))));
     let team = Team::of(d / lanes);
-    vec![Launch { kernel: input_grad_kernel(x.dtype, team, lanes, accumulate), grid: team.grid(t), args }]
+    vec![Launch { kernel: input_grad_kernel(x.dtype, team, lanes, residual.is_some()), grid: team.grid(t), args }]
 }
 
 /// W: `dw` \[d\] += sum over t of dy_td x_td r_t; dw may be wider than x.
@@ -130,14 +131,17 @@ fn forward_kernel(dtype: DType, team: Team, lanes: usize) -> Kernel {
     })
 }
 
-fn input_grad_kernel(dtype: DType, team: Team, lanes: usize, accumulate: bool) -> Kernel {
-    let what = if accumulate { "input_grad_acc" } else { "input_grad" };
+fn input_grad_kernel(dtype: DType, team: Team, lanes: usize, onto: bool) -> Kernel {
+    let what = if onto { "input_grad_onto" } else { "input_grad" };
     parts::kernel(format!("rms_norm_{what}_{}_{}_x{lanes}", dtype_name(dtype), team.name()), move |k| {
         let (x, w, rstd) = (k.pointer("x"), k.pointer("w"), k.pointer("rstd"));
-        let (dy, dx) = (k.pointer("dy"), k.pointer("dx"));
+        let dy = k.pointer("dy");
+        let residual = onto.then(|| k.pointer("residual"));
+        let dx = k.pointer("dx");
         let (rows, c, d) = (k.u32("rows"), k.u32("c"), k.u32("d"));
         let (index, lane) = team.place(k, rows);
         let [x, dx] = [x, dx].map(|base| row(k, base, index, c, dtype));
+        let residual = residual.map(|base| row(k, base, index, c, dtype));
         let dy = row(k, dy, index, d, dtype);
         let (groups, size) = (groups_of(k, d, lanes), lanes * dtype.size_bytes());
         let load_three = |k: &mut Assembler, group| {
@@ -167,13 +171,17 @@ fn input_grad_kernel(dtype: DType, team: Team, lanes: usize, accumulate: bool) -
         strided(k, lane, groups, team.threads(), |k, group| {
             let ([x, w, dy], to) = (load_three(k, group), k.reg());
             ptx!(k, "mad.wide.u32 {to}, {group}, {size}, {dx};");
-            let old = if accumulate { load_vector(k, to, dtype, lanes) } else { vec![] };
+            let added = residual.map_or(vec![], |residual| {
+                let from = k.reg();
+                ptx!(k, "mad.wide.u32 {from}, {group}, {size}, {residual};");
+                load_vector(k, from, dtype, lanes)
+            });
             for (i, ((x, w), dy)) in x.iter().zip(w).zip(dy).enumerate() {
                 ptx!(k, "mul.rn.f32 {w}, {w}, {dy};");
                 ptx!(k, "mul.rn.f32 {w}, {w}, {r};");
                 ptx!(k, "fma.rn.f32 {x}, {x}, {dot}, {w};");
-                if let Some(old) = old.get(i) {
-                    ptx!(k, "add.rn.f32 {x}, {x}, {old};");
+                if let Some(added) = added.get(i) {
+                    ptx!(k, "add.rn.f32 {x}, {x}, {added};");
                 }
             }
             store_vector(k, to, &x, dtype);
@@ -275,7 +283,7 @@ pub fn variants() -> Vec<Variant> {
     for (dtype, lanes) in [(DType::Bf16, 8), (DType::F32, 4)] {
         for team in [Team::Warp, Team::Block] {
             all.push(forward_kernel(dtype, team, lanes));
-            all.extend([false, true].map(|accumulate| input_grad_kernel(dtype, team, lanes, accumulate)));
+            all.extend([false, true].map(|onto| input_grad_kernel(dtype, team, lanes, onto)));
         }
         all.extend([partial_kernel(dtype, lanes), column_sums_kernel(dtype, 4)]);
     }
@@ -327,13 +335,16 @@ mod tests {
     #[test]
     fn input_grad_is_the_cpus_and_leaves_other_columns() {
         for dtype in [DType::F32, DType::Bf16] {
-            for ([t, c, d], accumulate) in SHAPES.into_iter().flat_map(|s| [(s, false), (s, true)]) {
+            // Assigned, onto what is there, and onto a residual from elsewhere.
+            for ([t, c, d], residual) in SHAPES.into_iter().flat_map(|s| [None, Some(4), Some(5)].map(|r| (s, r))) {
                 let mut x = inputs(dtype, [t, c, d]);
-                x.push(Data::random(dtype, &[t, c], 5));
+                let (dx, poison) = (Data::random(dtype, &[t, c], 5), Data::poison(dtype, &[t, c]));
+                x.extend(if residual == Some(4) { [dx, poison] } else { [poison, dx] });
+                let residual = |x: &[Tensor]| residual.map(|i: usize| x[i]);
                 // Sums of d products of size 1 in another order, times r^3 / d.
                 Case::new(&x)
-                    .cpu(|s, x| cpu::input_grad(s, x[0], x[1], x[2], x[3], x[4], accumulate))
-                    .ptx(|x| input_grad(x[0], x[1], x[2], x[3], x[4], accumulate))
+                    .cpu(|s, x| cpu::input_grad(s, x[0], x[1], x[2], x[3], residual(x), x[4]))
+                    .ptx(|x| input_grad(x[0], x[1], x[2], x[3], residual(x), x[4]))
                     .close(2e-6);
             }
         }

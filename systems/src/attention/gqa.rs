@@ -7,7 +7,7 @@ use engine::prelude::*;
 use kernels::{
     ops::{
         attention::{self, cached::KvCache},
-        elementwise, rope,
+        rope,
     },
     stream::Stream,
     tensor::Tensor,
@@ -205,8 +205,7 @@ pub(crate) fn gqa_forward(In(id): In<Entity>, mut launch: Launch<GqaTask>, rotar
     task.project(s, &rotary)?;
     s.account(task.sizes.core_cost(&task.inputs, a.q.dtype));
     attention::forward(s, task.attention(), a.o, a.lse)?;
-    elementwise::copy(s, a.x, a.out)?;
-    gqa.out.forward_acc(s, Rows::High(flat(a.o)), task.room, a.out)?;
+    gqa.out.forward_onto(s, Rows::High(flat(a.o)), task.room, a.x, a.out)?;
     a.kept.map_or(Ok(()), |kept| kept.encode(s, flat(a.o)))
 }
 
@@ -222,8 +221,7 @@ pub(crate) fn gqa_cached(
     task.project(s, &rotary)?;
     attention::cached::append(s, a.k, a.v, cache, cached.0)?;
     attention::cached::forward(s, a.q, cache, cached.0, task.sizes.scale, a.o)?;
-    elementwise::copy(s, a.x, a.out)?;
-    gqa.out.forward_acc(s, Rows::High(flat(a.o)), task.room, a.out)
+    gqa.out.forward_onto(s, Rows::High(flat(a.o)), task.room, a.x, a.out)
 }
 
 pub(crate) fn gqa_input_grad(In(id): In<Entity>, mut launch: Launch<GqaTask>, rotary: Res<Rotary>) -> Result {
@@ -246,8 +244,7 @@ pub(crate) fn gqa_input_grad(In(id): In<Entity>, mut launch: Launch<GqaTask>, ro
     for ((w, _), dy, accumulate) in [(gqa.query, g.dq, false), (gqa.key, g.dk, true), (gqa.value, g.dv, true)] {
         w.input_grad(s, flat(dy), room, g.d_normed, accumulate)?;
     }
-    elementwise::copy(s, g.d_out, g.dx)?;
-    Ok(gqa.norm.norm_grads(s, a.x, a.rstd, g.d_normed, g.dx, true)?)
+    Ok(gqa.norm.norm_grads(s, a.x, a.rstd, g.d_normed, Some(g.d_out), g.dx)?)
 }
 
 pub(crate) fn gqa_weight_grad(In(id): In<Entity>, mut launch: Launch<GqaTask>) -> Result {

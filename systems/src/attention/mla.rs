@@ -7,7 +7,7 @@
 use bevy_ecs::prelude::*;
 use engine::prelude::*;
 use kernels::{
-    ops::{attention, elementwise, mla, rope},
+    ops::{attention, mla, rope},
     stream::Stream,
     tensor::Tensor,
 };
@@ -327,8 +327,7 @@ pub(crate) fn mla_forward(In(id): In<Entity>, mut launch: Launch<MlaTask>, rotar
     task.up(s, &rotary)?;
     s.account(task.sizes.core_cost(&task.inputs, a.q.dtype));
     attention::forward(s, task.attention(), a.o, a.lse)?;
-    elementwise::copy(s, a.x, a.out)?;
-    mla.out.forward_acc(s, Rows::High(flat(a.o)), task.room, a.out)?;
+    mla.out.forward_onto(s, Rows::High(flat(a.o)), task.room, a.x, a.out)?;
     a.kept.map_or(Ok(()), |kept| kept.encode(s, flat(a.o)))
 }
 
@@ -345,8 +344,7 @@ pub(crate) fn mla_cached(
     task.queries(s, &rotary)?;
     mla::latent::append(s, a.kv_normed.high()?, a.kv_latent, &rotary.0, cache, cached.0)?;
     mla::latent::forward(s, a.q, mla.kv_up.value, cache, cached.0, task.sizes.scale, a.o)?;
-    elementwise::copy(s, a.x, a.out)?;
-    mla.out.forward_acc(s, Rows::High(flat(a.o)), task.room, a.out)
+    mla.out.forward_onto(s, Rows::High(flat(a.o)), task.room, a.x, a.out)
 }
 
 pub(crate) fn mla_recompute(In(id): In<Entity>, mut launch: Launch<MlaTask>, rotary: Res<Rotary>) -> Result {
@@ -376,19 +374,18 @@ pub(crate) fn mla_input_grad(In(id): In<Entity>, mut launch: Launch<MlaTask>, ro
     let latents = mla::Projections { kv_a: g.d_kv_latent, kv_b: g.dkv };
     mla::assemble_grad(s, g.dk, g.dv, task.inputs.positions, &rotary.0, latents)?;
     mla.kv_up.input_grad(s, g.dkv, room, g.d_kv_normed, false)?;
-    mla.kv_norm.norm_grads(s, a.kv_latent, a.kv_rstd, g.d_kv_normed, g.d_kv_latent, false)?;
+    mla.kv_norm.norm_grads(s, a.kv_latent, a.kv_rstd, g.d_kv_normed, None, g.d_kv_latent)?;
     mla.kv_down.input_grad(s, g.d_kv_latent, room, g.d_normed, false)?;
     match (mla.query, a.latent_query, g.d_query) {
         (MlaQuery::LowRank { down, norm, up }, Some(q), Some((d_normed, d_latent))) => {
             up.input_grad(s, flat(g.dq), room, d_normed, false)?;
-            norm.norm_grads(s, q.latent, q.rstd, d_normed, d_latent, false)?;
+            norm.norm_grads(s, q.latent, q.rstd, d_normed, None, d_latent)?;
             down.input_grad(s, d_latent, room, g.d_normed, true)?;
         }
         (MlaQuery::Full(w), ..) => w.input_grad(s, flat(g.dq), room, g.d_normed, true)?,
         _ => {}
     }
-    elementwise::copy(s, g.d_out, g.dx)?;
-    Ok(mla.norm.norm_grads(s, a.x, a.rstd, g.d_normed, g.dx, true)?)
+    Ok(mla.norm.norm_grads(s, a.x, a.rstd, g.d_normed, Some(g.d_out), g.dx)?)
 }
 
 pub(crate) fn mla_weight_grad(In(id): In<Entity>, mut launch: Launch<MlaTask>) -> Result {

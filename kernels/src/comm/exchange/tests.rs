@@ -121,8 +121,8 @@ fn check<T: Float>(n: usize, d: usize, (name, routing): (&str, Routing), wire: W
         let weights = m.alloc(acc, &[t, K]);
         crate::with_float!(acc, A => m.upload::<A>(weights, &cast(random(t * K, 9))));
         let (y, y_back) = (m.alloc(T::DTYPE, &[t, d]), m.alloc(T::DTYPE, &[t, d]));
-        permute::combine(s, mine, weights, order, y, false).unwrap();
-        permute::combine(s, back, weights, order, y_back, false).unwrap();
+        permute::combine(s, mine, weights, order, None, y).unwrap();
+        permute::combine(s, back, weights, order, None, y_back).unwrap();
         s.synchronize().unwrap();
         assert!(m.download::<T>(back) == m.download::<T>(mine), "{case}: rows that came back");
         assert!(m.download::<T>(y_back) == m.download::<T>(y), "{case}: the sum");

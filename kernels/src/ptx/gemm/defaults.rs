@@ -40,7 +40,6 @@ fn specs(input: DType, output: DType) -> Vec<Spec> {
         (Layout::Nn, rows, false),
         (Layout::Tn, inner, true),
     ];
-    let spec =
-        |(layout, kind, accumulate)| Spec { layout, kind, input, output, accumulate, bias: false, wide: [true; 3] };
+    let spec = |(layout, kind, addend)| Spec { layout, kind, input, output, addend, bias: false, wide: [true; 3] };
     passes.map(spec).to_vec()
 }

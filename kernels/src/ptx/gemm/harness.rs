@@ -9,6 +9,7 @@ use crate::{
     memory::Memory,
     ops::testing::random,
     ptx::{Arch, Launch, testing},
+    tensor::Tensor,
 };
 
 /// Few multiprocessors, so that blocks have more than one tile.
@@ -35,7 +36,9 @@ pub(super) struct Case<'a> {
     pub how: How,
     /// Elements that rows of a, b and c are longer than what is used of them.
     pub pad: usize,
+    /// Whether to add to what is in C, or to another matrix.
     pub accumulate: bool,
+    pub onto: bool,
     pub bias: bool,
     pub output: DType,
 }
@@ -49,6 +52,7 @@ pub(super) const DENSE: Case = Case {
     how: How::One,
     pad: 0,
     accumulate: false,
+    onto: false,
     bias: false,
     output: DType::F32,
 };
@@ -121,11 +125,9 @@ impl Case<'_> {
         others(a_rows).for_each(|row| a[row * lda..][..lda].fill(T::of_f64(f64::NAN)));
         others(if is_rows { 0 } else { b_rows }).for_each(|row| b[row * ldb..][..ldb].fill(T::of_f64(f64::NAN)));
         let c_rows = m * if is_rows { 1 } else { num };
-        let old: Vec<f64> = if self.accumulate {
-            random(c_rows * ldc, seed * 4 + 3).into_iter().map(|x| bf16::from_f64(x).to_f64()).collect()
-        } else {
-            vec![f64::NAN; c_rows * ldc]
-        };
+        let added: Vec<f64> =
+            random(c_rows * ldc, seed * 4 + 3).into_iter().map(|x| bf16::from_f64(x).to_f64()).collect();
+        let old = if self.accumulate { added.clone() } else { vec![f64::NAN; c_rows * ldc] };
         let bias: Vec<f64> = random(n, seed * 4 + 4)
             .into_iter()
             .map(|x| if self.bias { bf16::from_f64(x).to_f64() } else { 0.0 })
@@ -139,17 +141,24 @@ impl Case<'_> {
         };
         let (a_t, b_t) = (memory.from_slice(&[a.len()], &a), memory.from_slice(&[b.len()], &b));
         let c_t = put(&old);
+        let addend = if self.accumulate { Some(c_t) } else { self.onto.then(|| put(&added)) };
         let problem = Problem {
             bias: self.bias.then(|| put(&bias)),
-            accumulate: self.accumulate,
+            addend,
             groups: self.groups(&memory, is_rows),
             ..Problem::new(layout, [m, n, inner], (Matrix::new(a_t, lda), Matrix::new(b_t, ldb), Matrix::new(c_t, ldc)))
         };
         testing::run(&memory, seed, &launches(&problem))?;
-        let got: Vec<f64> = match self.output {
-            DType::Bf16 => memory.download::<bf16>(c_t).into_iter().map(bf16::to_f64).collect(),
-            _ => memory.download::<f32>(c_t).into_iter().map(f64::from).collect(),
+        let get = |t: Tensor| -> Vec<f64> {
+            match self.output {
+                DType::Bf16 => memory.download::<bf16>(t).into_iter().map(bf16::to_f64).collect(),
+                _ => memory.download::<f32>(t).into_iter().map(f64::from).collect(),
+            }
         };
+        let got = get(c_t);
+        if addend.is_some_and(|addend| addend != c_t && get(addend) != added) {
+            return Err("what is added has changed".to_owned());
+        }
 
         let at_a = |row: usize, q: usize| a[if layout == Layout::Tn { q * lda + row } else { row * lda + q }].as_f64();
         let at_b = |e: usize, q: usize, col: usize| {
@@ -166,7 +175,7 @@ impl Case<'_> {
                         .map(|q| at_a(row, q) * at_b(if is_rows { e } else { 0 }, q, col))
                         .sum();
                     let at = (row + if is_rows { 0 } else { e * m }) * ldc + col;
-                    want[at] = sum + bias + if self.accumulate { want[at] } else { 0.0 };
+                    want[at] = sum + bias + if addend.is_some() { added[at] } else { 0.0 };
                 }
             }
         }

@@ -1,4 +1,4 @@
-//! C_mn = A_mk B_kn (+ bias), or `+=`, in bf16 with f32 sums on the tensor cores of Ampere and later; dense and grouped.
+//! C_mn = A_mk B_kn (+ bias), or D_mn + A_mk B_kn, in bf16 with f32 sums on the tensor cores of Ampere and later; dense and grouped.
 //!
 //! Signature: as in [`super::schedule`], a and b addresses. Needs sm_80 (mma.sync, ldmatrix, cp.async).
 //!

@@ -37,7 +37,9 @@ pub(super) fn pair_place(
     at
 }
 
-/// Writes the tile at `base` with so many threads, numbered by `thread`: adds the bias or what is in C, rounds once.
+/// Writes the tile at `base` with so many threads, numbered by `thread`: adds the bias or the addend, rounds once.
+///
+/// All of the addend is on its way before the first element is stored: it may be C, so no read may pass a store.
 #[expect(clippy::too_many_arguments, reason = "a tile, where it is, and who writes it")]
 pub(super) fn write(
     k: &mut Assembler,
@@ -86,27 +88,38 @@ pub(super) fn write(
     let bias = params.bias.map(|bias| {
         let at = k.reg::<B64>();
         ptx!(k, "mad.wide.u32 {at}, {col}, {size}, {bias};");
-        read(k, spec.output, at, &inside, piece)
+        let bits = load(k, spec.output, at, &inside, piece);
+        widen(k, spec.output, &bits, &inside)
     });
     ptx!(k, "add.u32 {row_of_c}, {row}, {};", place.first_row);
     ptx!(k, "mul.wide.u32 {to}, {row_of_c}, {};", params.ldc);
     ptx!(k, "mad.lo.u64 {to}, {to}, {size}, {c};");
     ptx!(k, "mad.wide.u32 {to}, {col}, {size}, {to};");
     ptx!(k, "mul.wide.u32 {step}, {}, {};", params.ldc, rows_a_turn * size);
-    let row_inside = k.reg::<Pred>();
-    for turn in 0..bm / rows_a_turn {
-        let here: Vec<Reg<Pred>> = inside.iter().map(|_| k.reg()).collect();
-        ptx!(k, "setp.lt.u32 {row_inside}, {row}, {};", place.rows);
-        for (here, inside) in here.iter().zip(&inside) {
-            ptx!(k, "and.pred {here}, {inside}, {row_inside};");
-        }
+    let turns = bm / rows_a_turn;
+    let added: Vec<Vec<Reg<B32>>> = params.to_addend(k).map_or(vec![], |to_addend| {
+        let (from, row_of_turn) = (k.reg::<B64>(), k.reg::<B32>());
+        ptx!(k, "add.u64 {from}, {to}, {to_addend};");
+        ptx!(k, "mov.u32 {row_of_turn}, {row};");
+        (0..turns)
+            .map(|_| {
+                let here = inside_rows(k, &inside, row_of_turn, place);
+                let bits = load(k, spec.output, from, &here, piece);
+                ptx!(k, "add.u32 {row_of_turn}, {row_of_turn}, {rows_a_turn};");
+                ptx!(k, "add.u64 {from}, {from}, {step};");
+                bits
+            })
+            .collect()
+    });
+    for turn in 0..turns {
+        let here = inside_rows(k, &inside, row, place);
         let sums: Vec<Reg<F32>> = k.regs(piece as usize);
         for (half, sums) in sums.chunks_exact(4).enumerate() {
             let offset = turn * rows_a_turn * bn * 4 + 16 * half as u32;
             ptx!(k, "ld.shared.v4.f32 {}, [{at}+{offset}];", vector(sums));
         }
-        let old = spec.accumulate.then(|| read(k, spec.output, to, &here, piece));
-        for more in old.iter().chain(&bias) {
+        let added = added.get(turn as usize).map(|bits| widen(k, spec.output, bits, &here));
+        for more in added.iter().chain(&bias) {
             for (sum, x) in sums.iter().zip(more) {
                 ptx!(k, "add.f32 {sum}, {sum}, {x};");
             }
@@ -117,25 +130,41 @@ pub(super) fn write(
     }
 }
 
-/// A piece as f32; zeros where it is not inside. One predicate for all of it, or one for each element.
-fn read(k: &mut Assembler, dtype: DType, at: Reg<B64>, inside: &[Reg<Pred>], piece: u32) -> Vec<Reg<F32>> {
-    let bits: Vec<Reg<B32>> = k.regs(piece as usize);
-    let (whole, is_bf16) = (inside.len() == 1, dtype == DType::Bf16);
+/// Which of a piece are inside in this row: one predicate for all of it, or one for each element.
+fn inside_rows(k: &mut Assembler, inside: &[Reg<Pred>], row: Reg<B32>, place: &Place) -> Vec<Reg<Pred>> {
+    let row_inside = k.reg::<Pred>();
+    ptx!(k, "setp.lt.u32 {row_inside}, {row}, {};", place.rows);
+    let both = |inside: &Reg<Pred>| {
+        let here = k.reg();
+        ptx!(k, "and.pred {here}, {inside}, {row_inside};");
+        here
+    };
+    inside.iter().map(both).collect()
+}
+
+/// The bits of a piece, zeros where it is not inside: four words, or a register for each element.
+fn load(k: &mut Assembler, dtype: DType, at: Reg<B64>, inside: &[Reg<Pred>], piece: u32) -> Vec<Reg<B32>> {
+    let whole = inside.len() == 1;
+    let bits: Vec<Reg<B32>> = k.regs(if whole { 4 } else { piece as usize });
+    for x in &bits {
+        ptx!(k, "mov.b32 {x}, 0;");
+    }
     if whole {
-        let words = if is_bf16 { &bits[..4] } else { &bits };
-        for word in words {
-            ptx!(k, "mov.b32 {word}, 0;");
-        }
-        ptx!(k, "@{} ld.global.v4.b32 {}, [{at}];", inside[0], vector(words));
-        if is_bf16 {
-            return words.iter().flat_map(|word| <[_; 2]>::from(unpack(k, *word))).collect();
-        }
-    } else {
-        for (e, (x, q)) in bits.iter().zip(inside).enumerate() {
-            ptx!(k, "mov.b32 {x}, 0;");
-            let ty = if is_bf16 { "u16" } else { "u32" };
-            ptx!(k, "@{q} ld.global.{ty} {x}, [{at}+{}];", e * dtype.size_bytes());
-        }
+        ptx!(k, "@{} ld.global.v4.b32 {}, [{at}];", inside[0], vector(&bits));
+        return bits;
+    }
+    let ty = if dtype == DType::Bf16 { "u16" } else { "u32" };
+    for (e, (x, q)) in bits.iter().zip(inside).enumerate() {
+        ptx!(k, "@{q} ld.global.{ty} {x}, [{at}+{}];", e * dtype.size_bytes());
+    }
+    bits
+}
+
+/// What was loaded, as f32.
+fn widen(k: &mut Assembler, dtype: DType, bits: &[Reg<B32>], inside: &[Reg<Pred>]) -> Vec<Reg<F32>> {
+    let (whole, is_bf16) = (inside.len() == 1, dtype == DType::Bf16);
+    if whole && is_bf16 {
+        return bits.iter().flat_map(|word| <[_; 2]>::from(unpack(k, *word))).collect();
     }
     let as_f32 = |bits: &Reg<B32>| {
         let x = k.reg::<F32>();

@@ -117,7 +117,7 @@ pub(super) enum Kind {
     Inner { masked: bool },
 }
 
-/// C_mn = A_mk B_kn (+ bias_n), or `+=`.
+/// C_mn = A_mk B_kn (+ bias_n), or D_mn + A_mk B_kn.
 #[derive(Clone, Copy, Debug)]
 pub struct Problem {
     /// How A and B lie.
@@ -134,10 +134,10 @@ pub struct Problem {
     pub b: Matrix,
     /// f32 or bf16; where k is grouped, the matrices of all groups, one after another.
     pub c: Matrix,
-    /// Of C's type, \[n\]; not with `accumulate`.
+    /// Of C's type, \[n\]; not with `addend`.
     pub bias: Option<Tensor>,
-    /// Whether to add to what is in C.
-    pub accumulate: bool,
+    /// D, of C's type and with its rows: C's own tensor, to add to what is there, or one that shares no byte with C.
+    pub addend: Option<Tensor>,
     /// Experts.
     pub groups: Groups,
 }
@@ -146,12 +146,17 @@ impl Problem {
     /// Assigns one product of sizes [m, n, k] from (a, b) to c.
     pub fn new(layout: Layout, [m, n, k]: [usize; 3], (a, b, c): (Matrix, Matrix, Matrix)) -> Self {
         let [m, n, k] = [m, n, k].map(|x| x as u32);
-        Problem { layout, m, n, k, a, b, c, bias: None, accumulate: false, groups: Groups::One }
+        Problem { layout, m, n, k, a, b, c, bias: None, addend: None, groups: Groups::One }
     }
 
     /// Whether there is nothing to do.
     pub(super) fn is_empty(&self) -> bool {
-        self.m == 0 || self.n == 0 || self.groups.num() == 0 || (self.k == 0 && self.accumulate)
+        self.m == 0 || self.n == 0 || self.groups.num() == 0 || (self.k == 0 && self.adds_in_place())
+    }
+
+    /// Whether C is added to, so that what has no k can be left as it is.
+    pub(super) fn adds_in_place(&self) -> bool {
+        self.addend == Some(self.c.tensor)
     }
 
     /// What a kernel's text depends on.
@@ -164,14 +169,15 @@ impl Problem {
         let b_wide = self.b.is_wide(b_cols)
             && (u64::from(self.group_stride()) * self.b.tensor.dtype.size_bytes() as u64).is_multiple_of(16);
         let bias_wide = self.bias.is_none_or(|bias| Matrix::new(bias, 0).is_wide(self.n));
+        let addend_wide = self.addend.is_none_or(|tensor| Matrix { tensor, ..self.c }.is_wide(self.n));
         Spec {
             layout: self.layout,
             kind: self.groups.kind(),
             input: self.a.tensor.dtype,
             output: self.c.tensor.dtype,
-            accumulate: self.accumulate,
+            addend: self.addend.is_some(),
             bias: self.bias.is_some(),
-            wide: [self.a.is_wide(a_cols), b_wide, self.c.is_wide(self.n) && bias_wide],
+            wide: [self.a.is_wide(a_cols), b_wide, self.c.is_wide(self.n) && bias_wide && addend_wide],
         }
     }
 
@@ -215,7 +221,7 @@ impl Problem {
     /// Arguments in the order of [`Params::declare`], after a and b.
     pub(super) fn args_after_operands(&self) -> Vec<Arg> {
         let mut args = vec![Arg::Tensor(self.c.tensor)];
-        args.extend(self.bias.map(Arg::Tensor));
+        args.extend([self.addend, self.bias].into_iter().flatten().map(Arg::Tensor));
         args.extend([self.m, self.n, self.k, self.a.stride, self.b.stride, self.c.stride].map(Arg::U32));
         let (table, num, capacity) = match self.groups {
             Groups::One => return args,
@@ -237,7 +243,7 @@ pub(super) struct Spec {
     pub kind: Kind,
     pub input: DType,
     pub output: DType,
-    pub accumulate: bool,
+    pub addend: bool,
     pub bias: bool,
     /// Whether a, b and c are moved in pieces of 16 bytes.
     pub wide: [bool; 3],
@@ -257,7 +263,7 @@ impl Spec {
         if self.output != self.input {
             name += &format!("_{}", dtype_name(self.output));
         }
-        name += if self.accumulate { "_add" } else { "" };
+        name += if self.addend { "_add" } else { "" };
         name += if self.bias { "_bias" } else { "" };
         if self.wide != [true; 3] {
             name += "_w";

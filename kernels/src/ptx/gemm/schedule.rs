@@ -5,7 +5,7 @@
 //! a warp reads 32 counts at a time, sums the tiles before each by shuffles, and finds the group that the block's number lies in.
 //! The host launches as many blocks as there could be; those past the end leave.
 //!
-//! Parameters of every kernel: a, b (addresses or tensor maps), c, [bias], m, n, k, lda, ldb, ldc (in elements), and of grouped
+//! Parameters of every kernel: a, b (addresses or tensor maps), c, [addend, with c's rows,] [bias], m, n, k, lda, ldb, ldc (in elements), and of grouped
 //! ones also the table of u32, number of groups, capacity, and elements from one group's weight to the next.
 
 use super::{
@@ -20,6 +20,7 @@ pub(super) struct Params {
     pub a: Reg<B64>,
     pub b: Reg<B64>,
     pub c: Reg<B64>,
+    pub addend: Option<Reg<B64>>,
     pub bias: Option<Reg<B64>>,
     pub m: Reg<B32>,
     pub n: Reg<B32>,
@@ -41,6 +42,7 @@ impl Params {
     /// Declares and loads them; a and b are `operand`s.
     pub fn declare(k: &mut Assembler, spec: &Spec, operand: fn(&mut Assembler, &str) -> Reg<B64>) -> Self {
         let (a, b, c) = (operand(k, "a"), operand(k, "b"), k.pointer("c"));
+        let addend = spec.addend.then(|| k.pointer("addend"));
         let bias = spec.bias.then(|| k.pointer("bias"));
         let [m, n, inner, lda, ldb, ldc] = ["m", "n", "k", "lda", "ldb", "ldc"].map(|name| k.u32(name));
         let table = (spec.kind != Kind::One).then(|| Table {
@@ -49,7 +51,16 @@ impl Params {
             capacity: k.u32("capacity"),
             stride: k.u32("group_stride"),
         });
-        Params { a, b, c, bias, m, n, k: inner, lda, ldb, ldc, table }
+        Params { a, b, c, addend, bias, m, n, k: inner, lda, ldb, ldc, table }
+    }
+
+    /// Bytes from an element of C to the addend's, if there is one: the same for all, since their rows are alike.
+    pub fn to_addend(&self, k: &mut Assembler) -> Option<Reg<B64>> {
+        self.addend.map(|addend| {
+            let bytes = k.reg::<B64>();
+            ptx!(k, "sub.u64 {bytes}, {addend}, {};", self.c);
+            bytes
+        })
     }
 
     /// Moves `base`, of elements of so many bytes, to the weight of `group`.

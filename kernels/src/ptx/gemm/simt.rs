@@ -1,4 +1,4 @@
-//! C_mn = A_mk B_kn (+ bias), or `+=`, in f32 on ordinary cores; dense and grouped.
+//! C_mn = A_mk B_kn (+ bias), or D_mn + A_mk B_kn, in f32 on ordinary cores; dense and grouped.
 //!
 //! Signature: as in [`super::schedule`], a and b addresses. Needs sm_80.
 //!
@@ -323,6 +323,7 @@ fn write(
     let [row0, row, row_of_c] = [(); 3].map(|()| k.reg::<B32>());
     ptx!(k, "mad.lo.u32 {row0}, {ty}, 4, {};", place.m0);
     let (inside, q, line, at) = (k.reg::<Pred>(), k.reg::<Pred>(), k.reg::<B64>(), k.reg::<B64>());
+    let to_addend = params.to_addend(k);
     for (i, acc) in (0..tm).zip(acc) {
         ptx!(k, "add.u32 {row}, {row0}, {};", (i / 4) * (bm * 4 / tm) + i % 4);
         ptx!(k, "setp.lt.u32 {inside}, {row}, {};", place.rows);
@@ -340,12 +341,13 @@ fn write(
             ptx!(k, "setp.lt.u32 {q}, {}, {};", cols[0], params.n);
             ptx!(k, "and.pred {q}, {q}, {inside};");
             ptx!(k, "mad.wide.u32 {at}, {}, 4, {line};", cols[0]);
-            if spec.accumulate {
-                let old = k.regs::<F32>(num);
-                let old_text = if wide { vector(&old) } else { old[0].to_string() };
-                ptx!(k, "@{q} ld.global.{ty} {old_text}, [{at}];");
-                for (x, old) in xs.iter().zip(&old) {
-                    ptx!(k, "add.f32 {x}, {x}, {old};");
+            if let Some(to_addend) = to_addend {
+                let (from, added) = (k.reg::<B64>(), k.regs::<F32>(num));
+                let added_text = if wide { vector(&added) } else { added[0].to_string() };
+                ptx!(k, "add.u64 {from}, {at}, {to_addend};");
+                ptx!(k, "@{q} ld.global.{ty} {added_text}, [{from}];");
+                for (x, added) in xs.iter().zip(&added) {
+                    ptx!(k, "add.f32 {x}, {x}, {added};");
                 }
             }
             ptx!(k, "@{q} st.global.{ty} [{at}], {xs_text};");

@@ -22,6 +22,9 @@ fn f32_products_of_every_layout_and_raggedness() {
         let case = Case { layout, ..DENSE };
         Case { m: 68, n: 72, k: 20, ..case }.check::<f32>(AMPERE, seed);
         Case { m: 5, n: 7, k: 19, pad: 3, accumulate: true, ..case }.check::<f32>(AMPERE, seed);
+        Case { m: 70, n: 68, k: 20, pad: 4, onto: true, ..case }.check::<f32>(AMPERE, seed);
+        Case { m: 5, n: 7, k: 3, onto: true, ..case }.check::<f32>(AMPERE, seed);
+        Case { m: 3, n: 8, k: 0, onto: true, ..case }.check::<f32>(AMPERE, seed);
         Case { m: 1, n: 65, k: 33, bias: true, ..case }.check::<f32>(AMPERE, seed);
         Case { m: 8, n: 8, k: 4, pad: 4, bias: true, ..case }.check::<f32>(AMPERE, seed);
         Case { m: 3, n: 4, k: 0, ..case }.check::<f32>(AMPERE, seed);
@@ -71,6 +74,9 @@ fn bf16_by_mma_in_every_layout_and_raggedness() {
         Case { m: 64, n: 64, k: 168, pad: 8, output: DType::Bf16, accumulate: true, ..case }
             .check::<bf16>(AMPERE, seed);
         Case { m: 5, n: 7, k: 35, pad: 2, accumulate: true, ..case }.check::<bf16>(AMPERE, seed);
+        Case { m: 66, n: 72, k: 40, pad: 8, output: DType::Bf16, onto: true, ..case }.check::<bf16>(AMPERE, seed);
+        Case { m: 5, n: 7, k: 9, pad: 1, output: DType::Bf16, onto: true, ..case }.check::<bf16>(AMPERE, seed);
+        Case { m: 3, n: 8, k: 0, onto: true, ..case }.check::<bf16>(AMPERE, seed);
         Case { m: 1, n: 65, k: 33, bias: true, output: DType::Bf16, ..case }.check::<bf16>(AMPERE, seed);
         Case { m: 8, n: 8, k: 8, bias: true, ..case }.check::<bf16>(AMPERE, seed);
         Case { m: 3, n: 8, k: 0, ..case }.check::<bf16>(AMPERE, seed);
@@ -101,11 +107,17 @@ fn by_wgmma(layout: Layout, seed: u64) {
     Case { m: 264, n: 72, k: 520, pad: 8, output: DType::Bf16, ..case }.check::<bf16>(HOPPER, seed);
     Case { m: 8, n: 16, k: 8, bias: true, output: DType::Bf16, ..case }.check::<bf16>(HOPPER, seed);
     Case { m: 8, n: 200, k: 200, accumulate: true, output: DType::Bf16, ..case }.check::<bf16>(HOPPER, seed);
+    Case { m: 8, n: 8, k: 0, onto: true, output: DType::Bf16, ..case }.check::<bf16>(HOPPER, seed);
     // Each tile, whatever is chosen for so few multiprocessors.
     for (tile, n) in [(wgmma::LARGE, 264), (wgmma::SMALL, 136), (wgmma::NARROW, 72)] {
         let by_tile = |problem: &Problem| vec![wgmma::launch(HOPPER, problem, tile)];
         let case = Case { m: 72, n, k: 136, ..case };
         Case { accumulate: true, ..case }.check_by::<bf16>(&by_tile, seed);
+        if layout == Layout::Nt {
+            // C alone is not moved in whole pieces.
+            Case { n: n - 1, onto: true, ..case }.check_by::<bf16>(&by_tile, seed);
+        }
+        Case { m: 200, pad: 8, onto: true, output: DType::Bf16, ..case }.check_by::<bf16>(&by_tile, seed);
         Case { m: 264, output: DType::Bf16, ..case }.check_by::<bf16>(&by_tile, seed);
     }
 }
@@ -138,7 +150,7 @@ fn passes_are_those_of_the_cpu() {
         let put = |dims: &[usize], seed| memory.from_slice(dims, &data(dims, seed));
         let (x, w, dy, bias) = (put(&[t, i], 1), put(&[o, i], 2), put(&[t, o], 3), put(&[o], 4));
         let (y, dx, dw, dbias) = (put(&[t, o], 5), put(&[t, i], 6), put(&[o, i], 7), put(&[o], 8));
-        let (y2, dx2) = (put(&[t, o], 9), put(&[t, i], 10));
+        let (y2, dx2, y3) = (put(&[t, o], 9), put(&[t, i], 10), put(&[t, o], 15));
         let offsets = memory.from_slice(&[4], &[0, counts[0], counts[0], counts[0] + counts[2]]);
         let (we, dwe) = (put(&[3, o, i], 11), put(&[3, o, i], 12));
         let (ye, dxe) = (put(&[t, o], 13), put(&[t, i], 14));
@@ -146,7 +158,8 @@ fn passes_are_those_of_the_cpu() {
             let rows = grouped::Rows::Offsets(offsets);
             let launches = [
                 forward(AMPERE, x, w, Some(bias), y),
-                forward_acc(AMPERE, x, w, y2),
+                forward_onto(AMPERE, x, w, y2, y2),
+                forward_onto(AMPERE, x, w, y2, y3),
                 input_grad(AMPERE, dy, w, dx, false),
                 input_grad(AMPERE, dy, w, dx2, true),
                 weight_grad(AMPERE, dy, x, dw, Some(dbias)),
@@ -158,7 +171,8 @@ fn passes_are_those_of_the_cpu() {
         } else {
             let mut s = Stream::new("cpu", &memory, &Default::default()).unwrap();
             ops::gemm::forward(&mut s, x, w, Some(bias), y).unwrap();
-            ops::gemm::forward_acc(&mut s, x, w, y2).unwrap();
+            ops::gemm::forward_onto(&mut s, x, w, y2, y2).unwrap();
+            ops::gemm::forward_onto(&mut s, x, w, y2, y3).unwrap();
             ops::gemm::input_grad(&mut s, dy, w, dx, false).unwrap();
             ops::gemm::input_grad(&mut s, dy, w, dx2, true).unwrap();
             ops::gemm::weight_grad(&mut s, dy, x, dw, Some(dbias)).unwrap();
@@ -167,7 +181,7 @@ fn passes_are_those_of_the_cpu() {
             ops::grouped_gemm::weight_grad(&mut s, dy, x, offsets, dwe).unwrap();
             s.synchronize().unwrap();
         }
-        [y, dx, dw, dbias, y2, dx2, ye, dxe, dwe].map(|t| memory.download::<f32>(t))
+        [y, dx, dw, dbias, y2, y3, dx2, ye, dxe, dwe].map(|t| memory.download::<f32>(t))
     };
     for (got, want) in run(true).iter().zip(&run(false)) {
         let close = got.iter().zip(want).all(|(g, w)| (g - w).abs() <= 1e-5 * w.abs().max(1.0));

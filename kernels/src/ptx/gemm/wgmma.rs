@@ -1,4 +1,4 @@
-//! C_mn = A_mk B_kn (+ bias), or `+=`, in bf16 with f32 sums on Hopper's tensor cores; dense and grouped.
+//! C_mn = A_mk B_kn (+ bias), or D_mn + A_mk B_kn, in bf16 with f32 sums on Hopper's tensor cores; dense and grouped.
 //!
 //! Signature: as in [`super::schedule`], a and b tensor maps; where C is written by TMA, its map comes last. Needs sm_90a.
 //!
@@ -91,8 +91,12 @@ impl Tile {
 pub(super) fn choose(on: Target, problem: &Problem) -> Option<Tile> {
     let spec = problem.spec();
     let is_inner = matches!(spec.kind, Kind::Inner { .. });
-    // Groups without k have nothing to add; zeros would have to be assigned.
-    let can = on.arch >= Arch::Sm90a && spec.wide[0] && spec.wide[1] && problem.k > 0 && (!is_inner || spec.accumulate);
+    // Groups without k are left alone, which is right only where C is added to.
+    let can = on.arch >= Arch::Sm90a
+        && spec.wide[0]
+        && spec.wide[1]
+        && problem.k > 0
+        && (!is_inner || problem.adds_in_place());
     if !can {
         return None;
     }

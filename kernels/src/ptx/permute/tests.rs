@@ -89,10 +89,15 @@ fn rows_move_and_sum_as_on_the_cpu() {
                     .ptx(|x| permute_grad(x[3], order_of(x), x[4], accumulate))
                     .equal();
                 Case::new(&inputs(&[rows.clone(), weights.clone(), y]))
-                    .cpu(|s, x| cpu::combine(s, x[3], x[4], order_of(x), x[5], accumulate))
-                    .ptx(|x| combine(x[3], x[4], order_of(x), x[5], accumulate))
+                    .cpu(|s, x| cpu::combine(s, x[3], x[4], order_of(x), accumulate.then_some(x[5]), x[5]))
+                    .ptx(|x| combine(x[3], x[4], order_of(x), accumulate.then_some(x[5]), x[5]))
                     .equal();
             }
+            let (residual, y) = (Data::random(dtype, &[t, d], 2), Data::poison(dtype, &[t, d]));
+            Case::new(&inputs(&[rows.clone(), weights.clone(), residual, y]))
+                .cpu(|s, x| cpu::combine(s, x[3], x[4], order_of(x), Some(x[5]), x[6]))
+                .ptx(|x| combine(x[3], x[4], order_of(x), Some(x[5]), x[6]))
+                .equal();
             let more = [
                 Data::random(dtype, &[t, d], 5),
                 rows.clone(),

@@ -26,7 +26,7 @@ use crate::{
 
 /// Whether whole parts are written by TMA.
 pub(super) fn by_tma(spec: &Spec) -> bool {
-    is_bf16(spec) && !spec.accumulate && !spec.bias && spec.wide[2] && !matches!(spec.kind, Kind::Inner { .. })
+    is_bf16(spec) && !spec.addend && !spec.bias && spec.wide[2] && !matches!(spec.kind, Kind::Inner { .. })
 }
 
 /// A consumer's part of a tile, and where it goes.
