@@ -10,7 +10,7 @@ use std::{
 use engine::control::{ControlHandle, Inbox};
 use serde::Serialize;
 
-use crate::{evaluate::EvaluationResult, measure::Comparison, scene::Loaded};
+use crate::{evaluate::EvaluationResult, measure::Comparison, scene::Loaded, traffic::Traffic};
 
 /// Where a run tells what it does. All calls come from the run's thread, between steps.
 pub trait Progress: Send + Sync {
@@ -99,6 +99,8 @@ pub struct RunReport {
     pub overhead_share: f64,
     /// Idle time of the last steps, by cause, beside what the tasks' times predict.
     pub idle: Option<Comparison>,
+    /// Memory traffic of the last step, all ranks together.
+    pub traffic: Option<Traffic>,
     /// Most bytes of tensors live at once, on the rank of most.
     pub peak_tensor_bytes: u64,
     /// Text generated at the end.

@@ -43,5 +43,6 @@ pub mod save;
 pub mod scene;
 pub mod session;
 pub mod setup;
+pub mod traffic;
 pub mod train;
 pub mod work;

@@ -44,6 +44,11 @@ impl Fp8Weight {
         Fp8Weight { blocks: Blocks::alloc(memory, dims), transposed, scaling }
     }
 
+    /// Bytes of the copies.
+    pub fn num_bytes(&self) -> u64 {
+        self.tensors().map(|tensor| tensor.size_bytes()).sum()
+    }
+
     /// Codes and scales.
     pub fn tensors(&self) -> impl Iterator<Item = Tensor> {
         [Some(self.blocks), self.transposed].into_iter().flatten().flat_map(|blocks| blocks.tensors())

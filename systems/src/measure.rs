@@ -20,6 +20,7 @@ use crate::{
     observe::Sent,
     ranks::Ranks,
     session::SessionError,
+    traffic::Traffic,
     work::{Work, turn_of},
 };
 
@@ -66,6 +67,7 @@ pub struct RankSteps {
     rank: u32,
     graph: Arc<Graph>,
     steps: Vec<StepOfRank>,
+    traffic: Traffic,
 }
 
 impl RankSteps {
@@ -73,7 +75,14 @@ impl RankSteps {
     pub fn of(world: &World) -> Option<Self> {
         let kept = world.get_resource::<Kept>().filter(|kept| !kept.steps.is_empty())?;
         let rank = world.resource::<Ranks>().layout.rank;
-        Some(RankSteps { rank, graph: kept.graph.clone()?, steps: kept.steps.iter().cloned().collect() })
+        let graph = kept.graph.clone()?;
+        let traffic = Traffic::of(world, &graph);
+        Some(RankSteps { rank, graph, steps: kept.steps.iter().cloned().collect(), traffic })
+    }
+
+    /// Memory traffic of each of these steps.
+    pub fn traffic(&self) -> &Traffic {
+        &self.traffic
     }
 
     /// The newest `num_steps` of them.

@@ -45,7 +45,8 @@ impl PlannedBytes {
     /// Keeps what is known of a plan that was just lowered.
     pub fn keep(world: &mut World, key: &PlanKey, lowered: &Lowered) {
         let parameters = world.resource::<Parameters>();
-        let weights = parameters.weights.iter().map(|weight| weight.value.size_bytes()).sum();
+        let copies = parameters.weights.iter().filter_map(|weight| weight.fp8).map(|fp8| fp8.num_bytes()).sum::<u64>();
+        let weights = parameters.weights.iter().map(|weight| weight.value.size_bytes()).sum::<u64>() + copies;
         let gradients = parameters.weights.iter().filter_map(|weight| weight.grad).map(|grad| grad.size_bytes()).sum();
         let optimizer = world.get_resource::<OptimizerState>().map_or(0, OptimizerState::num_bytes);
         let classes = [weights, gradients, optimizer, lowered.peak.activations, lowered.peak.communication];

@@ -35,6 +35,7 @@ use crate::{
     remote, save,
     session::SessionError,
     setup::{Prepared, prepare, set_up_rank},
+    traffic::Traffic,
     train::Training,
     work::Work,
 };
@@ -100,6 +101,10 @@ pub fn run(mut request: RunRequest) -> Result<RunReport, SessionError> {
     let steps: Vec<RankSteps> =
         outcomes.iter_mut().flatten().flatten().filter_map(|((_, steps), _)| steps.take()).collect();
     let idle = if steps.len() == outcomes.len() { Comparison::of(&steps)? } else { None };
+    let traffic = steps
+        .iter()
+        .map(RankSteps::traffic)
+        .fold(None, |all: Option<Traffic>, one| Some(all.unwrap_or_default().and(one)));
     let peak_of = |outcome: &local::Outcome<Ran>| match outcome {
         Some(Ok(((report, _), _))) => report.peak_tensor_bytes,
         _ => 0,
@@ -108,7 +113,7 @@ pub fn run(mut request: RunRequest) -> Result<RunReport, SessionError> {
     let first = if outcomes.is_empty() { None } else { outcomes.swap_remove(0) };
     let mut report = match (first, &lost) {
         (Some(Ok(((report, _), _))), None) => {
-            return with_sample(RunReport { idle, peak_tensor_bytes, ..report }, &request);
+            return with_sample(RunReport { idle, traffic, peak_tensor_bytes, ..report }, &request);
         }
         (Some(Ok(((report, _), _))), Some(_)) => report,
         (Some(Err(error)), _) => return Err(error),
@@ -410,6 +415,7 @@ fn report(app: &App, config: &ModelConfig, reason: ExitReason) -> RunReport {
         num_dead_experts: training.num_dead_experts(),
         overhead_share: training.overhead.get(),
         idle: None,
+        traffic: None,
         peak_tensor_bytes: world.resource::<Tensors>().memory().peak_bytes(),
         sample: text.filter(|text| !text.is_empty()),
         run_dir: run.dir.clone(),
