@@ -150,7 +150,6 @@ fn failures(op: Op, result: impl Fn(&Case) -> Vec<f64>) -> Vec<&'static str> {
         [Scaling::Real, Scaling::PowerOfTwo].into_iter().any(|scaling| {
             let case = Case::new(op, name, scaling);
             let diff = calc_diff(&result(&case), &case.reference());
-            // Written so that NaN fails.
             diff.is_nan() || diff >= BOUND
         })
     };
