@@ -8,7 +8,8 @@
 //! - amax is the largest magnitude of the tile in f32, NaN left out, and at least 1e-4
 //! - scale = amax / 448, rounded to nearest in f32; with [`Scaling::PowerOfTwo`] the least power of two that is at least that, and
 //!   at most 2^120
-//! - code = E4M3(x * (1 / scale)), both operations rounded to nearest in f32, then to the nearest code, ties to even, held at 448
+//! - code = E4M3(x * (1 / scale)), both operations rounded to nearest in f32, then to the nearest code, ties to even, held at 448; its
+//!   sign is that of x
 //!
 //! What is not finite stays so: a NaN is its own code; an infinity makes the real scale infinite, and with it all of its tile not a
 //! number. With powers of two it comes back as an infinity.
@@ -129,6 +130,13 @@ pub fn encode_e4m3(x: f32) -> u8 {
     sign | if x.is_nan() { 0x7f } else { code }
 }
 
+/// The code of `x` under a scale, given one over it. Its sign is that of x also where the product is no number, whose sign arithmetic does
+/// not say.
+#[inline(always)]
+pub fn encode_scaled(x: f32, inverse: f32) -> u8 {
+    encode_e4m3((x * inverse).copysign(x))
+}
+
 /// The value of every E4M3 code: where there are billions of them, 256 answers are looked up.
 pub const E4M3: [f32; 256] = {
     let mut table = [0.0; 256];
@@ -197,7 +205,7 @@ pub(crate) mod definition {
     /// The code of a number under a scale; so are products.
     pub fn code(x: f32, scale: f64) -> u8 {
         let inverse = (1.0 / scale) as f32;
-        nearest(f64::from((f64::from(x) * f64::from(inverse)) as f32))
+        nearest(f64::from((f64::from(x) * f64::from(inverse)) as f32).copysign(f64::from(x)))
     }
 }
 

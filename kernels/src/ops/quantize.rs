@@ -16,7 +16,7 @@ use crate::{
     cost::Cost,
     dtype::{DType, Float},
     error::Result,
-    fp8::{Blocks, MIN_AMAX, Scaling, TILE, Tiles, decode_e4m3, encode_e4m3, padded},
+    fp8::{Blocks, MIN_AMAX, Scaling, TILE, Tiles, decode_e4m3, encode_scaled, padded},
     ops::{
         expect::{expect_blocks, expect_float, expect_tensor, expect_that, expect_tiles},
         parallel::for_row_chunks3,
@@ -49,7 +49,7 @@ pub(crate) fn amax<T: Float>(x: &[T]) -> f32 {
 #[inline(always)]
 fn encode<T: Float>(x: &[T], scale: f32, codes: &mut [u8]) {
     let inverse = scale.recip();
-    codes.iter_mut().zip(x).for_each(|(code, x)| *code = encode_e4m3(to_f32(*x) * inverse));
+    codes.iter_mut().zip(x).for_each(|(code, x)| *code = encode_scaled(to_f32(*x), inverse));
 }
 
 /// Codes of a tile; returns its scale.
@@ -207,7 +207,7 @@ fn encode_block<'a>(
     let mut by_row = [[0; WIDTH]; TILE];
     for (x, codes) in block.iter().zip(&mut by_row) {
         for c in 0..WIDTH {
-            codes[c] = encode_e4m3(x[c] * inverse[c]);
+            codes[c] = encode_scaled(x[c], inverse[c]);
         }
     }
     for (c, row) in codes.enumerate() {
@@ -275,7 +275,10 @@ pub fn retile(s: &mut Stream, x: Tiles, offsets: Option<Tensor>, q: Tiles, scali
             |row, first, out| {
                 let scale = from_scales[first / TILE * pitch + row];
                 let from = &from[row * i + first..];
-                out.iter_mut().zip(from).for_each(|(out, code)| *out = decode_e4m3(*code) * scale);
+                out.iter_mut().zip(from).for_each(|(out, code)| {
+                    let x = decode_e4m3(*code);
+                    *out = (x * scale).copysign(x);
+                });
             },
         );
     });

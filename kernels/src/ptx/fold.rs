@@ -114,6 +114,35 @@ pub fn block<C: Number>(k: &mut Assembler, x: Reg<C>, fold: Fold, threads: u32) 
     }
 }
 
+/// Sums of `x` over the earlier threads of a block of [`BLOCK`], and over all; `sums` is the address of a shared word for each warp. A
+/// barrier must follow before the next call.
+pub fn exclusive_scan(k: &mut Assembler, x: Reg<B32>, sums: Reg<B32>) -> (Reg<B32>, Reg<B32>) {
+    let (tid, lane, warp) = (special(k, "%tid.x"), k.reg::<B32>(), k.reg::<B32>());
+    ptx!(k, "and.b32 {lane}, {tid}, 31;");
+    ptx!(k, "shr.u32 {warp}, {tid}, 5;");
+    let (sum, other, take) = (k.reg::<B32>(), k.reg::<B32>(), k.reg::<Pred>());
+    ptx!(k, "mov.u32 {sum}, {x};");
+    for step in [1, 2, 4, 8, 16] {
+        ptx!(k, "shfl.sync.up.b32 {other}, {sum}, {step}, 0, 0xffffffff;");
+        ptx!(k, "setp.ge.u32 {take}, {lane}, {step};");
+        ptx!(k, "@{take} add.u32 {sum}, {sum}, {other};");
+    }
+    let at = k.reg::<B32>();
+    ptx!(k, "mad.lo.u32 {at}, {warp}, 4, {sums};");
+    ptx!(k, "setp.eq.u32 {take}, {lane}, 31;");
+    ptx!(k, "@{take} st.shared.u32 [{at}], {sum};");
+    ptx!(k, "bar.sync 0;");
+    let (all, before) = (special(k, "0"), k.reg::<B32>());
+    ptx!(k, "sub.u32 {before}, {sum}, {x};");
+    for w in 0..BLOCK / 32 {
+        ptx!(k, "ld.shared.u32 {other}, [{sums}+{}];", 4 * w);
+        ptx!(k, "add.u32 {all}, {all}, {other};");
+        ptx!(k, "setp.gt.u32 {take}, {warp}, {w};");
+        ptx!(k, "@{take} add.u32 {before}, {before}, {other};");
+    }
+    (before, all)
+}
+
 /// Threads that share a row: a warp for short rows, a block for long ones. Part of a kernel's name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Team {

@@ -6,7 +6,7 @@
 
 use super::{
     Arch, Kernel, adamw, attention, balance, cross_entropy, elementwise, embedding, gate, gemm, gemv, latent, mla,
-    norm, permute, rms_norm, rope, sampling, swiglu,
+    norm, permute, quantize, rms_norm, rope, sampling, swiglu,
 };
 
 include!(concat!(env!("OUT_DIR"), "/golden.rs"));
@@ -42,6 +42,7 @@ pub fn variants() -> Vec<Variant> {
         mla::variants(),
         norm::variants(),
         permute::variants(),
+        quantize::variants(),
         rms_norm::variants(),
         rope::variants(),
         sampling::variants(),

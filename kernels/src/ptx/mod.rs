@@ -25,6 +25,7 @@ pub mod mla;
 pub mod norm;
 pub mod parts;
 pub mod permute;
+pub mod quantize;
 pub mod rms_norm;
 pub mod rope;
 pub mod sampling;

@@ -24,6 +24,11 @@ pub fn kernel(name: String, emit: impl Fn(&mut Assembler) + Send + 'static) -> K
 
 /// The same in blocks of another size, which the name says.
 pub fn kernel_of(name: String, block: u32, emit: impl Fn(&mut Assembler) + Send + 'static) -> Kernel {
+    kernel_for(Arch::Sm80, name, block, emit)
+}
+
+/// The same for what `arch` names; a name that has a text for each says which.
+pub fn kernel_for(arch: Arch, name: String, block: u32, emit: impl Fn(&mut Assembler) + Send + 'static) -> Kernel {
     let text = {
         let name = name.clone();
         move || {
@@ -31,10 +36,10 @@ pub fn kernel_of(name: String, block: u32, emit: impl Fn(&mut Assembler) + Send 
             k.directive(format!(".maxntid {block}, 1, 1"));
             emit(&mut k);
             ptx!(k, "ret;");
-            k.finish(VERSION, Arch::Sm80.target())
+            k.finish(VERSION, arch.target())
         }
     };
-    Kernel { name, arch: Arch::Sm80, block, shared_bytes: 0, emit: Box::new(text) }
+    Kernel { name, arch, block, shared_bytes: 0, emit: Box::new(text) }
 }
 
 /// A count as kernels take it.
@@ -234,7 +239,8 @@ pub fn copy_bits(k: &mut Assembler, from: Reg<B64>, to: Reg<B64>, elem_bytes: us
     }
 }
 
-fn suffix(n: usize) -> &'static str {
+/// How an access of so many elements says that it is a vector.
+pub(super) fn suffix(n: usize) -> &'static str {
     match n {
         1 => "",
         2 => ".v2",
@@ -242,7 +248,8 @@ fn suffix(n: usize) -> &'static str {
     }
 }
 
-fn operand<C: Class>(x: &[Reg<C>]) -> String {
+/// One register, or several as a vector.
+pub(super) fn operand<C: Class>(x: &[Reg<C>]) -> String {
     if let [one] = x { one.to_string() } else { vector(x) }
 }
 

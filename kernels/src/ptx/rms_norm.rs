@@ -8,7 +8,7 @@
 
 use super::{
     Arg, Kernel, Launch,
-    asm::{Assembler, B32, F32, Pred, Reg},
+    asm::{Assembler, B32, B64, F32, Pred, Reg},
     dtype_name,
     fold::{Fold, Team},
     golden::Variant,
@@ -70,7 +70,8 @@ fn column_sums(partial: Arg, n: u32, dw: Tensor) -> Launch {
     Launch { kernel: column_sums_kernel(dw.dtype, lanes), grid: [d.div_ceil(32 * lanes as u32), 1, 1], args }
 }
 
-fn row_lanes(tensors: &[Tensor], c: usize, d: usize) -> usize {
+/// Neighbours that a thread takes of rows of d columns, or of the first d of c.
+pub(super) fn row_lanes(tensors: &[Tensor], c: usize, d: usize) -> usize {
     let most = parts::lanes(tensors, d);
     if c.is_multiple_of(most) { most } else { 1 }
 }
@@ -88,6 +89,49 @@ fn groups_of(k: &mut Assembler, d: Reg<B32>, lanes: usize) -> Reg<B32> {
     groups
 }
 
+/// 1 / sqrt(mean of x^2 + eps) over the first d columns of the row at `x`, which all threads of the team get.
+pub(super) fn reciprocal(
+    k: &mut Assembler,
+    (team, lane): (Team, Reg<B32>),
+    x: Reg<B64>,
+    d: Reg<B32>,
+    eps: Reg<F32>,
+    (dtype, lanes): (DType, usize),
+) -> Reg<F32> {
+    let (groups, sum) = (groups_of(k, d, lanes), constant(k, 0.0));
+    strided(k, lane, groups, team.threads(), |k, group| {
+        let from = k.reg();
+        ptx!(k, "mad.wide.u32 {from}, {group}, {}, {x};", lanes * dtype.size_bytes());
+        for x in load_vector(k, from, dtype, lanes) {
+            ptx!(k, "fma.rn.f32 {sum}, {x}, {x}, {sum};");
+        }
+    });
+    team.fold(k, sum, Fold::Sum);
+    let d = as_f32(k, d);
+    ptx!(k, "div.rn.f32 {sum}, {sum}, {d};");
+    ptx!(k, "add.rn.f32 {sum}, {sum}, {eps};");
+    ptx!(k, "sqrt.rn.f32 {sum}, {sum};");
+    ptx!(k, "rcp.rn.f32 {sum}, {sum};");
+    sum
+}
+
+/// Stores a row's number as element `index`, by the first thread of the team.
+pub(super) fn store_by_first(
+    k: &mut Assembler,
+    lane: Reg<B32>,
+    base: Reg<B64>,
+    index: Reg<B32>,
+    x: Reg<F32>,
+    dtype: DType,
+) {
+    let (other, skip) = (k.reg::<Pred>(), k.label("skip"));
+    ptx!(k, "setp.ne.u32 {other}, {lane}, 0;");
+    ptx!(k, "@{other} bra {skip};");
+    let to = element(k, base, index, dtype);
+    store(k, to, x, dtype);
+    k.place(&skip);
+}
+
 fn forward_kernel(dtype: DType, team: Team, lanes: usize) -> Kernel {
     let name = format!("rms_norm_forward_{}_{}_x{lanes}", dtype_name(dtype), team.name());
     parts::kernel(name, move |k| {
@@ -95,35 +139,19 @@ fn forward_kernel(dtype: DType, team: Team, lanes: usize) -> Kernel {
         let (rows, c, d, eps) = (k.u32("rows"), k.u32("c"), k.u32("d"), k.f32("eps"));
         let (index, lane) = team.place(k, rows);
         let (x, y) = (row(k, x, index, c, dtype), row(k, y, index, d, dtype));
+        let r = reciprocal(k, (team, lane), x, d, eps, (dtype, lanes));
+        store_by_first(k, lane, rstd, index, r, dtype);
         let (groups, size) = (groups_of(k, d, lanes), lanes * dtype.size_bytes());
         let at = |k: &mut Assembler, base, group| {
             let at = k.reg();
             ptx!(k, "mad.wide.u32 {at}, {group}, {size}, {base};");
             at
         };
-        let sum = constant(k, 0.0);
-        strided(k, lane, groups, team.threads(), |k, group| {
-            let from = at(k, x, group);
-            for x in load_vector(k, from, dtype, lanes) {
-                ptx!(k, "fma.rn.f32 {sum}, {x}, {x}, {sum};");
-            }
-        });
-        team.fold(k, sum, Fold::Sum);
-        let (d, first, skip) = (as_f32(k, d), k.reg::<Pred>(), k.label("skip"));
-        ptx!(k, "div.rn.f32 {sum}, {sum}, {d};");
-        ptx!(k, "add.rn.f32 {sum}, {sum}, {eps};");
-        ptx!(k, "sqrt.rn.f32 {sum}, {sum};");
-        ptx!(k, "rcp.rn.f32 {sum}, {sum};");
-        ptx!(k, "setp.ne.u32 {first}, {lane}, 0;");
-        ptx!(k, "@{first} bra {skip};");
-        let to = element(k, rstd, index, dtype);
-        store(k, to, sum, dtype);
-        k.place(&skip);
         strided(k, lane, groups, team.threads(), |k, group| {
             let (from_x, from_w, to) = (at(k, x, group), at(k, w, group), at(k, y, group));
             let (x, w) = (load_vector(k, from_x, dtype, lanes), load_vector(k, from_w, dtype, lanes));
             for (x, w) in x.iter().zip(w) {
-                ptx!(k, "mul.rn.f32 {x}, {x}, {sum};");
+                ptx!(k, "mul.rn.f32 {x}, {x}, {r};");
                 ptx!(k, "mul.rn.f32 {x}, {x}, {w};");
             }
             store_vector(k, to, &x, dtype);

@@ -56,6 +56,13 @@ fn add(k: &mut Assembler, base: Reg<B64>, offset: Reg<B64>) -> Reg<B64> {
     at
 }
 
+/// silu(g) u.
+pub(super) fn value(k: &mut Assembler, g: Reg<F32>, u: Reg<F32>) -> Reg<F32> {
+    let s = sigmoid(k, g);
+    let silu = f32_op(k, "mul", g, s);
+    f32_op(k, "mul", silu, u)
+}
+
 fn forward_kernel(dtype: DType, lanes: usize) -> Kernel {
     parts::kernel(format!("swiglu_forward_{}_x{lanes}", dtype_name(dtype)), move |k| {
         let (h, a) = (k.pointer("h"), k.pointer("a"));
@@ -64,12 +71,8 @@ fn forward_kernel(dtype: DType, lanes: usize) -> Kernel {
             let (at_a, at_h) = places(k, i, sizes, [lanes, dtype.size_bytes()]);
             let (to, [at_g, at_u]) = (add(k, a, at_a), at_h.map(|at| add(k, h, at)));
             let (g, u) = (load_vector(k, at_g, dtype, lanes), load_vector(k, at_u, dtype, lanes));
-            for (g, u) in g.iter().zip(u) {
-                let s = sigmoid(k, *g);
-                ptx!(k, "mul.rn.f32 {g}, {g}, {s};");
-                ptx!(k, "mul.rn.f32 {g}, {g}, {u};");
-            }
-            store_vector(k, to, &g, dtype);
+            let a: Vec<Reg<F32>> = g.into_iter().zip(u).map(|(g, u)| value(k, g, u)).collect();
+            store_vector(k, to, &a, dtype);
         });
     })
 }

@@ -108,8 +108,9 @@ fn what_is_small_or_not_finite_is_as_the_recipe_says() {
         ([0.0, 1e-4], Scaling::PowerOfTwo, [0, 0x7d], 2f32.powi(-22)),
         ([f32::NAN, 448.0], Scaling::Real, [0x7f, 0x7e], 1.0),
         ([f32::NAN, -f32::NAN], Scaling::PowerOfTwo, [0x7f, 0xff], 2f32.powi(-22)),
-        // 1 / infinity is 0, and infinity times that is not a number.
-        ([1.0, f32::INFINITY], Scaling::Real, [0, 0xff], f32::INFINITY),
+        // 1 / infinity is 0, and infinity times that is not a number; signs stay.
+        ([1.0, f32::INFINITY], Scaling::Real, [0, 0x7f], f32::INFINITY),
+        ([-1.0, -f32::INFINITY], Scaling::Real, [0x80, 0xff], f32::INFINITY),
         ([1.0, f32::INFINITY], Scaling::PowerOfTwo, [0, 0x7e], 2f32.powi(120)),
     ] {
         let (x, q) = (m.from_slice(&[1, 2], &x), poisoned_tiles(&m, 1, 2));

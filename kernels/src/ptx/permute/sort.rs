@@ -19,6 +19,7 @@ use crate::{
     ptx::{
         Arg, Kernel, Launch,
         asm::{Assembler, B32, B64, Pred, Reg},
+        fold::exclusive_scan,
         parts::{self, BLOCK, count, div_rem, element, load_u32, special, strided},
     },
     tensor::Tensor,
@@ -111,34 +112,6 @@ pub(super) fn count_kernel(e: usize) -> Kernel {
             ptx!(k, "st.global.u32 [{to}], {x};");
         });
     })
-}
-
-/// Sums of `x` over the earlier threads of the block, and over all; `sums` has a word for each warp. A barrier must follow before
-/// the next call.
-fn exclusive_scan(k: &mut Assembler, x: Reg<B32>, sums: Reg<B32>) -> (Reg<B32>, Reg<B32>) {
-    let (tid, lane, warp) = (special(k, "%tid.x"), k.reg::<B32>(), k.reg::<B32>());
-    ptx!(k, "and.b32 {lane}, {tid}, 31;");
-    ptx!(k, "shr.u32 {warp}, {tid}, 5;");
-    let (sum, other, take) = (k.reg::<B32>(), k.reg::<B32>(), k.reg::<Pred>());
-    ptx!(k, "mov.u32 {sum}, {x};");
-    for step in [1, 2, 4, 8, 16] {
-        ptx!(k, "shfl.sync.up.b32 {other}, {sum}, {step}, 0, 0xffffffff;");
-        ptx!(k, "setp.ge.u32 {take}, {lane}, {step};");
-        ptx!(k, "@{take} add.u32 {sum}, {sum}, {other};");
-    }
-    let at = word(k, sums, warp);
-    ptx!(k, "setp.eq.u32 {take}, {lane}, 31;");
-    ptx!(k, "@{take} st.shared.u32 [{at}], {sum};");
-    ptx!(k, "bar.sync 0;");
-    let (all, before) = (special(k, "0"), k.reg::<B32>());
-    ptx!(k, "sub.u32 {before}, {sum}, {x};");
-    for w in 0..WARPS {
-        ptx!(k, "ld.shared.u32 {other}, [{sums}+{}];", 4 * w);
-        ptx!(k, "add.u32 {all}, {all}, {other};");
-        ptx!(k, "setp.gt.u32 {take}, {warp}, {w};");
-        ptx!(k, "@{take} add.u32 {before}, {before}, {other};");
-    }
-    (before, all)
 }
 
 pub(super) fn scatter_kernel(e: usize) -> Kernel {
