@@ -4,6 +4,8 @@
 //! An op's time is from one event to the next on its stream, the median of some runs; between them the last level of cache is written
 //! over, as weights that come from memory once a step would find it. Operations and bytes are what the op's cost says.
 
+mod quantize;
+
 use std::sync::Arc;
 
 use half::bf16;
@@ -136,6 +138,7 @@ pub fn run(request: Request, tell: impl FnMut(&Speed)) -> Result<Vec<Speed>> {
     bench.moves()?;
     bench.products()?;
     bench.experts()?;
+    bench.quantizers()?;
     bench.others()?;
     Ok(bench.all)
 }

@@ -1,5 +1,7 @@
 //! The ops that are checked, with sizes: aligned ones, odd ones, and those of a layer.
 
+mod quantize;
+
 use super::{Case, Fill, Run, Scale, Tolerance};
 use crate::{
     dtype::DType::{self, Bf16, F32, F64, U32},
@@ -54,6 +56,7 @@ pub fn cases(scale: Scale) -> Vec<Case> {
             list.products(z, dtype);
             list.experts(z, dtype);
             list.heads(z, dtype);
+            list.quantizers(z, dtype);
         }
         list.routing(z);
         list.optimizer(z);

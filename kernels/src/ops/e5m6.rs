@@ -10,14 +10,17 @@
 
 use crate::{
     cost::Cost,
+    device::Target,
     dtype::{DType, Float},
     error::Result,
     fp8::TILE,
     ops::{
         expect::{expect_float, expect_tensor},
+        is_fast,
         parallel::{for_row_chunks, for_row_chunks2},
         quantize::{amax, to_f32},
     },
+    ptx,
     stream::Stream,
     tensor::Tensor,
     with_float,
@@ -75,7 +78,8 @@ pub fn encode(s: &mut Stream, x: Tensor, packed: Tensor, scales: Tensor) -> Resu
     const OP: &str = "encode in E5M6";
     let (t, c) = check(OP, x, packed, scales)?;
     s.account(encode_cost(t, c, x.dtype.size_bytes()));
-    s.launch(&[x], &[packed, scales], move |m| {
+    let kernels = |_: &Target| is_fast(x).then(|| ptx::e5m6::encode(x, packed, scales));
+    s.launch_kernel(&[x], &[packed, scales], kernels, move |m| {
         let (mut packed, mut scales) = (m.write::<u8>(packed), m.write::<u8>(scales));
         let (bytes, num_tiles) = (self::packed(c), c.div_ceil(TILE));
         with_float!(x.dtype, T => {
@@ -114,7 +118,8 @@ pub fn decode(s: &mut Stream, packed: Tensor, scales: Tensor, x: Tensor) -> Resu
     const OP: &str = "decode from E5M6";
     let (t, c) = check(OP, x, packed, scales)?;
     s.account(decode_cost(t, c, x.dtype.size_bytes()));
-    s.launch(&[packed, scales], &[x], move |m| {
+    let kernels = |_: &Target| is_fast(x).then(|| ptx::e5m6::decode(packed, scales, x));
+    s.launch_kernel(&[packed, scales], &[x], kernels, move |m| {
         let (packed, scales) = (m.read::<u8>(packed), m.read::<u8>(scales));
         let (bytes, num_tiles) = (self::packed(c), c.div_ceil(TILE));
         with_float!(x.dtype, T => {

@@ -18,10 +18,11 @@ use crate::{
     ops::{
         are_fast,
         expect::{acc_dtype, expect_float, expect_residual, expect_tensor, expect_tiles},
+        is_fast,
         parallel::{for_row_chunks, for_row_chunks2},
         quantize::{self, encode_tiles},
     },
-    ptx,
+    ptx::{self, quantize::Recipe},
     stream::Stream,
     tensor::Tensor,
     with_float,
@@ -106,7 +107,10 @@ pub fn permute_tiles(s: &mut Stream, x: Tensor, order: Order, q: Tiles, scaling:
     expect_float(OP, "x", x)?;
     expect_tiles(OP, "q", q, n, d)?;
     s.account(permute_tiles_cost(n, d, x.dtype.size_bytes()));
-    s.launch(&[x, order.token_of_row], &q.tensors(), move |m| {
+    let kernels = |on: &Target| {
+        is_fast(x).then(|| ptx::quantize::permuted_tiles(x, order.token_of_row, q, Recipe::new(on, scaling)))
+    };
+    s.launch_kernel(&[x, order.token_of_row], &q.tensors(), kernels, move |m| {
         let mut of_tokens = (vec![0; t * d], vec![0.0; Tiles::scale_shape(t, d).iter().product()]);
         with_float!(x.dtype, T => encode_tiles(&m.read::<T>(x), d, scaling, (&mut of_tokens.0, &mut of_tokens.1)));
         let tokens = m.read::<u32>(order.token_of_row);

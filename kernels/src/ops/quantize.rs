@@ -14,13 +14,16 @@ use rayon::prelude::*;
 
 use crate::{
     cost::Cost,
+    device::Target,
     dtype::{DType, Float},
     error::Result,
     fp8::{Blocks, MIN_AMAX, Scaling, TILE, Tiles, decode_e4m3, encode_scaled, padded},
     ops::{
         expect::{expect_blocks, expect_float, expect_tensor, expect_that, expect_tiles},
+        is_fast,
         parallel::for_row_chunks3,
     },
+    ptx::{self, quantize::Recipe},
     simd::vectorize,
     stream::Stream,
     tensor::Tensor,
@@ -118,7 +121,8 @@ pub fn tiles(s: &mut Stream, x: Tensor, q: Tiles, scaling: Scaling) -> Result<()
     expect_float(OP, "x", x)?;
     expect_tiles(OP, "q", q, t, i)?;
     s.account(tiles_cost(t, i, x.dtype.size_bytes()));
-    s.launch(&[x], &q.tensors(), move |m| {
+    let kernels = |on: &Target| is_fast(x).then(|| ptx::quantize::tiles(x, q, Recipe::new(on, scaling)));
+    s.launch_kernel(&[x], &q.tensors(), kernels, move |m| {
         let (mut codes, mut scales) = (m.write::<u8>(q.codes), m.write::<f32>(q.scales));
         with_float!(x.dtype, T => encode_tiles(&m.read::<T>(x), i, scaling, (&mut codes, &mut scales)));
     });
@@ -241,7 +245,8 @@ pub fn columns(s: &mut Stream, x: Tensor, offsets: Option<Tensor>, q: Tiles, sca
     check_columns(OP, (t, i), offsets, q)?;
     s.account(columns_cost(t, q.codes.cols(), i, x.dtype.size_bytes()));
     let reads: Vec<Tensor> = std::iter::once(x).chain(offsets).collect();
-    s.launch(&reads, &q.tensors(), move |m| {
+    let kernels = |on: &Target| is_fast(x).then(|| ptx::quantize::columns(x, offsets, q, Recipe::new(on, scaling)));
+    s.launch_kernel(&reads, &q.tensors(), kernels, move |m| {
         let (mut codes, mut scales) = (m.write::<u8>(q.codes), m.write::<f32>(q.scales));
         let groups = groups_of(m, offsets, t);
         with_float!(x.dtype, T => {
@@ -262,7 +267,8 @@ pub fn retile(s: &mut Stream, x: Tiles, offsets: Option<Tensor>, q: Tiles, scali
     check_columns(OP, (t, i), offsets, q)?;
     s.account(retile_cost(t, q.codes.cols(), i));
     let reads: Vec<Tensor> = x.tensors().into_iter().chain(offsets).collect();
-    s.launch(&reads, &q.tensors(), move |m| {
+    let kernels = |on: &Target| Some(ptx::quantize::retile(x, offsets, q, Recipe::new(on, scaling)));
+    s.launch_kernel(&reads, &q.tensors(), kernels, move |m| {
         let (mut codes, mut scales) = (m.write::<u8>(q.codes), m.write::<f32>(q.scales));
         let (from, from_scales) = (m.read::<u8>(x.codes), m.read::<f32>(x.scales));
         let (groups, pitch) = (groups_of(m, offsets, t), x.scales.dim(1));
@@ -300,7 +306,8 @@ pub fn blocks(s: &mut Stream, w: Tensor, q: Blocks, transposed: Option<Blocks>, 
     }
     s.account(blocks_cost(&dims, w.dtype.size_bytes(), transposed.is_some()));
     let writes: Vec<Tensor> = q.tensors().into_iter().chain(transposed.iter().flat_map(Blocks::tensors)).collect();
-    s.launch(&[w], &writes, move |m| {
+    let kernels = |on: &Target| is_fast(w).then(|| ptx::quantize::blocks(w, q, transposed, Recipe::new(on, scaling)));
+    s.launch_kernel(&[w], &writes, kernels, move |m| {
         if w.is_empty() {
             return;
         }

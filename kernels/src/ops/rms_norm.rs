@@ -18,11 +18,11 @@ use crate::{
     ops::{
         are_fast,
         expect::{expect_float, expect_residual, expect_tensor, expect_tiles},
-        expect_shape,
+        expect_shape, is_fast,
         parallel::{for_row_chunks, for_row_chunks2},
         quantize::{self, encode_rows, to_f32},
     },
-    ptx,
+    ptx::{self, quantize::Recipe},
     simd::vectorize,
     stream::Stream,
     tensor::Tensor,
@@ -72,7 +72,9 @@ pub fn forward_tiles(
     expect_tensor(OP, "rstd", rstd, x.dtype, &[t])?;
     expect_tiles(OP, "q", q, t, d)?;
     s.account(cost_tiles(t, d, x.dtype.size_bytes()));
-    s.launch(&[x, w], &[q.codes, q.scales, rstd], move |m| {
+    let kernels =
+        |on: &Target| is_fast(x).then(|| ptx::quantize::rms_norm_tiles(x, w, q, rstd, eps, Recipe::new(on, scaling)));
+    s.launch_kernel(&[x, w], &[q.codes, q.scales, rstd], kernels, move |m| {
         with_float!(x.dtype, T => {
             let (x, w, mut rstd) = (m.read::<T>(x), m.read::<T>(w), m.write::<T>(rstd));
             let (mut codes, mut scales) = (m.write::<u8>(q.codes), m.write::<f32>(q.scales));

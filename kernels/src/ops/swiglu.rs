@@ -9,11 +9,11 @@ use crate::{
     ops::{
         are_fast,
         expect::{expect_float, expect_tiles},
-        expect_shape,
+        expect_shape, is_fast,
         parallel::for_row_chunks,
         quantize::{self, encode_rows, to_f32},
     },
-    ptx,
+    ptx::{self, quantize::Recipe},
     stream::Stream,
     tensor::Tensor,
     with_float,
@@ -82,7 +82,8 @@ pub fn forward_tiles(s: &mut Stream, h: Tensor, q: Tiles, scaling: Scaling) -> R
     expect_shape(OP, "h", h.reshape(&[t, h.len() / t.max(1)]), &[t, 2 * f])?;
     expect_tiles(OP, "q", q, t, f)?;
     s.account(cost_tiles(t, f, h.dtype.size_bytes()));
-    s.launch(&[h], &q.tensors(), move |m| {
+    let kernels = |on: &Target| is_fast(h).then(|| ptx::quantize::swiglu_tiles(h, q, Recipe::new(on, scaling)));
+    s.launch_kernel(&[h], &q.tensors(), kernels, move |m| {
         with_float!(h.dtype, T => {
             let h = m.read::<T>(h);
             let (mut codes, mut scales) = (m.write::<u8>(q.codes), m.write::<f32>(q.scales));

@@ -91,7 +91,7 @@ impl Recipe {
             ptx!(k, "cvt.rn.satfinite.e4m3x2.f32 {high}, {}, {};", y[3], y[2]);
             ptx!(k, "mov.b32 {codes}, {{{low}, {high}}};");
         } else {
-            let bytes = y.map(|y| magnitude(k, y));
+            let bytes = y.map(|y| E4M3.magnitude(k, y));
             gather_bytes(k, codes, bytes, 0);
         }
         let signs = signs.unwrap_or_else(|| {
@@ -159,26 +159,44 @@ pub(in crate::ptx) fn share_max(k: &mut Assembler, x: Reg<F32>, masks: &[u32]) {
     }
 }
 
-/// The code of |y| in the low byte, by integers: [`crate::fp8::encode_e4m3`].
-fn magnitude(k: &mut Assembler, y: Reg<F32>) -> Reg<B32> {
-    let (size, held, nan, small) = (k.reg::<F32>(), k.reg::<F32>(), k.reg::<Pred>(), k.reg::<Pred>());
-    let (normal, odd, subnormal) = (k.reg::<B32>(), k.reg::<B32>(), k.reg::<B32>());
-    ptx!(k, "abs.f32 {size}, {y};");
-    ptx!(k, "min.f32 {held}, {size}, {};", f32_literal(MAX));
-    ptx!(k, "mov.b32 {normal}, {held};");
-    ptx!(k, "bfe.u32 {odd}, {normal}, 20, 1;");
-    // Half of the last place less one, and the exponent's bias from 127 to 7.
-    ptx!(k, "add.u32 {normal}, {normal}, {};", 0x7_ffffu32.wrapping_sub((127 - 7) << 23));
-    ptx!(k, "add.u32 {normal}, {normal}, {odd};");
-    ptx!(k, "shr.u32 {normal}, {normal}, 20;");
-    // Multiples of 2^-9 in the low bits.
-    ptx!(k, "add.rn.f32 {held}, {held}, {};", f32_literal(16384.0));
-    ptx!(k, "mov.b32 {subnormal}, {held};");
-    ptx!(k, "setp.lt.f32 {small}, {size}, {};", f32_literal(1.0 / 64.0));
-    ptx!(k, "selp.b32 {normal}, {subnormal}, {normal}, {small};");
-    ptx!(k, "setp.nan.f32 {nan}, {size}, {size};");
-    ptx!(k, "selp.b32 {normal}, 127, {normal}, {nan};");
-    normal
+/// A small floating point format.
+pub(in crate::ptx) struct Format {
+    /// Bits of the mantissa.
+    pub mantissa: u32,
+    /// Bias of the exponent.
+    pub bias: u32,
+    /// What larger numbers are taken for.
+    pub max: f32,
+    /// The code of what is not a number.
+    pub nan: u32,
+}
+
+const E4M3: Format = Format { mantissa: 3, bias: 7, max: MAX, nan: 0x7f };
+
+impl Format {
+    /// The code of |y| in the low bits (of the others, what they are is not said): to nearest, ties to even.
+    pub(in crate::ptx) fn magnitude(&self, k: &mut Assembler, y: Reg<F32>) -> Reg<B32> {
+        let (size, held, nan, small) = (k.reg::<F32>(), k.reg::<F32>(), k.reg::<Pred>(), k.reg::<Pred>());
+        let (normal, odd, subnormal) = (k.reg::<B32>(), k.reg::<B32>(), k.reg::<B32>());
+        let shift = 23 - self.mantissa;
+        ptx!(k, "abs.f32 {size}, {y};");
+        ptx!(k, "min.f32 {held}, {size}, {};", f32_literal(self.max));
+        ptx!(k, "mov.b32 {normal}, {held};");
+        ptx!(k, "bfe.u32 {odd}, {normal}, {shift}, 1;");
+        // Half of the last place less one, and the exponent's bias from 127.
+        ptx!(k, "add.u32 {normal}, {normal}, {};", ((1 << (shift - 1)) - 1u32).wrapping_sub((127 - self.bias) << 23));
+        ptx!(k, "add.u32 {normal}, {normal}, {odd};");
+        ptx!(k, "shr.u32 {normal}, {normal}, {shift};");
+        // What is added has the least subnormal as its last place: multiples of it remain in the low bits.
+        let least = 2f32.powi(1 - self.bias as i32 - self.mantissa as i32);
+        ptx!(k, "add.rn.f32 {held}, {held}, {};", f32_literal(least * 2f32.powi(23)));
+        ptx!(k, "mov.b32 {subnormal}, {held};");
+        ptx!(k, "setp.lt.f32 {small}, {size}, {};", f32_literal(2f32.powi(1 - self.bias as i32)));
+        ptx!(k, "selp.b32 {normal}, {subnormal}, {normal}, {small};");
+        ptx!(k, "setp.nan.f32 {nan}, {size}, {size};");
+        ptx!(k, "selp.b32 {normal}, {}, {normal}, {nan};", self.nan);
+        normal
+    }
 }
 
 /// Byte `byte` of each of four registers.

@@ -58,7 +58,7 @@ pub(super) fn kernel(dtype: DType, team: Team, lanes: usize, wide: bool, recipe:
             let scale = slot.quantize(k, recipe, &y, to);
             let at = row(k, scales, tile, pitch, DType::F32);
             let at = element(k, at, index, DType::F32);
-            slot.store_scale(k, at, scale);
+            slot.store_scale(k, at, scale, "f32");
         });
     })
 }

@@ -14,7 +14,7 @@ use crate::{
     ptx,
     ptx::{
         Kernel,
-        asm::{Assembler, B32, B64, F32, Pred, Reg, vector},
+        asm::{Assembler, B32, B64, Class, F32, Pred, Reg, vector},
         dtype_name,
         parts::{div_rem, element, return_past, row, special},
         swiglu,
@@ -38,12 +38,14 @@ pub(super) enum Source {
 /// A lane's 16 columns of a tile: neighbours, or every eighth where rows are not aligned.
 #[derive(Clone, Copy)]
 pub(in crate::ptx) struct Slot {
-    /// Whether they are neighbours.
+    /// Whether they are moved together.
     pub wide: bool,
+    /// From one of its columns to the next.
+    step: usize,
     /// Which of the eight lanes of a tile this is.
     pub lane: Reg<B32>,
     /// Its first column.
-    first: Reg<B32>,
+    pub first: Reg<B32>,
     /// Columns of a row.
     columns: Reg<B32>,
     /// Whether the row is there.
@@ -57,11 +59,16 @@ impl Slot {
         ptx!(k, "and.b32 {lane}, {lane}, 7;");
         ptx!(k, "mul.lo.u32 {first}, {lane}, {};", if wide { COLUMNS } else { 1 });
         ptx!(k, "mad.lo.u32 {first}, {tile}, 128, {first};");
-        Slot { wide, lane, first, columns, row }
+        Slot { wide, step: if wide { 1 } else { 8 }, lane, first, columns, row }
+    }
+
+    /// The same, of neighbours in any case.
+    pub fn neighbours(k: &mut Assembler, wide: bool, tile: Reg<B32>, columns: Reg<B32>, row: Reg<Pred>) -> Self {
+        Slot { wide, ..Slot::new(k, true, tile, columns, row) }
     }
 
     /// Whether column `offset` after the first is there.
-    fn there(&self, k: &mut Assembler, offset: usize) -> Reg<Pred> {
+    pub fn there(&self, k: &mut Assembler, offset: usize) -> Reg<Pred> {
         let (there, column) = (k.reg::<Pred>(), k.reg::<B32>());
         ptx!(k, "add.u32 {column}, {}, {offset};", self.first);
         ptx!(k, "setp.lt.and.u32 {there}, {column}, {}, {};", self.columns, self.row);
@@ -77,8 +84,8 @@ impl Slot {
         }
         (0..COLUMNS)
             .map(|j| {
-                let there = self.there(k, 8 * j);
-                load_one(k, at, 8 * j * dtype.size_bytes(), dtype, there)
+                let there = self.there(k, self.step * j);
+                load_one(k, at, self.step * j * dtype.size_bytes(), dtype, there)
             })
             .collect()
     }
@@ -97,18 +104,18 @@ impl Slot {
             ptx!(k, "@{there} st.global.v4.b32 [{to}], {};", vector(&words));
         } else {
             for j in 0..COLUMNS {
-                let there = self.there(k, 8 * j);
-                store_byte(k, to, 8 * j, words[j / 4], j % 4, there);
+                let there = self.there(k, self.step * j);
+                store_byte(k, to, self.step * j, words[j / 4], j % 4, there);
             }
         }
         scale
     }
 
     /// Stores what a tile has once, by its first lane.
-    pub fn store_scale(&self, k: &mut Assembler, at: Reg<B64>, scale: Reg<F32>) {
+    pub fn store_scale<C: Class>(&self, k: &mut Assembler, at: Reg<B64>, scale: Reg<C>, ty: &str) {
         let first = k.reg::<Pred>();
         ptx!(k, "setp.eq.and.u32 {first}, {}, 0, {};", self.lane, self.row);
-        ptx!(k, "@{first} st.global.f32 [{at}], {scale};");
+        ptx!(k, "@{first} st.global.{ty} [{at}], {scale};");
     }
 }
 
@@ -168,6 +175,6 @@ pub(super) fn kernel(source: Source, dtype: DType, wide: bool, recipe: Recipe) -
         let scale = slot.quantize(k, recipe, &values, to);
         let to = row(k, scales, tile, pitch, DType::F32);
         let to = element(k, to, index, DType::F32);
-        slot.store_scale(k, to, scale);
+        slot.store_scale(k, to, scale, "f32");
     })
 }

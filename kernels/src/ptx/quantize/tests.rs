@@ -76,7 +76,7 @@ fn around_codes() -> Data {
         let tie = if code & 0x7f < 0x7e { (value + E4M3[code as usize + 1]) / 2.0 } else { value };
         x.extend([value, value.next_up(), value.next_down(), tie, tie.next_up(), tie.next_down()]);
     }
-    x.retain(|x| !(x.abs() > 448.0));
+    x.retain(|x| x.is_nan() || x.abs() <= 448.0);
     let rows: Vec<f64> =
         x.chunks(127).flat_map(|x| x.iter().copied().chain([448.0; 128]).take(128)).map(f64::from).collect();
     Data(F32, vec![rows.len() / 128, 128], rows)
