@@ -6,20 +6,23 @@
 //!
 //! Legend: t tokens, i inputs, o outputs, e experts, n rows sorted by expert.
 
+mod rows;
+
+pub use rows::{NarrowOutput, Rows, Workspace};
+use rows::{Operands, needed};
+
 use bevy_ecs::prelude::*;
 use engine::prelude::*;
 use kernels::{
-    dtype::DType,
     error::Result as OpResult,
-    fp8::{Blocks, Scaling, TILE, Tiles, padded},
+    fp8::{Blocks, Scaling, Tiles, padded},
     memory::Memory,
-    ops::{e5m6, elementwise, fp8_gemm, fp8_grouped_gemm, gemm, grouped_gemm, permute, quantize, rms_norm, swiglu},
+    ops::{fp8_gemm, fp8_grouped_gemm, gemm, grouped_gemm, quantize},
     stream::Stream,
     tensor::Tensor,
 };
 
 use crate::{
-    lower::{Lowering, Saved},
     model::{Parameters, Weight},
     session::Session,
 };
@@ -67,235 +70,6 @@ pub fn quantize_weights(world: &mut World) -> OpResult<()> {
         weight.quantize(&mut queue.stream)?;
     }
     queue.stream.synchronize()
-}
-
-/// Activations [t, i], as a linear layer's F and W read them.
-#[derive(Clone, Copy, Debug)]
-pub enum Rows {
-    /// In the type of activations.
-    High(Tensor),
-    /// In 8 bits.
-    Fp8(Tiles, Scaling),
-}
-
-impl Rows {
-    fn tensors(self) -> [Option<Tensor>; 2] {
-        match self {
-            Rows::High(x) => [Some(x), None],
-            Rows::Fp8(tiles, _) => tiles.tensors().map(Some),
-        }
-    }
-
-    /// Assigns the RMSNorm of the first columns of `x`; `rstd` as in [`rms_norm::forward`].
-    ///
-    /// # Errors
-    /// If shapes differ.
-    pub fn norm(self, s: &mut Stream, x: Tensor, w: Tensor, rstd: Tensor, eps: f64) -> OpResult<()> {
-        match self {
-            Rows::High(y) => rms_norm::forward(s, x, w, y, rstd, eps),
-            Rows::Fp8(q, scaling) => rms_norm::forward_tiles(s, x, w, q, rstd, eps, scaling),
-        }
-    }
-
-    /// Assigns SwiGLU of `h` [t, 2 i].
-    ///
-    /// # Errors
-    /// If shapes differ.
-    pub fn swiglu(self, s: &mut Stream, h: Tensor) -> OpResult<()> {
-        match self {
-            Rows::High(a) => swiglu::forward(s, h, a),
-            Rows::Fp8(q, scaling) => swiglu::forward_tiles(s, h, q, scaling),
-        }
-    }
-
-    /// Assigns rows of `x` in the order of experts.
-    ///
-    /// # Errors
-    /// If shapes differ.
-    pub fn permute(self, s: &mut Stream, x: Tensor, order: permute::Order) -> OpResult<()> {
-        match self {
-            Rows::High(rows) => permute::permute(s, x, order, rows),
-            Rows::Fp8(q, scaling) => permute::permute_tiles(s, x, order, q, scaling),
-        }
-    }
-
-    /// Assigns `x`: nothing to do where that is the same tensor.
-    ///
-    /// # Errors
-    /// If shapes differ.
-    pub fn round(self, s: &mut Stream, x: Tensor) -> OpResult<()> {
-        match self {
-            Rows::High(y) if y == x => Ok(()),
-            Rows::High(y) => elementwise::copy(s, x, y),
-            Rows::Fp8(q, scaling) => quantize::tiles(s, x, q, scaling),
-        }
-    }
-}
-
-/// Attention's output in E5M6 with powers of two as scales (DeepSeek-V3 report, section 3.3.3).
-#[derive(Clone, Copy, Debug)]
-pub struct NarrowOutput {
-    packed: Tensor,
-    scales: Tensor,
-}
-
-impl NarrowOutput {
-    /// Rounds `o` [t, c] to it.
-    ///
-    /// # Errors
-    /// If shapes differ.
-    pub fn encode(self, s: &mut Stream, o: Tensor) -> Result {
-        Ok(e5m6::encode(s, o, self.packed, self.scales)?)
-    }
-
-    /// Assigns `o` [t, c].
-    ///
-    /// # Errors
-    /// If shapes differ.
-    pub fn decode(self, s: &mut Stream, o: Tensor) -> Result {
-        Ok(e5m6::decode(s, self.packed, self.scales, o)?)
-    }
-}
-
-/// Room for operands in 8 bits that are made and multiplied within a task.
-#[derive(Clone, Copy, Debug)]
-pub struct Workspace {
-    codes: Tensor,
-    scales: Tensor,
-    scaling: Scaling,
-}
-
-/// Shapes of the operands that a pass of a layer rounds to 8 bits.
-type Operands = [[usize; 2]; 2];
-
-/// Codes of the second operand begin at a multiple of this, as copies of tiles need it.
-const ALIGN: usize = 128;
-
-impl Workspace {
-    /// Two operands beside each other.
-    fn pair(self, [a, b]: Operands) -> [Tiles; 2] {
-        let first = self.tiles((0, 0), a);
-        let codes = (a[0] * a[1]).next_multiple_of(ALIGN);
-        [first, self.tiles((codes, first.scales.len().next_multiple_of(ALIGN)), b)]
-    }
-
-    fn tiles(self, (codes, scales): (usize, usize), [rows, columns]: [usize; 2]) -> Tiles {
-        let scale_dims = Tiles::scale_shape(rows, columns);
-        Tiles {
-            codes: self.codes.slice(codes, rows * columns).reshape(&[rows, columns]),
-            scales: self.scales.slice(scales, scale_dims[0] * scale_dims[1]).reshape(&scale_dims),
-        }
-    }
-
-    /// Elements of codes and of scales.
-    fn len([a, b]: Operands) -> (usize, usize) {
-        let scales = |[rows, columns]: [usize; 2]| Tiles::scale_shape(rows, columns).iter().product::<usize>();
-        let room = |a: usize, b: usize| a.next_multiple_of(ALIGN) + b;
-        (room(a[0] * a[1], b[0] * b[1]), room(scales(a), scales(b)))
-    }
-}
-
-impl Lowering<'_> {
-    /// Activations [t, i] for products with `weight`.
-    pub fn alloc_rows(&mut self, name: &'static str, weight: Weight, dims: [usize; 2]) -> Rows {
-        match weight.fp8 {
-            None => Rows::High(self.alloc(name, &dims)),
-            Some(fp8) => Rows::Fp8(self.alloc_tiles(name, dims), fp8.scaling),
-        }
-    }
-
-    /// Tiles [r, c] of 8 bits.
-    pub fn alloc_tiles(&mut self, name: &'static str, dims: [usize; 2]) -> Tiles {
-        Tiles {
-            codes: self.alloc_as(name, DType::U8, &dims),
-            scales: self.alloc_as("scales", DType::F32, &Tiles::scale_shape(dims[0], dims[1])),
-        }
-    }
-
-    /// Gives activations back before the scope ends.
-    pub fn release_rows(&mut self, rows: Rows) {
-        rows.tensors().into_iter().flatten().for_each(|tensor| self.release(tensor));
-    }
-
-    /// [`Lowering::drop_recomputable`] for rows.
-    pub fn drop_recomputable_rows(&mut self, what: Saved, rows: Rows) {
-        if self.recomputes(what) {
-            self.release_rows(rows);
-        }
-    }
-
-    /// [`Lowering::alloc_again`] for rows.
-    pub fn alloc_rows_again(&mut self, what: Saved, rows: Rows) -> Rows {
-        if self.recomputes(what) { self.alloc_rows_like("recomputed", rows) } else { rows }
-    }
-
-    fn alloc_rows_like(&mut self, name: &'static str, rows: Rows) -> Rows {
-        match rows {
-            Rows::High(x) => Rows::High(self.alloc_like(name, x)),
-            Rows::Fp8(q, scaling) => {
-                let [codes, scales] = q.tensors().map(|tensor| self.alloc_like(name, tensor));
-                Rows::Fp8(Tiles { codes, scales }, scaling)
-            }
-        }
-    }
-
-    /// Room for attention's output [t, c] in fewer bits, if it is to wait as that for the backward pass; `out` is the weight that
-    /// multiplies it.
-    pub fn alloc_narrow_output(&mut self, out: Weight, dims: [usize; 2]) -> Option<NarrowOutput> {
-        let narrow = self.fp8.as_ref().is_some_and(|fp8| fp8.narrow_attention_output);
-        (self.training && narrow && out.fp8.is_some()).then(|| {
-            let [t, c] = dims;
-            NarrowOutput {
-                packed: self.alloc_as("attention heads in 12 bits", DType::U8, &[t, e5m6::packed(c)]),
-                scales: self.alloc_as("scales", DType::U8, &[t, c.div_ceil(TILE)]),
-            }
-        })
-    }
-
-    /// Room for SwiGLU's input in 8 bits, if it is to wait as that for the backward pass; `gate_up` is the weight that makes it.
-    pub fn alloc_narrow_swiglu(&mut self, gate_up: Weight, dims: [usize; 2]) -> Option<Tiles> {
-        let narrow = self.fp8.as_ref().is_some_and(|fp8| fp8.narrow_swiglu_input);
-        (self.training && narrow && gate_up.fp8.is_some()).then(|| self.alloc_tiles("gate_up in 8 bits", dims))
-    }
-
-    /// Gives back what of SwiGLU the backward pass computes again: the output `a`, and the input `h` if that is `kept` in 8 bits.
-    pub fn drop_swiglu(&mut self, kept: Option<Tiles>, h: Tensor, a: Rows) {
-        if kept.is_some() {
-            self.release(h);
-            self.release_rows(a);
-        } else {
-            self.drop_recomputable_rows(Saved::Swiglu, a);
-        }
-    }
-
-    /// Room for what [`Lowering::drop_swiglu`] gave back.
-    pub fn alloc_swiglu_again(&mut self, kept: Option<Tiles>, h: Tensor, a: Rows) -> (Tensor, Rows) {
-        match kept {
-            Some(_) => (self.alloc_like("recomputed", h), self.alloc_rows_like("recomputed", a)),
-            None => (h, self.alloc_rows_again(Saved::Swiglu, a)),
-        }
-    }
-
-    /// Room for what a task of `pass` makes of so many rows in front of the product with each weight; of activations only those that
-    /// are [`Rows::High`]. `None` if no weight needs it. To be released when the task is emitted.
-    pub fn alloc_workspace(&mut self, pass: Pass, products: &[(Weight, usize)]) -> Option<Workspace> {
-        let scaling = products.iter().find_map(|(weight, _)| weight.fp8)?.scaling;
-        let needed = products.iter().filter(|(weight, _)| weight.fp8.is_some());
-        let needed = needed.map(|(weight, t)| Workspace::len(weight.operands(pass, *t)));
-        let (codes, scales) = needed.fold((0, 0), |a, b| (a.0.max(b.0), a.1.max(b.1)));
-        Some(Workspace {
-            scaling,
-            codes: self.alloc_as("operands in 8 bits", DType::U8, &[codes]),
-            scales: self.alloc_as("scales", DType::F32, &[scales]),
-        })
-    }
-
-    /// Gives a workspace back.
-    pub fn release_workspace(&mut self, workspace: Option<Workspace>) {
-        for tensor in workspace.into_iter().flat_map(|w| [w.codes, w.scales]) {
-            self.release(tensor);
-        }
-    }
 }
 
 impl Weight {
@@ -494,38 +268,8 @@ impl Weight {
     }
 }
 
-impl Rows {
-    /// The tensor in the type of activations.
-    ///
-    /// # Errors
-    /// If it is in 8 bits.
-    pub fn high(self) -> Result<Tensor> {
-        match self {
-            Rows::High(x) => Ok(x),
-            Rows::Fp8(..) => Err("a weight that is not in 8 bits was given activations that are".into()),
-        }
-    }
-
-    /// As operand of a product over their columns.
-    fn in_8_bits(self, s: &mut Stream, room: Option<Workspace>) -> Result<Tiles> {
-        match self {
-            Rows::Fp8(q, _) => Ok(q),
-            Rows::High(x) => {
-                let room = needed(room)?;
-                let q = room.tiles((0, 0), [x.rows(), x.cols()]);
-                quantize::tiles(s, x, q, room.scaling)?;
-                Ok(q)
-            }
-        }
-    }
-}
-
 impl Fp8Weight {
     fn across(&self) -> Result<Blocks> {
         self.transposed.ok_or_else(|| "a weight that is not trained has no gradients".into())
     }
-}
-
-fn needed(room: Option<Workspace>) -> Result<Workspace> {
-    room.ok_or_else(|| "a product in 8 bits has no room for its operands".into())
 }

@@ -2,14 +2,17 @@
 
 use crate::{
     cost::Cost,
+    device::Target,
     dtype::Float,
     error::Result,
-    fp8::{TILE, Tiles, decode_e4m3},
+    fp8::{Scaling, TILE, Tiles, decode_e4m3},
     ops::{
         expect::{expect_float, expect_tiles},
+        is_fast,
         parallel::for_row_chunks,
         quantize::tiles_bytes,
     },
+    ptx::{self, quantize::Recipe},
     stream::Stream,
     tensor::Tensor,
     with_float,
@@ -22,7 +25,9 @@ pub fn tiles(s: &mut Stream, q: Tiles, x: Tensor) -> Result<()> {
     expect_float(OP, "x", x)?;
     expect_tiles(OP, "q", q, t, c)?;
     s.account(Cost::stream(x.len() as u64, tiles_bytes(t, c), x.size_bytes()));
-    s.launch(&q.tensors(), &[x], move |m| {
+    // Codes are read alike under all scales.
+    let kernels = |on: &Target| is_fast(x).then(|| ptx::dequantize::tiles(q, x, Recipe::new(on, Scaling::Real)));
+    s.launch_kernel(&q.tensors(), &[x], kernels, move |m| {
         let (codes, scales) = (m.read::<u8>(q.codes), m.read::<f32>(q.scales));
         let pitch = q.scales.dim(1);
         with_float!(x.dtype, T => {
@@ -48,7 +53,6 @@ mod tests {
     use super::*;
     use crate::{
         dtype::DType,
-        fp8::Scaling,
         ops::{quantize, testing::*},
     };
 

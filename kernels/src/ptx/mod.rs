@@ -12,6 +12,7 @@ pub mod balance;
 #[cfg(test)]
 pub(crate) mod case;
 pub mod cross_entropy;
+pub mod dequantize;
 pub mod e5m6;
 pub mod elementwise;
 pub mod embedding;

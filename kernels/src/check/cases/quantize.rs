@@ -5,7 +5,7 @@ use super::{Fill, List, Sizes, Tolerance, chosen, offsets, t};
 use crate::{
     dtype::DType::{self, U8, U32},
     fp8::{Blocks, Scaling, Tiles, padded},
-    ops::{e5m6, permute, quantize, rms_norm, swiglu},
+    ops::{dequantize, e5m6, permute, quantize, rms_norm, swiglu},
     tensor::Tensor,
 };
 
@@ -66,6 +66,11 @@ impl List {
             });
             self.fused(z, dtype, scaling);
         }
+        let tensors = [&[x(n)][..], &tiles(n, c), &[t(dtype, &[n, c], Fill::Poison)]].concat();
+        self.add(("quantize::tiles and dequantize", dtype, near), format!("[{n}, {c}]"), tensors, |s, x| {
+            quantize::tiles(s, x[0], as_tiles(&x[1..]), Scaling::Real)?;
+            dequantize::tiles(s, as_tiles(&x[1..]), x[3])
+        });
         let packed = [t(U8, &[n, e5m6::packed(c)], Fill::Poison), t(U8, &[n, c.div_ceil(128)], Fill::Poison)];
         let tensors = [&[x(n)][..], &packed, &[t(dtype, &[n, c], Fill::Poison)]].concat();
         self.add(("e5m6::encode and decode", dtype, near), format!("[{n}, {c}]"), tensors, |s, x| {

@@ -34,9 +34,14 @@ impl Recipe {
     }
 
     /// Those whose kernels are committed: both scalings by the instruction, and by integers.
-    pub(super) fn committed() -> [Self; 3] {
+    pub(in crate::ptx) fn committed() -> [Self; 3] {
         let recipe = |scaling, converts| Recipe { scaling, converts };
         [recipe(Scaling::Real, true), recipe(Scaling::PowerOfTwo, true), recipe(Scaling::Real, false)]
+    }
+
+    /// Whether scales may be any number.
+    pub(in crate::ptx) fn is_real(self) -> bool {
+        self.scaling == Scaling::Real
     }
 
     /// A kernel in blocks of [`BLOCK`] threads; its name says the recipe.
