@@ -83,19 +83,22 @@ impl Gpu {
 }
 
 impl Lane {
-    pub(crate) fn new(gpu: &Arc<Gpu>) -> Result<Self> {
+    pub(crate) fn new(gpu: &Arc<Gpu>, _name: &str) -> Result<Self> {
         match **gpu {}
+    }
+    pub(crate) fn has_fault(&self) -> bool {
+        match *self {}
     }
     pub(crate) fn synchronize(&self) -> Result<()> {
         match *self {}
     }
-    pub(crate) fn launch(&mut self, _memory: &Memory, _launches: &[Launch]) -> Result<()> {
+    pub(crate) fn launch(&mut self, _memory: &Memory, _task: &Arc<str>, _launches: &[Launch]) -> Result<()> {
         match *self {}
     }
     pub(crate) fn record(&self) -> Result<Mark> {
         match *self {}
     }
-    pub(crate) fn capture(&mut self, _memory: &Memory, _launches: &[Launch]) -> Result<Graph> {
+    pub(crate) fn capture(&mut self, _memory: &Memory, _task: &Arc<str>, _launches: &[Launch]) -> Result<Graph> {
         match *self {}
     }
     pub(crate) fn replay(&self, _graph: &Graph) -> Result<()> {

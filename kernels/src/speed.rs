@@ -85,15 +85,16 @@ pub fn launch_cost(device: Device) -> Result<LaunchCost> {
         let in_graph = Err("processors have none".to_owned());
         return Ok(LaunchCost { enqueue_secs, host_secs: enqueue_secs, in_graph });
     };
-    let mut lane = crate::cuda::Lane::new(gpu)?;
+    let mut lane = crate::cuda::Lane::new(gpu, "bench")?;
     let launches: Vec<_> = (0..LAUNCHES).flat_map(|_| crate::ptx::elementwise::zero(x)).collect();
-    lane.launch(&memory, &launches)?;
+    let task = Arc::from("bench");
+    lane.launch(&memory, &task, &launches)?;
     lane.synchronize()?;
     let mut best = [f64::INFINITY; 2];
-    let graph = lane.capture(&memory, &launches);
+    let graph = lane.capture(&memory, &task, &launches);
     for _ in 0..5 {
         let begin = crate::clock::now_nanos();
-        lane.launch(&memory, &launches)?;
+        lane.launch(&memory, &task, &launches)?;
         best[0] = best[0].min((crate::clock::now_nanos() - begin) as f64);
         lane.synchronize()?;
         if let Ok(graph) = &graph {

@@ -141,7 +141,7 @@ impl Stream {
     }
 
     fn build(name: &str, memory: &Memory, hazards: &Arc<Hazards>, num_threads: Option<NonZeroUsize>) -> Result<Self> {
-        let index = { hazards.add_stream() };
+        let index = hazards.add_stream();
         let backend = match memory.device() {
             Device::Meta => Backend::Meta,
             Device::Cpu | Device::Cuda(_) => Self::spawn(name, memory, num_threads)?,
@@ -172,7 +172,7 @@ impl Stream {
             memory: memory.clone(),
             failure: failure.clone(),
             waited: Waited::default(),
-            lane: memory.gpu().map(Lane::new).transpose()?,
+            lane: memory.gpu().map(|gpu| Lane::new(gpu, name)).transpose()?,
         };
         let target = memory.gpu().map(|gpu| gpu.target());
         let (started, pool) = mpsc::sync_channel(1);

@@ -448,7 +448,7 @@ pub(crate) struct CheckTask {
 pub(crate) fn check_finite(In(id): In<Entity>, mut launch: Launch<CheckTask>) -> Result {
     let (_, task, s) = launch.get(id)?;
     for (tensor, name) in &task.tensors {
-        norm::check_finite(s, *tensor, task.of.clone(), name.to_string());
+        norm::check_finite(s, *tensor, task.of.clone(), Arc::from(&**name));
     }
     Ok(())
 }

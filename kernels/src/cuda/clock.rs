@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError, sys::CUevent_flags};
 
-use super::{Gpu, Lane};
+use super::{Gpu, Lane, fault::Faults};
 use crate::{clock::now_nanos, error::Result};
 
 const TIMED: Option<CUevent_flags> = Some(CUevent_flags::CU_EVENT_DEFAULT);
@@ -67,6 +67,7 @@ fn sample(context: &Arc<CudaContext>, stream: &CudaStream) -> std::result::Resul
 /// A moment in a lane.
 pub struct Mark {
     gpu: Arc<Gpu>,
+    faults: Arc<Faults>,
     /// Taken when the mark is dropped.
     event: Option<CudaEvent>,
     base: Arc<Base>,
@@ -79,7 +80,7 @@ impl Drop for Mark {
 }
 
 impl Mark {
-    /// Blocks until the moment is there; returns when that was.
+    /// Blocks until the moment is there; returns when that was. What a kernel of the lane found wrong is an error here.
     pub(crate) fn synchronize(&self) -> Result<u64> {
         let wait = || {
             let Some(event) = &self.event else { return Ok(now_nanos()) };
@@ -87,7 +88,8 @@ impl Mark {
             let ms = self.base.event.elapsed_ms(event)?;
             Ok((self.base.nanos + f64::from(ms) * 1e6) as u64)
         };
-        wait().map_err(self.gpu.failed("waiting for an event"))
+        let nanos = wait().map_err(self.gpu.failed("waiting for an event"))?;
+        self.faults.take().map(|()| nanos)
     }
 
     /// Whether the moment is there, or will never be.
@@ -108,7 +110,7 @@ impl Lane {
             let spare = gpu.spare_events.lock().pop();
             let event = spare.map_or_else(|| gpu.context.new_event(TIMED), Ok)?;
             event.record(self.stream())?;
-            Ok(Mark { gpu: gpu.clone(), event: Some(event), base })
+            Ok(Mark { gpu: gpu.clone(), faults: self.faults().clone(), event: Some(event), base })
         };
         make().map_err(gpu.failed("recording an event"))
     }

@@ -23,14 +23,14 @@ unsafe impl Send for Graph {}
 
 impl Lane {
     /// Records the launches; none of them runs.
-    pub(crate) fn capture(&mut self, memory: &Memory, launches: &[Launch]) -> Result<Graph> {
+    pub(crate) fn capture(&mut self, memory: &Memory, task: &Arc<str>, launches: &[Launch]) -> Result<Graph> {
         // What allocates or loads may not happen in a capture, so it happens before.
-        self.prepare(memory, launches)?;
+        self.prepare(memory, task, launches)?;
         let gpu = self.gpu().clone();
         let failed = gpu.failed("recording a graph");
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         self.shared_stream().begin_capture(mode).map_err(&failed)?;
-        let launched = self.launch(memory, launches);
+        let launched = self.launch(memory, task, launches);
         // Also after a failure: the stream is of no use while it records.
         let graph = self.shared_stream().end_capture(sys::CUgraphInstantiate_flags(0));
         launched?;

@@ -11,7 +11,7 @@ use cudarc::driver::{
     },
 };
 
-use super::{Gpu, words};
+use super::{Gpu, bytes::Pieces, fault::Faults, words};
 use crate::{
     dtype::DType,
     error::{Error, Result},
@@ -38,7 +38,14 @@ pub struct Lane {
     /// Address and size by slot: what ops need beside their tensors, shared by all of the stream, since one follows the other.
     scratch: BTreeMap<u8, (u64, u64)>,
     maps: BTreeMap<MapKey, AlignedMap>,
+    bytes: Pieces,
+    faults: Arc<Faults>,
 }
+
+/// What [`ptx::fault`] takes: an address and a number.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct FaultSite(u64, u64);
 
 /// An argument's bytes, where the driver can take their address.
 #[derive(Clone, Copy)]
@@ -48,6 +55,7 @@ enum Value {
     F32(f32),
     F64(f64),
     Map(AlignedMap),
+    Fault(FaultSite),
 }
 
 impl Value {
@@ -58,16 +66,28 @@ impl Value {
             Value::F32(x) => std::ptr::from_ref(x).cast(),
             Value::F64(x) => std::ptr::from_ref(x).cast(),
             Value::Map(x) => std::ptr::from_ref(x).cast(),
+            Value::Fault(x) => std::ptr::from_ref(x).cast(),
         };
         at.cast_mut()
     }
 }
 
 impl Lane {
-    /// A new stream, ordered with others by events only.
-    pub(crate) fn new(gpu: &Arc<Gpu>) -> Result<Self> {
+    /// A new stream, ordered with others by events only; `name` is for errors.
+    pub(crate) fn new(gpu: &Arc<Gpu>, name: &str) -> Result<Self> {
         let stream = gpu.context.new_stream().map_err(gpu.failed("making a stream"))?;
-        Ok(Lane { gpu: gpu.clone(), stream, scratch: BTreeMap::new(), maps: BTreeMap::new() })
+        let faults = Arc::new(Faults::new(gpu, name)?);
+        let (scratch, maps) = (BTreeMap::new(), BTreeMap::new());
+        Ok(Lane { gpu: gpu.clone(), stream, scratch, maps, bytes: Pieces::default(), faults })
+    }
+
+    pub(super) fn faults(&self) -> &Arc<Faults> {
+        &self.faults
+    }
+
+    /// Whether a kernel has found something wrong that nobody was told of: what follows is not worth launching.
+    pub(crate) fn has_fault(&self) -> bool {
+        self.faults.any()
     }
 
     pub(super) fn gpu(&self) -> &Arc<Gpu> {
@@ -83,25 +103,26 @@ impl Lane {
     }
 
     /// Loads the kernels, grows the scratch and encodes the maps of the launches.
-    pub(super) fn prepare(&mut self, memory: &Memory, launches: &[Launch]) -> Result<()> {
+    pub(super) fn prepare(&mut self, memory: &Memory, task: &Arc<str>, launches: &[Launch]) -> Result<()> {
         for launch in launches {
             self.gpu.kernel(&launch.kernel)?;
-            launch.args.iter().try_for_each(|arg| self.value(memory, arg).map(drop))?;
+            launch.args.iter().try_for_each(|arg| self.value(memory, task, arg).map(drop))?;
         }
         Ok(())
     }
 
-    /// Waits for all that was launched.
+    /// Waits for all that was launched. What a kernel found wrong is an error here.
     pub(crate) fn synchronize(&self) -> Result<()> {
-        self.stream.synchronize().map_err(self.gpu.failed("running a kernel"))
+        self.stream.synchronize().map_err(self.gpu.failed("running a kernel"))?;
+        self.faults.take()
     }
 
-    /// Enqueues the launches of one op.
-    pub(crate) fn launch(&mut self, memory: &Memory, launches: &[Launch]) -> Result<()> {
+    /// Enqueues the launches of one op of `task`.
+    pub(crate) fn launch(&mut self, memory: &Memory, task: &Arc<str>, launches: &[Launch]) -> Result<()> {
         self.gpu.context.bind_to_thread().map_err(self.gpu.failed("choosing the device"))?;
         for launch in launches {
             let loaded = self.gpu.kernel(&launch.kernel)?;
-            let values = launch.args.iter().map(|arg| self.value(memory, arg)).collect::<Result<Vec<_>>>()?;
+            let values = launch.args.iter().map(|arg| self.value(memory, task, arg)).collect::<Result<Vec<_>>>()?;
             let mut params: Vec<*mut c_void> = values.iter().map(Value::address).collect();
             let [x, y, z] = launch.grid;
             if launch.grid.contains(&0) {
@@ -128,7 +149,7 @@ impl Lane {
         Ok(())
     }
 
-    fn value(&mut self, memory: &Memory, arg: &Arg) -> Result<Value> {
+    fn value(&mut self, memory: &Memory, task: &Arc<str>, arg: &Arg) -> Result<Value> {
         Ok(match arg {
             Arg::Tensor(tensor) => Value::U64(self.address(memory, *tensor)?),
             Arg::Scratch { slot, bytes } => Value::U64(self.scratch(*slot, *bytes)?),
@@ -139,6 +160,11 @@ impl Lane {
             Arg::Map(map) => {
                 let address = self.address(memory, map.tensor)?;
                 Value::Map(self.map(address, map)?)
+            }
+            Arg::Bytes(bytes) => Value::U64(self.bytes.push(&self.gpu, &self.stream, bytes)?),
+            Arg::Fault(fault) => {
+                let (address, site) = self.faults.site(task, fault);
+                Value::Fault(FaultSite(address, site))
             }
         })
     }
@@ -227,5 +253,6 @@ impl Drop for Lane {
         for (address, _) in self.scratch.values() {
             self.gpu.free(*address);
         }
+        self.bytes.free(&self.gpu);
     }
 }

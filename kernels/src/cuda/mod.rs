@@ -4,7 +4,9 @@
 //! allocations ([`crate::memory`] keeps the lists); streams are [`Lane`]s, each driven by its [`crate::stream::Stream`]'s thread.
 //! Nothing here panics for want of a driver: the driver's library is looked for before its first call.
 
+mod bytes;
 mod clock;
+mod fault;
 mod graph;
 mod kernel;
 mod lane;

@@ -20,6 +20,7 @@ use crate::{
         expect::{expect_tensor, expect_that},
         gate::softmax,
         parallel::for_row_chunks,
+        permute::no_such_expert,
     },
     ptx,
     stream::Stream,
@@ -57,6 +58,12 @@ impl SequenceLoss {
     }
 }
 
+fn expect_experts(indices: &[u32], k: usize, e: usize) {
+    if let Some(slot) = indices.iter().position(|&i| i as usize >= e) {
+        panic!("{}", no_such_expert(slot / k, indices[slot], e));
+    }
+}
+
 fn expect_real(op: &'static str, role: &'static str, tensor: Tensor) -> Result<()> {
     expect_that(op, role, tensor, matches!(tensor.dtype, DType::F32 | DType::F64), || "F32 or F64".into())
 }
@@ -84,6 +91,7 @@ pub fn sequence_loss(s: &mut Stream, l: SequenceLoss, scores: Tensor, indices: T
     s.launch_kernel(&[scores, indices, loss], &[loss], kernels, move |m| {
         let value = with_float!(scores.dtype, T => {
             let (s, ix) = (m.read::<<T as Float>::Acc>(scores), m.read::<u32>(indices));
+            expect_experts(&ix, k, e);
             // Per sequence, then in order: the sum is the same on any number of threads.
             let sequences: Vec<f64> = s
                 .par_chunks(l.row_len * e)
@@ -124,6 +132,7 @@ pub fn sequence_loss_grad(
         with_float!(scores.dtype, T => {
             type A = <T as Float>::Acc;
             let (s, ix, mut ds) = (m.read::<A>(scores), m.read::<u32>(indices), m.write::<A>(dscores));
+            expect_experts(&ix, k, e);
             let factor = A::of_f64(l.alpha * scale / t.max(1) as f64);
             ds.par_chunks_mut(l.row_len * e)
                 .zip(s.par_chunks(l.row_len * e))
@@ -201,12 +210,15 @@ pub fn accumulate_counts(s: &mut Stream, counts: Tensor, total: Tensor) -> Resul
     let kernels = |_: &Target| Some(ptx::balance::accumulate_counts(counts, total));
     s.launch_kernel(&[counts, total], &[total], kernels, move |m| {
         for (i, (total, &count)) in m.write::<u32>(total).iter_mut().zip(m.read::<u32>(counts).iter()).enumerate() {
-            *total = total.checked_add(count).unwrap_or_else(|| {
-                panic!("expert {i} was counted more often than u32 holds: zero the counts after each bias update")
-            });
+            *total = total.checked_add(count).unwrap_or_else(|| panic!("{}", too_many(i)));
         }
     });
     Ok(())
+}
+
+/// What is said of a count past u32.
+pub(crate) fn too_many(expert: usize) -> String {
+    format!("expert {expert} was counted more often than u32 holds: zero the counts after each bias update")
 }
 
 /// `bias_e += speed` where counts_e is below the mean, `-= speed` where above, unchanged where equal. U32 and F32.

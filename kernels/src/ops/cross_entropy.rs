@@ -124,6 +124,11 @@ fn chunked_kernels(
     launches
 }
 
+/// What is said of a target that is no token.
+pub(crate) fn no_such_target(target: u32, v: usize) -> String {
+    format!("expected a target below the vocabulary of {v}, found {target}")
+}
+
 /// Turns each row of logits into its gradient and its loss.
 fn softmax_rows<T: Float>(logits: &mut [T], targets: &[u32], losses: &mut [T::Acc], scale: f64, v: usize) {
     logits.par_chunks_mut(v).zip(targets).zip(losses).for_each(|((row, &target), loss)| {
@@ -136,7 +141,7 @@ fn softmax_rows<T: Float>(logits: &mut [T], targets: &[u32], losses: &mut [T::Ac
                     return;
                 }
                 let target = target as usize;
-                assert!(target < v, "expected a target below the vocabulary of {v}, found {target}");
+                assert!(target < v, "{}", no_such_target(target as u32, v));
                 let mut lanes = [row[0].to_acc(); 16];
                 for chunk in row.chunks(16) {
                     for (lane, x) in lanes.iter_mut().zip(chunk) {

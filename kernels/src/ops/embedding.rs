@@ -17,13 +17,14 @@ use crate::{
 
 /// F: rows of `w` [v, d] chosen by `tokens` u32 \[t\] -> `y` [t, d]. A token of v or more fails the task.
 pub fn forward(s: &mut Stream, tokens: Tensor, w: Tensor, y: Tensor) -> Result<()> {
-    let (t, d) = (tokens.len(), w.dim(1));
+    let (t, v, d) = (tokens.len(), w.dim(0), w.dim(1));
     expect_shape("embedding", "y", y, &[t, d])?;
     s.account(cost(t, d, w.dtype.size_bytes()));
     let kernels = |_: &Target| are_fast(&[w, y]).then(|| ptx::embedding::forward(tokens, w, y));
     s.launch_kernel(&[tokens, w], &[y], kernels, move |m| {
         with_float!(w.dtype, T => {
             let (tokens, w, mut y) = (m.read::<u32>(tokens), m.read::<T>(w), m.write::<T>(y));
+            expect_tokens(&tokens, v);
             for_row_chunks(&mut y, d, #[inline(always)] |first, rows| {
                 for (row, &token) in rows.chunks_exact_mut(d).zip(&tokens[first..]) {
                     let at = token as usize * d;
@@ -35,18 +36,31 @@ pub fn forward(s: &mut Stream, tokens: Tensor, w: Tensor, y: Tensor) -> Result<(
     Ok(())
 }
 
-/// W: `dw` [v, d] += `dy` [t, d] at the rows of `tokens`, in token order.
+/// W: `dw` [v, d] += `dy` [t, d] at the rows of `tokens`, in token order. A token of v or more fails the task.
 pub fn weight_grad(s: &mut Stream, tokens: Tensor, dy: Tensor, dw: Tensor) -> Result<()> {
-    let (t, d) = (tokens.len(), dw.dim(1));
+    let (t, v, d) = (tokens.len(), dw.dim(0), dw.dim(1));
     expect_shape("embedding gradient", "dy", dy, &[t, d])?;
     s.account(cost(t, d, dw.dtype.size_bytes()));
     let kernels = |_: &Target| are_fast(&[dy, dw]).then(|| ptx::embedding::weight_grad(tokens, dy, dw));
     s.launch_kernel(&[tokens, dy], &[dw], kernels, move |m| {
         with_float!(dw.dtype, T => {
-            scatter_add::<T>(&m.read::<u32>(tokens), &m.read::<T>(dy), &mut m.write::<T>(dw), d);
+            let tokens = m.read::<u32>(tokens);
+            expect_tokens(&tokens, v);
+            scatter_add::<T>(&tokens, &m.read::<T>(dy), &mut m.write::<T>(dw), d);
         });
     });
     Ok(())
+}
+
+fn expect_tokens(tokens: &[u32], v: usize) {
+    if let Some(at) = tokens.iter().position(|&token| token as usize >= v) {
+        panic!("{}", no_such_token(at, tokens[at], v));
+    }
+}
+
+/// What is said of a token without a row.
+pub(crate) fn no_such_token(position: usize, token: u32, v: usize) -> String {
+    format!("expected tokens below the vocabulary of {v}, found {token} at position {position}")
 }
 
 fn scatter_add<T: Float>(tokens: &[u32], dy: &[T], dw: &mut [T], d: usize) {

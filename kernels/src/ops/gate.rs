@@ -16,7 +16,7 @@
 
 mod row;
 
-pub(crate) use row::{counter_rng, softmax};
+pub(crate) use row::{counter_rng, not_a_number, softmax};
 
 use crate::{
     cost::Cost,

@@ -2,10 +2,19 @@
 //!
 //! Squares are summed in f64 over fixed blocks, in block order, so that the norm does not depend on the number of threads.
 
+use std::sync::Arc;
+
 use rayon::prelude::*;
 
 use crate::{
-    cost::Cost, device::Target, dtype::Float, error::Result, ops::expect_shape, ptx, stream::Stream, tensor::Tensor,
+    cost::Cost,
+    device::Target,
+    dtype::Float,
+    error::{Error, Result},
+    ops::expect_shape,
+    ptx,
+    stream::Stream,
+    tensor::Tensor,
     with_float,
 };
 
@@ -59,14 +68,21 @@ pub fn clip_factor(sum_squares: f64, max_norm: f64) -> Option<f64> {
     norm.is_finite().then(|| (max_norm / (norm + 1e-6)).min(1.0))
 }
 
-/// Fails the stream with [`crate::error::Error::NotFinite`] if `x` holds a NaN or an infinity.
-pub fn check_finite(s: &mut Stream, x: Tensor, task: std::sync::Arc<str>, name: String) {
-    s.launch(&[x], &[], move |m| {
+/// Fails the stream with [`Error::NotFinite`] if `x` holds a NaN or an infinity.
+pub fn check_finite(s: &mut Stream, x: Tensor, task: Arc<str>, name: Arc<str>) {
+    let kernels = |_: &Target| x.dtype.is_float().then(|| ptx::norm::check_finite(x, task.clone(), name.clone()));
+    let (task, name) = (task.clone(), name.clone());
+    s.launch_kernel(&[x], &[], kernels, move |m| {
         let bad = with_float!(x.dtype, T => m.read::<T>(x).iter().map(|v| v.as_f64()).find(|v| !v.is_finite()));
         if let Some(value) = bad {
-            crate::error::Error::NotFinite { task: task.to_string(), tensor: name, value }.raise();
+            not_finite(&task, &name, value).raise();
         }
     });
+}
+
+/// What is said of a value that is none.
+pub(crate) fn not_finite(task: &str, tensor: &str, value: f64) -> Error {
+    Error::NotFinite { task: task.to_owned(), tensor: tensor.to_owned(), value }
 }
 
 /// Cost of summing `len` squares.

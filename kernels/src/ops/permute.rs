@@ -62,7 +62,7 @@ pub fn sort(s: &mut Stream, indices: Tensor, order: Order) -> Result<()> {
         let num_experts = offsets.len() - 1;
         offsets.fill(0);
         for (slot, &i) in indices.iter().enumerate() {
-            assert!((i as usize) < num_experts, "token {} goes to expert {i} of {num_experts}", slot / k);
+            assert!((i as usize) < num_experts, "{}", no_such_expert(slot / k, i, num_experts));
             offsets[i as usize + 1] += 1;
         }
         for e in 0..num_experts {
@@ -77,6 +77,11 @@ pub fn sort(s: &mut Stream, indices: Tensor, order: Order) -> Result<()> {
         }
     });
     Ok(())
+}
+
+/// What is said of an expert that does not exist.
+pub(crate) fn no_such_expert(token: usize, expert: u32, num_experts: usize) -> String {
+    format!("token {token} goes to expert {expert} of {num_experts}")
 }
 
 /// F: gathers x [t, d] into rows [t k, d].

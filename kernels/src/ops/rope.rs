@@ -172,7 +172,7 @@ impl<'a, A: num_traits::Float> Turn<'a, A> {
     pub(crate) fn new(cos: &'a [A], sin: &'a [A], pairs: Pairs, dim: usize, position: usize, inverse: bool) -> Self {
         let half = dim / 2;
         let row = position * half..(position + 1) * half;
-        assert!(row.end <= cos.len(), "position {position} is past the rope table; build it with more positions");
+        assert!(row.end <= cos.len(), "{}", past_the_table(position));
         let sign = if inverse { -A::one() } else { A::one() };
         Turn { cos: &cos[row.clone()], sin: &sin[row], sign, pairs }
     }
@@ -195,6 +195,12 @@ impl<'a, A: num_traits::Float> Turn<'a, A> {
             }
         }
     }
+}
+
+/// What is said of a position without a row.
+#[cold]
+pub(crate) fn past_the_table(position: usize) -> String {
+    format!("position {position} is past the rope table; build it with more positions")
 }
 
 #[inline(always)]

@@ -13,13 +13,16 @@ use rayon::prelude::*;
 
 use crate::{
     cost::Cost,
+    device::Target,
     dtype::{DType, Float, Real},
     error::{Error, Result},
     ops::{
         expect::{expect_tensor, expect_that},
         gate::counter_rng,
+        is_fast,
         parallel::MIN_PARALLEL_ELEMENTS,
     },
+    ptx,
     simd::vectorize,
     stream::Stream,
     tensor::Tensor,
@@ -61,8 +64,9 @@ pub fn forward(s: &mut Stream, logits: Tensor, rows: &[Sampling], tokens: Tensor
             return Err(not_finite(format!("temperature or top_p of row {row}"), f64::NAN));
         }
     }
+    let kernels = |_: &Target| is_fast(logits).then(|| ptx::sampling::forward(logits, rows, tokens));
     let rows = rows.to_vec();
-    s.launch(&[logits], &[tokens], move |m| {
+    s.launch_kernel(&[logits], &[tokens], kernels, move |m| {
         with_float!(logits.dtype, T => {
             let (logits, mut tokens) = (m.read::<T>(logits), m.write::<u32>(tokens));
             let choose = |(row, token): (usize, &mut u32)| *token = sample(&logits[row * v..][..v], row, rows[row]);
@@ -78,6 +82,11 @@ pub fn forward(s: &mut Stream, logits: Tensor, rows: &[Sampling], tokens: Tensor
 
 fn not_finite(tensor: String, value: f64) -> Error {
     Error::NotFinite { task: "sampling".into(), tensor, value }
+}
+
+/// What is said of a row that nothing can be drawn from.
+pub(crate) fn unusable_logits(row: usize, value: f64) -> Error {
+    not_finite(format!("logits of row {row}"), value)
 }
 
 fn sample<T: Float>(logits: &[T], row: usize, sampling: Sampling) -> u32 {
@@ -123,7 +132,7 @@ fn argmax<T: Float>(logits: &[T], row: usize) -> (usize, T::Acc) {
     );
     match logits.iter().position(|x| x.to_acc() == max) {
         Some(best) if !nan && max.is_finite() => (best, max),
-        _ => not_finite(format!("logits of row {row}"), if nan { f64::NAN } else { max.as_f64() }).raise(),
+        _ => unusable_logits(row, if nan { f64::NAN } else { max.as_f64() }).raise(),
     }
 }
 

@@ -157,9 +157,14 @@ impl Assembler {
         r
     }
 
+    /// Declares the next parameter as so many bytes.
+    pub fn param_bytes(&mut self, align: usize, name: &str, num_bytes: usize) {
+        self.params.push(format!(".param .align {align} .b8 {name}[{num_bytes}]"));
+    }
+
     /// Declares the next parameter as a tensor map; returns its address.
     pub fn tensor_map(&mut self, name: &str) -> Reg<B64> {
-        self.params.push(format!(".param .align 64 .b8 {name}[128]"));
+        self.param_bytes(64, name, 128);
         let r = self.reg::<B64>();
         self.line(format!("mov.b64 {r}, {name};"));
         self.line(format!("cvta.param.u64 {r}, {r};"));

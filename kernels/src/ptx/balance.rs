@@ -1,8 +1,8 @@
 //! Balance of experts: counts, the correction bias, the sequence-wise loss and the router's z-loss.
 //!
-//! Everything is small ([t, e] f32): a warp a token, f32 within it, f64 over tokens. add_counts (counts, total, n: u32) traps
-//! where a sum leaves u32. bias_update (counts, bias, e: u32, speed: f32), one block. sequence_load (indices, f, slots a
-//! sequence, e: u32, factor: f64): block q counts sequence q by integer atomics in dynamic shared memory of 4 e bytes, and
+//! Everything is small ([t, e] f32): a warp a token, f32 within it, f64 over tokens. add_counts (counts, total, n: u32, fault) tells
+//! of a sum past u32. bias_update (counts, bias, e: u32, speed: f32), one block. sequence_load (indices, f, slots a
+//! sequence, e: u32, factor: f64, fault): block q counts sequence q by integer atomics in dynamic shared memory of 4 e bytes, and
 //! writes f, f32 [sequences, e]; scratch 1. sequence_loss (scores, f, partial, t, e, row_len) and z_loss (logits, partial, t,
 //! e): 8 tokens a block, partial f64 a block, scratch 0; then `finish_sum` of [`super::norm`]. The gradients: (scores, f,
 //! dscores, t, e, row_len, factor: f32), (logits, dlogits, t, e, factor).
@@ -10,6 +10,7 @@
 use super::{
     Arg, Kernel, Launch,
     asm::{Assembler, B32, B64, F32, F64, Pred, Reg, f32_literal},
+    fault::{Fault, Report},
     fold::{self, Fold, Team},
     golden::Variant,
     norm::{finish, store_partial, zero_f64},
@@ -25,7 +26,7 @@ const TEAM: Team = Team::Warp;
 /// `total_e += counts_e`, U32.
 pub fn accumulate_counts(counts: Tensor, total: Tensor) -> Vec<Launch> {
     let n = counts.len();
-    let args = vec![Arg::Tensor(counts), Arg::Tensor(total), Arg::U32(count(n))];
+    let args = vec![Arg::Tensor(counts), Arg::Tensor(total), Arg::U32(count(n)), Arg::Fault(Fault::Count)];
     if n == 0 { vec![] } else { vec![Launch { kernel: counts_kernel(), grid: flat_grid(n, 1), args }] }
 }
 
@@ -43,8 +44,8 @@ fn load_launch(l: SequenceLoss, scores: Tensor, indices: Tensor) -> (Launch, Arg
     let mut kernel = load_kernel();
     kernel.shared_bytes = 4 * count(e);
     let factor = e as f64 / (k * l.row_len) as f64;
-    let args =
-        vec![Arg::Tensor(indices), f.clone(), Arg::U32(count(k * l.row_len)), Arg::U32(count(e)), Arg::F64(factor)];
+    let mut args = vec![Arg::Tensor(indices), f.clone(), Arg::U32(count(k * l.row_len)), Arg::U32(count(e))];
+    args.extend([Arg::F64(factor), Arg::Fault(Fault::Expert { num: count(e), per_token: count(k) })]);
     (Launch { kernel, grid: [count(t / l.row_len), 1, 1], args }, f)
 }
 
@@ -115,11 +116,12 @@ fn partial(t: usize) -> (Arg, usize) {
 fn counts_kernel() -> Kernel {
     parts::kernel("add_counts".into(), |k| {
         let (counts, total, n) = (k.pointer("counts"), k.pointer("total"), k.u32("n"));
+        let fault = Report::param(k);
         flat(k, n, 1, |k, i, _| {
             let (a, b, wrapped) = (load_u32(k, counts, i), load_u32(k, total, i), k.reg::<Pred>());
             ptx!(k, "add.u32 {b}, {b}, {a};");
             ptx!(k, "setp.lt.u32 {wrapped}, {b}, {a};");
-            ptx!(k, "@{wrapped} trap;");
+            fault.tell(k, wrapped, i, a);
             let to = element(k, total, i, DType::U32);
             ptx!(k, "st.global.u32 [{to}], {b};");
         });
@@ -156,8 +158,8 @@ fn load_kernel() -> Kernel {
     parts::kernel("sequence_load".into(), |k| {
         let counts = k.dynamic_shared(16, "counts");
         let (indices, f, slots, e) = (k.pointer("indices"), k.pointer("f"), k.u32("slots"), k.u32("e"));
-        let (factor, tid, sequence, base) =
-            (k.f64("factor"), special(k, "%tid.x"), special(k, "%ctaid.x"), special(k, &counts));
+        let (factor, fault) = (k.f64("factor"), Report::param(k));
+        let (tid, sequence, base) = (special(k, "%tid.x"), special(k, "%ctaid.x"), special(k, &counts));
         let place = |k: &mut Assembler, i| {
             let at = k.reg::<B32>();
             ptx!(k, "mad.lo.u32 {at}, {i}, 4, {base};");
@@ -172,9 +174,11 @@ fn load_kernel() -> Kernel {
         strided(k, tid, slots, BLOCK, |k, i| {
             let (expert, wrong) = (load_u32(k, own, i), k.reg::<Pred>());
             ptx!(k, "setp.ge.u32 {wrong}, {expert}, {e};");
-            ptx!(k, "@{wrong} trap;");
+            let slot = k.reg::<B32>();
+            ptx!(k, "mad.lo.u32 {slot}, {sequence}, {slots}, {i};");
+            fault.tell(k, wrong, slot, expert);
             let at = place(k, expert);
-            ptx!(k, "red.shared.add.u32 [{at}], 1;");
+            ptx!(k, "@!{wrong} red.shared.add.u32 [{at}], 1;");
         });
         ptx!(k, "bar.sync 0;");
         let own = row(k, f, sequence, e, DType::F32);
@@ -352,7 +356,7 @@ mod tests {
                 .equal();
         }
         let full = [Data::u32(&[1], &[u32::MAX]), Data::u32(&[1], &[1])];
-        assert!(Case::new(&full).run(1, |_, x| accumulate_counts(x[0], x[1])).is_err_and(|e| e.contains("trap")));
+        Case::new(&full).same_error(|s, x| cpu::accumulate_counts(s, x[0], x[1]), |_, x| accumulate_counts(x[0], x[1]));
         let even = [Data::u32(&[3], &[5, 6, 4]), Data::random(DType::F32, &[3], 2)];
         Case::new(&even).cpu(|s, x| cpu::bias_update(s, x[0], 0.5, x[1])).ptx(|x| bias_update(x[0], 0.5, x[1])).equal();
     }
@@ -373,6 +377,25 @@ mod tests {
                 .cpu(|s, x| cpu::sequence_loss_grad(s, l, 100.0, x[0], x[1], x[2]))
                 .ptx(|x| sequence_loss_grad(l, 100.0, x[0], x[1], x[2]))
                 .close(1e-6);
+        }
+    }
+
+    #[test]
+    fn an_expert_that_does_not_exist_is_told_of() {
+        let l = SequenceLoss { alpha: 0.3, row_len: 3 };
+        let scores = Data::random(DType::F32, &[6, 4], 1).map(|x| x + 1.01);
+        for (at, expert) in [(9, 4), (2, u32::MAX)] {
+            let mut indices = vec![3; 12];
+            indices[at] = expert;
+            let indices = Data::u32(&[6, 2], &indices);
+            Case::new(&[scores.clone(), indices.clone(), one(DType::F32, 0.0)]).same_error(
+                |s, x| cpu::sequence_loss(s, l, x[0], x[1], x[2]),
+                |_, x| sequence_loss(l, x[0], x[1], x[2]),
+            );
+            Case::new(&[scores.clone(), indices, Data::poison(DType::F32, &[6, 4])]).same_error(
+                |s, x| cpu::sequence_loss_grad(s, l, 1.0, x[0], x[1], x[2]),
+                |_, x| sequence_loss_grad(l, 1.0, x[0], x[1], x[2]),
+            );
         }
     }
 

@@ -163,6 +163,19 @@ impl Case {
         Ok(tensors.into_iter().map(|t| values(&memory, t)).collect())
     }
 
+    /// The launches find wrong what the CPU op does, and say it with the same words.
+    pub fn same_error(
+        &self,
+        op: impl FnOnce(&mut Stream, &[Tensor]) -> Result<()>,
+        launches: impl FnOnce(&Memory, &[Tensor]) -> Vec<Launch>,
+    ) {
+        let mut s = stream();
+        let tensors = self.upload(&s.memory().clone());
+        op(&mut s, &tensors).unwrap();
+        let want = s.synchronize().unwrap_err().to_string();
+        assert_eq!(self.run(1, launches), Err(want));
+    }
+
     /// Drops each line of the launches' texts that holds `needle`, one at a time: each time, in one of 8 runs, the interpreter must
     /// refuse, or the result must be another than under the same seed without the loss.
     pub fn mutants(&self, needle: &str, launches: impl Fn(&[Tensor]) -> Vec<Launch>) {

@@ -1,6 +1,6 @@
 //! Cross-entropy between the products of the head: from a chunk's logits to its losses and, in place, to its gradients.
 //!
-//! Signature: (logits, targets, nll, v: u32, scale: f32); a block a row, 1024 threads where the row is long enough. Pass 1
+//! Signature: (logits, targets, nll, v: u32, scale: f32, fault); a block a row, 1024 threads where the row is long enough. Pass 1
 //! keeps, in each thread, the largest logit m and the sum of e^(x - m), scaled anew when m grows; the block folds both
 //! (barriers of [`fold::block`]); pass 2 writes scale (p - onehot). Every thread reads the target's logit before the first
 //! barrier, that is before any is overwritten. Reads the row twice (once from memory, as far as the chunk stays in L2) and
@@ -13,6 +13,7 @@ use super::{
     Arg, Kernel, Launch,
     asm::{Assembler, B32, B64, F32, Pred, Reg, f32_literal},
     dtype_name,
+    fault::{Fault, Report},
     fold::{self, Fold},
     golden::Variant,
     parts::{
@@ -34,7 +35,8 @@ pub struct Logits {
 }
 
 /// `nll` F32 \[rows\] = logsumexp(logits) - the target's logit in nats, 0 where the target is [`IGNORE`]; with a `scale`,
-/// logits become scale times its gradient, 0 where ignored. A target of v or more traps.
+/// logits become scale times its gradient, 0 where ignored. A target of v or more is
+/// told of, and its row left as it is.
 pub fn softmax_rows(logits: Logits, targets: Tensor, nll: Arg, scale: Option<f64>) -> Vec<Launch> {
     let Logits { at, dtype, v } = logits;
     let rows = targets.len();
@@ -48,7 +50,8 @@ pub fn softmax_rows(logits: Logits, targets: Tensor, nll: Arg, scale: Option<f64
     };
     let lanes = if aligned { most } else { 1 };
     let block = if v / lanes >= 1024 { 1024 } else { parts::BLOCK };
-    let args = vec![at, Arg::Tensor(targets), nll, Arg::U32(count(v)), Arg::F32(scale.unwrap_or(0.0) as f32)];
+    let mut args = vec![at, Arg::Tensor(targets), nll, Arg::U32(count(v)), Arg::F32(scale.unwrap_or(0.0) as f32)];
+    args.push(Arg::Fault(Fault::Target { vocabulary: count(v) }));
     vec![Launch { kernel: rows_kernel(dtype, lanes, block, scale.is_some()), grid: [count(rows), 1, 1], args }]
 }
 
@@ -64,7 +67,7 @@ fn rows_kernel(dtype: DType, lanes: usize, block: u32, gradient: bool) -> Kernel
     let what = if gradient { "cross_entropy_grad" } else { "cross_entropy" };
     kernel_of(format!("{what}_{}_x{lanes}_{block}", dtype_name(dtype)), block, move |k| {
         let [logits, targets, nll] = ["logits", "targets", "nll"].map(|n| k.pointer(n));
-        let (v, scale) = (k.u32("v"), k.f32("scale"));
+        let (v, scale, fault) = (k.u32("v"), k.f32("scale"), Report::param(k));
         let (tid, index, groups) = (special(k, "%tid.x"), special(k, "%ctaid.x"), k.reg::<B32>());
         ptx!(k, "shr.u32 {groups}, {v}, {};", lanes.trailing_zeros());
         let x = row(k, logits, index, v, dtype);
@@ -85,7 +88,8 @@ fn rows_kernel(dtype: DType, lanes: usize, block: u32, gradient: bool) -> Kernel
         ptx!(k, "ret;");
         k.place(&counted);
         ptx!(k, "setp.ge.u32 {no}, {target}, {v};");
-        ptx!(k, "@{no} trap;");
+        fault.tell(k, no, index, target);
+        ptx!(k, "@{no} ret;");
         let at_target = element(k, x, target, dtype);
         let at_target = load(k, at_target, dtype);
 
@@ -269,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn masked_logits_have_no_probability_and_wrong_targets_stop_the_launch() {
+    fn masked_logits_have_no_probability_and_wrong_targets_are_told_of() {
         let run = |logits: [f64; 4], target| {
             let x = [
                 Data(DType::F32, vec![1, 4], logits.to_vec()),
@@ -290,6 +294,19 @@ mod tests {
         assert_eq!(certain[0], [0.0; 4]);
         assert!(certain[2][0].abs() < 3e-7, "{certain:?}");
         assert!(run([0.0, f64::NAN, 0.0, 0.0], 0).is_ok_and(|x| x[2][0].is_nan()));
-        assert!(run([0.0; 4], 4).is_err_and(|e| e.contains("trap")));
+        let said = "task `set-up` failed on stream `test`: expected a target below the vocabulary of 4, found 4";
+        assert_eq!(run([0.0; 4], 4), Err(said.into()));
+    }
+
+    #[test]
+    fn a_target_past_the_vocabulary_is_told_of_as_by_the_cpu() {
+        let h = [Data::random(DType::F32, &[2, 4], 1), Data::random(DType::F32, &[4, 4], 2)];
+        Case::new(&[&h[..], &[Data::u32(&[2], &[1, 9]), Data::poison(DType::F32, &[2])]].concat()).same_error(
+            |s, x| cpu::run(s, x[0], x[1], x[2], 1.0, cpu::Passes { nll: Some(x[3]), dh: None, dw: None }),
+            |_, x| {
+                let logits = Logits { at: Arg::Tensor(x[0]), dtype: DType::F32, v: 4 };
+                softmax_rows(logits, x[2], Arg::Tensor(x[3]), None)
+            },
+        );
     }
 }

@@ -1,7 +1,7 @@
 //! The gate on the device: a warp a token, scores in registers, the choice by comparisons of whole words.
 //!
 //! Signatures (all rows F32 or U32, t: u32):
-//! - forward `(logits, [bias,] scores, indices, weights, counts, factor: f32, t)`; `counts` is zero before. With random routing
+//! - forward `(logits, [bias,] scores, indices, weights, counts, factor: f32, t, fault)`; `counts` is zero before. With random routing
 //!   `indices` is an input, from a kernel of its own.
 //! - input_grad `(scores, indices, dweights, [dscores,] dlogits, factor: f32, t)`.
 //!
@@ -12,7 +12,8 @@
 //!
 //! The choice: an f32 becomes a u32 of the same order, 0 for an expert that is not within reach or already taken. A round takes the
 //! largest word of the warp (`redux.sync.max`) and of the experts that have it the first (`redux.sync.min`): ties go to the lower
-//! index. A group is kept if fewer than `keep` groups score more, or as much with a lower index. NaN logits trap.
+//! index. A group is kept if fewer than `keep` groups score more, or as much with a lower index. A NaN logit is told of, and
+//! scores that are NaN are taken for 0.
 //!
 //! Softmax sums over lanes, and e^x is the device's: scores are within 1e-6 of the CPU's, and choices differ only where corrected
 //! scores are that near. Counts are integers, so the order of the atomic additions does not show.
@@ -27,6 +28,7 @@ use super::{
     Arg, Kernel, Launch,
     asm::{Assembler, B32, B64, F32, Pred, Reg, f32_literal},
     elementwise,
+    fault::{Fault, Report},
     fold::{self, Fold, Team},
     golden::Variant,
     parts::{self, BLOCK, count, element, special},
@@ -70,7 +72,7 @@ pub fn forward(gate: Gate, logits: Tensor, bias: Option<Tensor>, out: Outputs) -
     }
     let tensors = [logits].into_iter().chain(bias).chain([out.scores, out.indices, out.weights, out.counts]);
     let mut args: Vec<Arg> = tensors.map(Arg::Tensor).collect();
-    args.extend([Arg::F32(gate.routed_scaling_factor as f32), Arg::U32(count(t))]);
+    args.extend([Arg::F32(gate.routed_scaling_factor as f32), Arg::U32(count(t)), Arg::Fault(Fault::GateLogit)]);
     let kernel = forward_kernel(Config { gate, e, k, bias: bias.is_some() });
     launches.push(Launch { kernel, grid: Team::Warp.grid(t), args });
     launches
@@ -232,18 +234,25 @@ fn emit_forward(k: &mut Assembler, config: Config) {
     let bias = bias.then(|| k.pointer("bias"));
     let (out, indices, weights, counts) =
         (k.pointer("scores"), k.pointer("indices"), k.pointer("weights"), k.pointer("counts"));
-    let (factor, t) = (k.f32("factor"), k.u32("t"));
+    let (factor, t, fault) = (k.f32("factor"), k.u32("t"), Report::param(k));
     let (token, lane) = Team::Warp.place(k, t);
     let experts = Experts::new(k, lane, e);
     let at = experts.at(k, logits, token, e);
     let x = experts.load(k, at, f32::NEG_INFINITY);
     let s = scores(k, gate.score, &x);
-    for s in &s {
+    let any = k.reg::<Pred>();
+    for (i, s) in s.iter().enumerate() {
         let bad = k.reg::<Pred>();
         // A lane without an expert has NaN only if all of the token's scores are.
         ptx!(k, "setp.nan.f32 {bad}, {s}, {s};");
-        ptx!(k, "@{bad} trap;");
+        ptx!(k, "selp.f32 {s}, {}, {s}, {bad};", f32_literal(0.0));
+        match i {
+            0 => ptx!(k, "mov.pred {any}, {bad};"),
+            _ => ptx!(k, "or.pred {any}, {any}, {bad};"),
+        }
     }
+    let none = special(k, "0");
+    fault.tell(k, any, token, none);
     let at = experts.at(k, out, token, e);
     experts.store(k, at, &s);
     let choice = Choice::new(k, lane, e, gate.groups.filter(|_| gate.mode == Mode::Learned));

@@ -1,16 +1,17 @@
 //! MLA's keys and values from the two projections, and back.
 //!
 //! assemble (kv_a, kv_b, positions, cos, sin, k, v, n: u32 groups, groups a token, groups a head, then in elements n, r, v, c,
-//! and half, max_positions): one thread a group of neighbouring elements of one head of k or v. A rotated group reads its part
+//! and half, max_positions, fault): one thread a group of neighbouring elements of one head of k or v. A rotated group reads its part
 //! of kv_a again for each head, from the caches. Moves kv_b in, k and v out. assemble_grad in two launches: `scatter` (dk, dv,
 //! dkv_b, n, groups a head, n, r, v) copies; `shared` (dk, positions, cos, sin, dkv_a, n: u32 pairs, half, h, n, r, c,
-//! max_positions) sums one pair over the heads, in their order, in f32, and turns it back. Every element is the CPU op's, to
-//! the bit. A position past the table traps.
+//! max_positions, fault) sums one pair over the heads, in their order, in f32, and turns it back. Every element is the CPU op's, to
+//! the bit. A position past the table is told of, and taken for the first.
 
 use super::{
     Arg, Kernel, Launch,
     asm::{Assembler, B32, B64, F32, Pred, Reg},
     dtype_name,
+    fault::{Fault, Report},
     golden::Variant,
     parts::{
         self, constant, copy_bits, count, div_rem, element, flat, flat_grid, load_u32, load_vector, row, store,
@@ -45,6 +46,7 @@ pub fn assemble(x: Projections, positions: Tensor, table: &RopeTable, k: Tensor,
     let mut args = [x.kv_a, x.kv_b, positions, table.cos, table.sin, k, v].map(Arg::Tensor).to_vec();
     let sizes = [items, z.h * per_head, per_head, z.n, z.r, z.v, z.c, z.r / 2, table.max_positions()];
     args.extend(sizes.map(|n| Arg::U32(count(n))));
+    args.push(Arg::Fault(Fault::Position));
     vec![Launch { kernel: assemble_kernel(k.dtype, table.pairs, lanes), grid: flat_grid(items, 1), args }]
 }
 
@@ -65,6 +67,7 @@ pub fn assemble_grad(dk: Tensor, dv: Tensor, positions: Tensor, table: &RopeTabl
     if pairs > 0 {
         let mut args = [dk, positions, table.cos, table.sin, dx.kv_a].map(Arg::Tensor).to_vec();
         args.extend([pairs, z.r / 2, z.h, z.n, z.r, z.c, table.max_positions()].map(|n| Arg::U32(count(n))));
+        args.push(Arg::Fault(Fault::Position));
         // One access a pair where pairs are neighbours and aligned.
         let wide = table.pairs == Pairs::Interleaved && [dk.offset as usize, z.n].iter().all(|n| n.is_multiple_of(2));
         launches.push(Launch { kernel: shared_kernel(dk.dtype, table.pairs, wide), grid: flat_grid(pairs, 1), args });
@@ -97,7 +100,7 @@ fn assemble_kernel(dtype: DType, pairs: Pairs, lanes: usize) -> Kernel {
         let (keys, values) = (k.pointer("k"), k.pointer("v"));
         let [items, per_token, per_head, n, r] = ["items", "per_token", "per_head", "n", "r"].map(|n| k.u32(n));
         let [v, c, half, max_positions] = ["v_dim", "c", "half", "max_positions"].map(|n| k.u32(n));
-        let table = TableArgs { cos, sin, half, max_positions };
+        let table = TableArgs { cos, sin, half, max_positions, fault: Report::param(k) };
         flat(k, items, 1, |k, i, _| {
             let token = div_rem(k, i, per_token).0;
             let (index, column) = div_rem(k, i, per_head);
@@ -119,7 +122,7 @@ fn assemble_kernel(dtype: DType, pairs: Pairs, lanes: usize) -> Kernel {
             k.place(&rotated);
             let (position, j, a) = (load_u32(k, positions, token), difference(k, column, n), sum(k, c, r));
             let source = at(k, kv_a, token, a, c, dtype);
-            let y = rotated_part(k, source, j, table, position, (dtype, pairs, lanes));
+            let y = rotated_part(k, source, j, &table, position, (dtype, pairs, lanes));
             let to = at(k, keys, index, d, column, dtype);
             store_vector(k, to, &y, dtype);
         });
@@ -131,7 +134,7 @@ fn rotated_part(
     k: &mut Assembler,
     source: Reg<B64>,
     j: Reg<B32>,
-    table: TableArgs,
+    table: &TableArgs,
     position: Reg<B32>,
     (dtype, pairs, lanes): (DType, Pairs, usize),
 ) -> Vec<Reg<F32>> {
@@ -202,7 +205,7 @@ fn shared_kernel(dtype: DType, pairs: Pairs, wide: bool) -> Kernel {
         let [dk, positions, cos, sin, kv_a] = ["dk", "positions", "cos", "sin", "kv_a"].map(|n| k.pointer(n));
         let [items, half, h, n, r] = ["items", "half", "h", "n", "r"].map(|n| k.u32(n));
         let (c, max_positions) = (k.u32("c"), k.u32("max_positions"));
-        let table = TableArgs { cos, sin, half, max_positions };
+        let table = TableArgs { cos, sin, half, max_positions, fault: Report::param(k) };
         flat(k, items, 1, |k, i, _| {
             let (token, pair) = div_rem(k, i, half);
             let (first, d, stride) = (k.reg::<B32>(), sum(k, n, r), k.reg::<B64>());

@@ -16,6 +16,7 @@ pub mod dequantize;
 pub mod e5m6;
 pub mod elementwise;
 pub mod embedding;
+pub mod fault;
 pub mod fold;
 pub mod gate;
 pub mod gemm;
@@ -34,6 +35,10 @@ pub mod sampling;
 pub mod swiglu;
 #[cfg(test)]
 pub(crate) mod testing;
+
+use std::sync::Arc;
+
+pub use fault::Fault;
 
 use crate::{dtype::DType, tensor::Tensor};
 
@@ -99,6 +104,10 @@ pub enum Arg {
     F64(f64),
     /// How TMA sees a tensor.
     Map(TensorMap),
+    /// Address of these bytes, some KiB at most: numbers that the host makes anew for each launch.
+    Bytes(Arc<[u8]>),
+    /// Where the kernel says what it finds wrong.
+    Fault(Fault),
 }
 
 /// A tensor as boxes that TMA copies (`cuTensorMapEncodeTiled`). Elements of one row are contiguous; the innermost axis is

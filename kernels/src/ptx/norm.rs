@@ -2,12 +2,15 @@
 //!
 //! `sum` (x, partial, n: u32): block b adds up its share of x in strides of the grid, and writes partial\[b\]; the grid follows
 //! from n alone, so the order of additions does too. `finish` (partial, n: u32, factor: f64, acc): one block; acc += factor *
-//! sum. `check_finite` (x, flag, n: u32). Scratch 0: partial, f64 a block. Time: bytes of x over memory bandwidth.
+//! sum. `check_finite` (x, n: u32, fault). Scratch 0: partial, f64 a block. Time: bytes of x over memory bandwidth.
+
+use std::sync::Arc;
 
 use super::{
     Arg, Kernel, Launch,
     asm::{Assembler, B32, B64, F32, F64, Pred, Reg, f32_literal},
     dtype_name,
+    fault::{Fault, Report},
     fold::{self, Fold},
     golden::Variant,
     parts::{
@@ -49,14 +52,13 @@ pub(super) fn finish(partial: Arg, n: usize, factor: f64, acc: Tensor) -> Launch
     Launch { kernel: finish_kernel(acc.dtype), grid: [1, 1, 1], args }
 }
 
-/// `flag` u32 \[1\] = 1 if `x` holds a NaN or an infinity, else it stays: the caller reads it when it next waits for the
-/// device.
-pub fn check_finite(x: Tensor, flag: Tensor) -> Vec<Launch> {
+/// Tells of a NaN or an infinity in `x`.
+pub fn check_finite(x: Tensor, task: Arc<str>, tensor: Arc<str>) -> Vec<Launch> {
     let (n, lanes) = (x.len(), if x.dtype == DType::F64 { 1 } else { parts::lanes(&[x], 0) });
     if n == 0 {
         return vec![];
     }
-    let args = vec![Arg::Tensor(x), Arg::Tensor(flag), Arg::U32(count(n))];
+    let args = vec![Arg::Tensor(x), Arg::U32(count(n)), Arg::Fault(Fault::NotFinite { task, tensor })];
     vec![Launch { kernel: check_finite_kernel(x.dtype, lanes), grid: flat_grid(n, lanes), args }]
 }
 
@@ -132,24 +134,37 @@ fn finish_kernel(dtype: DType) -> Kernel {
 
 fn check_finite_kernel(dtype: DType, lanes: usize) -> Kernel {
     parts::kernel(format!("check_finite_{}_x{lanes}", dtype_name(dtype)), move |k| {
-        let (x, flag, n) = (k.pointer("x"), k.pointer("flag"), k.u32("n"));
+        let (x, n, fault) = (k.pointer("x"), k.u32("n"), Report::param(k));
         flat(k, n, lanes, |k, i, lanes| {
             let at = element(k, x, i, dtype);
-            let bad = k.reg::<Pred>();
+            let (bad, found) = (k.reg::<Pred>(), k.reg::<F64>());
             if dtype == DType::F64 {
-                let (v, size) = (load_f64(k, at, dtype), k.reg::<F64>());
-                ptx!(k, "abs.f64 {size}, {v};");
+                let size = k.reg::<F64>();
+                ptx!(k, "ld.global.f64 {found}, [{at}];");
+                ptx!(k, "abs.f64 {size}, {found};");
                 ptx!(k, "setp.geu.f64 {bad}, {size}, 0d7FF0000000000000;");
             } else {
                 // 0 x is 0, or NaN where x is not finite.
                 let sum = k.reg::<F32>();
                 ptx!(k, "mov.f32 {sum}, {};", f32_literal(0.0));
-                for v in load_vector(k, at, dtype, lanes) {
+                let all = load_vector(k, at, dtype, lanes);
+                for v in &all {
                     ptx!(k, "fma.rn.f32 {sum}, {v}, {}, {sum};", f32_literal(0.0));
                 }
                 ptx!(k, "setp.neu.f32 {bad}, {sum}, {};", f32_literal(0.0));
+                // The first of them, where there is one.
+                let (first, this) = (k.reg::<F32>(), k.reg::<Pred>());
+                ptx!(k, "mov.f32 {first}, {};", all[0]);
+                for v in all.iter().rev() {
+                    ptx!(k, "mul.rn.f32 {sum}, {v}, {};", f32_literal(0.0));
+                    ptx!(k, "setp.neu.f32 {this}, {sum}, {};", f32_literal(0.0));
+                    ptx!(k, "selp.f32 {first}, {v}, {first}, {this};");
+                }
+                ptx!(k, "cvt.f64.f32 {found}, {first};");
             }
-            ptx!(k, "@{bad} red.global.or.b32 [{flag}], 1;");
+            let (low, high) = (k.reg::<B32>(), k.reg::<B32>());
+            ptx!(k, "mov.b64 {{{low}, {high}}}, {found};");
+            fault.tell(k, bad, low, high);
         });
     })
 }
@@ -169,8 +184,10 @@ pub fn variants() -> Vec<Variant> {
 mod tests {
     use super::*;
     use crate::{
+        memory::Memory,
         ops::norm as cpu,
         ptx::case::{Case, Data},
+        stream::Stream,
     };
 
     #[test]
@@ -193,13 +210,24 @@ mod tests {
     #[test]
     fn what_is_not_finite_is_found_wherever_it_is() {
         for dtype in [DType::F32, DType::Bf16, DType::F64] {
-            for (at, value, flag) in
-                [(0, 1.0, 0.0), (0, f64::NAN, 1.0), (600, f64::INFINITY, 1.0), (602, f64::NEG_INFINITY, 1.0)]
+            for (at, value) in
+                [(0, 1.0), (0, f64::NAN), (3, f64::INFINITY), (600, f64::INFINITY), (602, f64::NEG_INFINITY)]
             {
                 let mut x = Data::random(dtype, &[603], 1);
                 x.2[at] = value;
-                let got = Case::new(&[x, Data::u32(&[1], &[0])]).run(1, |_, t| check_finite(t[0], t[1]));
-                assert_eq!(got.map(|t| t[1][0]), Ok(flag), "{dtype:?} {value} at {at}");
+                let names: [Arc<str>; 2] = ["3 F layer 1".into(), "scores".into()];
+                let [task, name] = &names;
+                let case = Case::new(&[x]);
+                let launches = |_: &Memory, t: &[Tensor]| check_finite(t[0], task.clone(), name.clone());
+                if value.is_finite() {
+                    assert!(case.run(1, launches).is_ok());
+                    continue;
+                }
+                let cpu = |s: &mut Stream, t: &[Tensor]| {
+                    cpu::check_finite(s, t[0], task.clone(), name.clone());
+                    Ok(())
+                };
+                case.same_error(cpu, launches);
             }
         }
     }

@@ -2,13 +2,14 @@
 //! them.
 //!
 //! Signature: (x, positions, cos, sin, n: u32 items, items a token, items a head, head, offset, half, max_positions: u32, sign:
-//! f32); sign is -1 for the inverse. Rounded operation by operation as the CPU op: equal to it to the bit. Moves the rotated
-//! elements once in and once out. A position past the table traps.
+//! f32, fault); sign is -1 for the inverse. Rounded operation by operation as the CPU op: equal to it to the bit. Moves the rotated
+//! elements once in and once out. A position past the table is told of, and taken for the first.
 
 use super::{
     Arg, Kernel, Launch,
     asm::{Assembler, B32, B64, F32, Pred, Reg},
     dtype_name,
+    fault::{Fault, Report},
     golden::Variant,
     parts::{self, count, div_rem, element, f32_op, flat, flat_grid, load_u32, load_vector, row, store_vector},
 };
@@ -43,7 +44,7 @@ fn rotate(x: Tensor, offset: usize, positions: Tensor, table: &RopeTable, sign: 
     args.extend(
         [t * per_token, per_token, per_head, head, offset, half, table.max_positions()].map(|n| Arg::U32(count(n))),
     );
-    args.push(Arg::F32(sign));
+    args.extend([Arg::F32(sign), Arg::Fault(Fault::Position)]);
     vec![Launch { kernel: rotate_kernel(x.dtype, table.pairs, pairs), grid: flat_grid(t * per_token, 1), args }]
 }
 
@@ -64,7 +65,6 @@ pub(super) fn pairs_name(pairs: Pairs) -> &'static str {
 }
 
 /// A table of `half` columns on a device.
-#[derive(Clone, Copy)]
 pub(super) struct TableArgs {
     /// Address of the cosines.
     pub cos: Reg<B64>,
@@ -74,16 +74,20 @@ pub(super) struct TableArgs {
     pub half: Reg<B32>,
     /// Its rows.
     pub max_positions: Reg<B32>,
+    /// What is told of a position past it.
+    pub fault: Report,
 }
 
 impl TableArgs {
-    /// Cosines and sines of `n` neighbouring pairs at a position; traps past the table.
-    pub fn load(self, k: &mut Assembler, position: Reg<B32>, first: Reg<B32>, n: usize) -> [Vec<Reg<F32>>; 2] {
+    /// Cosines and sines of `n` neighbouring pairs at a position; past the table, of the first, which is told of.
+    pub fn load(&self, k: &mut Assembler, position: Reg<B32>, first: Reg<B32>, n: usize) -> [Vec<Reg<F32>>; 2] {
         let past = k.reg::<Pred>();
         ptx!(k, "setp.ge.u32 {past}, {position}, {};", self.max_positions);
-        ptx!(k, "@{past} trap;");
+        self.fault.tell(k, past, position, position);
+        let row_of = k.reg::<B32>();
+        ptx!(k, "selp.b32 {row_of}, 0, {position}, {past};");
         [self.cos, self.sin].map(|base| {
-            let at = row(k, base, position, self.half, DType::F32);
+            let at = row(k, base, row_of, self.half, DType::F32);
             let at = element(k, at, first, DType::F32);
             load_vector(k, at, DType::F32, n)
         })
@@ -105,7 +109,8 @@ fn rotate_kernel(dtype: DType, pairs: Pairs, at_once: usize) -> Kernel {
         let (n, per_token, per_head) = (k.u32("n"), k.u32("per_token"), k.u32("per_head"));
         let (head, offset, half, max_positions) =
             (k.u32("head"), k.u32("offset"), k.u32("half"), k.u32("max_positions"));
-        let (sign, table) = (k.f32("sign"), TableArgs { cos, sin, half, max_positions });
+        let (sign, fault) = (k.f32("sign"), Report::param(k));
+        let table = TableArgs { cos, sin, half, max_positions, fault };
         flat(k, n, 1, |k, i, _| {
             let (token, first) = (div_rem(k, i, per_token).0, k.reg::<B32>());
             let (index, group) = div_rem(k, i, per_head);
@@ -173,8 +178,9 @@ pub fn variants() -> Vec<Variant> {
 mod tests {
     use super::*;
     use crate::{
+        memory::Memory,
         ops::rope::{self as cpu, Rope, Yarn},
-        ptx::case::{Case, Data, values},
+        ptx::case::{Case, Data},
     };
 
     #[test]
@@ -212,13 +218,15 @@ mod tests {
     }
 
     #[test]
-    fn a_position_past_the_table_stops_the_launch() {
+    fn a_position_past_the_table_is_told_of() {
         let inputs = [Data::random(DType::F32, &[2, 4], 1), Data::u32(&[2], &[0, 8])];
-        let error = Case::new(&inputs).run(1, |m, x| {
-            let table = Rope { theta: 1e4, dim: 4, yarn: None }.table(m, DType::F32, 8, Pairs::HalfSplit);
-            assert_eq!(values(m, table.cos).len(), 16);
-            forward(x[0], 0, x[1], &table)
-        });
-        assert!(error.is_err_and(|e| e.contains("trap")));
+        let table = |m: &Memory| Rope { theta: 1e4, dim: 4, yarn: None }.table(m, DType::F32, 8, Pairs::HalfSplit);
+        Case::new(&inputs).same_error(
+            |s, x| {
+                let table = table(s.memory());
+                cpu::forward(s, x[0], 0, x[1], &table)
+            },
+            |m, x| forward(x[0], 0, x[1], &table(m)),
+        );
     }
 }

@@ -1,7 +1,8 @@
 //! Choosing the next token: a block a row, the row read again for each bit that is looked for.
 //!
-//! Signature: (logits, draws, tokens, v: u32, index_bits: u32); draws, F64 [n, 4], is what [`draws`] makes on the host: 1 /
-//! temperature (0: the most likely), top_k (v: all), top_p, and the row's uniform number.
+//! Signature: (logits, draws, tokens, v: u32, index_bits: u32, fault); draws, F64 [n, 4], is what [`draws`] makes on the host: 1 /
+//! temperature (0: the most likely), top_k (v: all), top_p, and the row's uniform number. They are bytes of the launch, since they
+//! are others in each.
 //!
 //! Nothing is sorted. Logits map to integers of the same order; the last token kept by top_k, the last kept by top_p and the
 //! drawn one are each found from the highest bit on: a bit stays set if the tokens from there up are still enough, by count or
@@ -10,7 +11,7 @@
 //! 128 Ki; greedy rows take one.
 //!
 //! Weights are e^((x - max) / T) by [`super::parts::exp`], so a draw may differ from the CPU op's where u falls within 1e-6 of
-//! the border of two tokens. A row with NaN, with infinity, or with nothing above minus infinity gives token [`NOT_FINITE`].
+//! the border of two tokens. A row with NaN, with infinity, or with nothing above minus infinity is told of, and has no token.
 
 mod row;
 
@@ -20,6 +21,7 @@ use super::{
     Arg, Kernel, Launch,
     asm::{Assembler, B32, B64, F32, F64, Pred, Reg, f64_literal},
     dtype_name,
+    fault::{Fault, Report},
     golden::Variant,
     parts::{count, element, kernel_of, load_f64, special},
 };
@@ -31,11 +33,8 @@ use crate::{
 };
 use row::{Row, Tokens, Weight, argmax, quotient};
 
-/// What is chosen from a row whose logits are no numbers; the caller reports it.
-pub const NOT_FINITE: u32 = u32::MAX;
-
 /// What the kernel reads of each row's sampling: four numbers a row, over a vocabulary of v.
-pub fn draws(rows: &[Sampling], v: usize) -> Vec<f64> {
+fn draws(rows: &[Sampling], v: usize) -> Vec<f64> {
     let one = |s: &Sampling| {
         let greedy = s.temperature <= 0.0 || s.top_k == 1 || s.top_p <= 0.0;
         let top_k = if s.top_k == 0 { v } else { s.top_k.min(v) };
@@ -45,9 +44,8 @@ pub fn draws(rows: &[Sampling], v: usize) -> Vec<f64> {
     rows.iter().flat_map(one).collect()
 }
 
-/// Assigns to tokens, U32 `[n]`, a choice from each row of logits [n, v], F32 or Bf16; `draws` F64 [n, 4] holds what [`draws`]
-/// made.
-pub fn forward(logits: Tensor, draws: Tensor, tokens: Tensor) -> Vec<Launch> {
+/// Assigns to tokens, U32 `[n]`, a choice from each row of logits [n, v], F32 or Bf16.
+pub fn forward(logits: Tensor, rows: &[Sampling], tokens: Tensor) -> Vec<Launch> {
     let (n, v) = (logits.rows(), logits.cols());
     if logits.is_empty() {
         return vec![];
@@ -57,20 +55,25 @@ pub fn forward(logits: Tensor, draws: Tensor, tokens: Tensor) -> Vec<Launch> {
         1025..=16384 => 256,
         _ => 1024,
     };
-    let mut args = [logits, draws, tokens].map(Arg::Tensor).to_vec();
-    args.extend([Arg::U32(count(v)), Arg::U32(usize::BITS - v.leading_zeros())]);
+    let draws: Vec<u8> = draws(rows, v).into_iter().flat_map(f64::to_ne_bytes).collect();
+    let mut args = vec![Arg::Tensor(logits), Arg::Bytes(draws.into()), Arg::Tensor(tokens)];
+    args.extend([Arg::U32(count(v)), Arg::U32(usize::BITS - v.leading_zeros()), Arg::Fault(Fault::SampledLogits)]);
     vec![Launch { kernel: forward_kernel(logits.dtype, block), grid: [count(n), 1, 1], args }]
 }
 
 fn forward_kernel(dtype: DType, block: u32) -> Kernel {
     kernel_of(format!("sampling_{}_{block}", dtype_name(dtype)), block, move |k| {
         let [logits, draws, tokens] = ["logits", "draws", "tokens"].map(|n| k.pointer(n));
-        let (v, index_bits) = (k.u32("v"), k.u32("index_bits"));
-        let (tid, n, chosen) = (special(k, "%tid.x"), special(k, "%ctaid.x"), special(k, "0xffffffff"));
+        let (v, index_bits, fault) = (k.u32("v"), k.u32("index_bits"), Report::param(k));
+        let (tid, n, chosen) = (special(k, "%tid.x"), special(k, "%ctaid.x"), k.reg::<B32>());
         let logits = super::parts::row(k, logits, n, v, dtype);
         let (max, inverse, store, drawing) = (k.reg::<F32>(), k.reg::<F32>(), k.label("store"), k.reg::<Pred>());
         let r = Row { logits, dtype, v, tid, block, max, inverse };
-        let (best, largest) = argmax(k, r, &store);
+        let (best, largest, unusable) = argmax(k, r);
+        let bits = k.reg::<B32>();
+        ptx!(k, "mov.b32 {bits}, {largest};");
+        fault.tell(k, unusable, n, bits);
+        ptx!(k, "@{unusable} ret;");
         ptx!(k, "mov.f32 {max}, {largest};");
         ptx!(k, "mov.u32 {chosen}, {best};");
         let four = special(k, "4");
@@ -196,13 +199,9 @@ mod tests {
     const FREE: Sampling = Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, seed: 7, position: 0 };
 
     fn check(logits: Data, rows: &[Sampling]) {
-        let v = logits.1[1];
         Case::new(&[logits, Data::poison(DType::U32, &[rows.len()])])
             .cpu(|s, x| cpu::forward(s, x[0], rows, x[1]))
-            .ptx_with(|m, x| {
-                let draws = m.from_slice(&[rows.len(), 4], &draws(rows, v));
-                forward(x[0], draws, x[1])
-            })
+            .ptx(|x| forward(x[0], rows, x[1]))
             .equal();
     }
 
@@ -237,47 +236,24 @@ mod tests {
     #[test]
     fn each_barrier_is_needed() {
         let rows = [Sampling { top_k: 300, top_p: 0.9, ..FREE }, Sampling { seed: 8, ..FREE }];
-        let case = Case::new(&[
-            Data::random(DType::Bf16, &[2, 1026], 5).map(|x| 4.0 * x),
-            Data(DType::F64, vec![2, 4], draws(&rows, 1026)),
-            Data::poison(DType::U32, &[2]),
-        ]);
-        let launches = |x: &[Tensor]| forward(x[0], x[1], x[2]);
+        let case =
+            Case::new(&[Data::random(DType::Bf16, &[2, 1026], 5).map(|x| 4.0 * x), Data::poison(DType::U32, &[2])]);
+        let launches = |x: &[Tensor]| forward(x[0], &rows, x[1]);
         case.mutants("bar.sync", launches);
     }
 
     #[test]
-    fn the_first_of_the_largest_is_taken_and_what_is_no_number_is_said() {
+    fn the_first_of_the_largest_is_taken_and_what_is_no_number_is_told_of() {
         let minus = f64::NEG_INFINITY;
-        let x = vec![
-            0.0,
-            -0.0,
-            minus,
-            -1.0,
-            minus,
-            minus,
-            minus,
-            minus,
-            1.0,
-            f64::NAN,
-            2.0,
-            3.0,
-            1.0,
-            f64::INFINITY,
-            2.0,
-            3.0,
-        ];
         for dtype in [DType::F32, DType::Bf16] {
-            let inputs = [Data(dtype, vec![4, 4], x.clone()), Data::poison(DType::U32, &[4])];
-            for sampling in [Sampling::GREEDY, FREE] {
-                let got = Case::new(&inputs).run(1, |m, x| {
-                    let draws = m.from_slice(&[4, 4], &draws(&[sampling; 4], 4));
-                    forward(x[0], draws, x[1])
-                });
-                let none = f64::from(NOT_FINITE);
-                let got = got.unwrap_or_default().remove(1);
-                assert_eq!(got[1..], [none, none, none]);
-                assert!(sampling != Sampling::GREEDY || got[0] == 0.0, "{got:?}");
+            check(Data(dtype, vec![1, 4], vec![0.0, -0.0, minus, -1.0]), &[Sampling::GREEDY]);
+            for bad in [[minus; 4], [1.0, f64::NAN, 2.0, 3.0], [1.0, f64::INFINITY, 2.0, 3.0]] {
+                let x = [[1.0, 3.0, 2.0, 0.0], bad].concat();
+                let case = Case::new(&[Data(dtype, vec![2, 4], x), Data::poison(DType::U32, &[2])]);
+                for sampling in [Sampling::GREEDY, FREE] {
+                    let rows = [sampling; 2];
+                    case.same_error(|s, x| cpu::forward(s, x[0], &rows, x[1]), |_, x| forward(x[0], &rows, x[1]));
+                }
             }
         }
     }

@@ -48,6 +48,7 @@ pub fn run(memory: &Memory, seed: u64, launches: &[Launch]) -> Result<(), String
     let mut machine = Machine::new(seed);
     let mut buffers: BTreeMap<BufferId, (u64, Tensor)> = BTreeMap::new();
     let mut scratch: BTreeMap<u8, u64> = BTreeMap::new();
+    let mut faults = vec![];
     for launch in launches {
         for arg in &launch.args {
             match arg {
@@ -63,10 +64,14 @@ pub fn run(memory: &Memory, seed: u64, launches: &[Launch]) -> Result<(), String
                 Arg::Scratch { slot, bytes } => {
                     scratch.entry(*slot).or_insert_with(|| machine.alloc(*bytes));
                 }
+                Arg::Fault(fault) => faults.push(fault.clone()),
                 _ => {}
             }
         }
     }
+    let words = machine.alloc(16);
+    machine.write(words, &[0; 16]).unwrap();
+    let mut site = 0u32;
     let address = |tensor: &Tensor| buffers[&tensor.buffer].0 + tensor.offset * tensor.dtype.size_bytes() as u64;
     for launch in launches {
         let text = (launch.kernel.emit)();
@@ -92,12 +97,28 @@ pub fn run(memory: &Memory, seed: u64, launches: &[Launch]) -> Result<(), String
                 .encode()
                 .unwrap()
                 .to_vec(),
+                Arg::Bytes(bytes) => {
+                    let at = machine.alloc(bytes.len() as u64);
+                    machine.write(at, bytes).unwrap();
+                    at.to_le_bytes().to_vec()
+                }
+                Arg::Fault(_) => {
+                    site += 1;
+                    [words.to_le_bytes(), u64::from(site).to_le_bytes()].concat()
+                }
             })
             .collect();
         let block = [launch.kernel.block, 1, 1];
         machine
             .launch(&module, launch.grid, block, launch.kernel.shared_bytes, &params)
             .map_err(|e| format!("{}: {e}", launch.kernel.name))?;
+    }
+    let mut found = [0; 16];
+    machine.read(words, &mut found).unwrap();
+    let [claimed, ready, a, b]: [u32; 4] = bytemuck::cast(found);
+    assert_eq!(claimed, ready, "what is claimed is told");
+    if let Some(fault) = (ready as usize).checked_sub(1).map(|site| &faults[site]) {
+        return Err(fault.error([a, b], "test", "set-up").to_string());
     }
     for (address, whole) in buffers.into_values() {
         let mut bytes = vec![0; whole.size_bytes() as usize];

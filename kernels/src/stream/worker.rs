@@ -49,13 +49,18 @@ impl Worker {
         self.failure.lock().is_some() || self.memory.failure().is_err()
     }
 
+    /// The same, or a kernel has found something wrong, which whoever waits next is told.
+    fn is_over(&self) -> bool {
+        self.lane.as_ref().is_some_and(Lane::has_fault) || self.has_failed()
+    }
+
     fn handle(&mut self, message: Message) {
         match message {
             Message::Batch(messages) => messages.into_iter().for_each(|message| self.handle(message)),
             Message::Record(event) => self.record(&event),
             Message::Wait(event) => self.wait(&event),
             Message::Run { task, op, job } => {
-                if self.has_failed() || !self.make_way(op) {
+                if self.is_over() || !self.make_way(op) {
                     return;
                 }
                 match catch_unwind(AssertUnwindSafe(|| job(&self.memory))) {
@@ -64,11 +69,11 @@ impl Worker {
                 }
             }
             Message::Launch { task, launches } => {
-                if self.has_failed() {
+                if self.is_over() {
                     return;
                 }
                 let Some(lane) = &mut self.lane else { return };
-                match catch_unwind(AssertUnwindSafe(|| lane.launch(&self.memory, &launches))) {
+                match catch_unwind(AssertUnwindSafe(|| lane.launch(&self.memory, &task, &launches))) {
                     Ok(launched) => self.note(launched),
                     Err(panic) => self.fail(&task, panic),
                 }

@@ -157,7 +157,11 @@ api! {
         put(free, (gpu.settings.memory_bytes - gpu.used_bytes) as usize)?;
         put(total, gpu.settings.memory_bytes as usize)
     }
-    waiting cuMemHostAlloc(at: *mut usize, bytes: usize, flags: c_uint) |gpu| { put(at, gpu.alloc_pinned(bytes)?) }
+    waiting cuMemHostAlloc(at: *mut usize, bytes: usize, flags: c_uint) |gpu| {
+        // CU_MEMHOSTALLOC_DEVICEMAP
+        put(at, gpu.alloc_pinned(bytes, flags & 2 != 0)?)
+    }
+    within cuMemHostGetDevicePointer_v2(address: *mut u64, at: usize, flags: c_uint) |gpu| { put(address, gpu.mapped(at)?) }
     waiting cuMemFreeHost(at: usize) |gpu| { gpu.free_pinned(at) }
     within cuMemcpyHtoDAsync_v2(to: u64, from: *const u8, bytes: usize, stream: u64) |gpu| { gpu.copy_to_device(to, from, bytes, stream) }
     waiting cuMemcpyHtoD_v2(to: u64, from: *const u8, bytes: usize) |gpu| {

@@ -167,7 +167,8 @@ impl Gpu {
             Op::Launch(launch) => {
                 let KernelLaunch { function, grid, block, shared_bytes, params } = &*launch;
                 let begin = now();
-                let ran = self.machine.launch(&function.module, *grid, *block, *shared_bytes, params);
+                let ran =
+                    self.share_mapped(|machine| machine.launch(&function.module, *grid, *block, *shared_bytes, params));
                 self.stats.count(function.module.name(), begin.elapsed(), &ran);
                 ran.map(|_| ()).map_err(|e| format!("{}: {e}", function.module.name()))
             }

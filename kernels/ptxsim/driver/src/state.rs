@@ -64,6 +64,8 @@ pub(crate) struct Gpu {
     allocations: BTreeMap<u64, u64>,
     pub(crate) used_bytes: u64,
     pinned: BTreeMap<usize, Box<[u64]>>,
+    /// Pinned memory that kernels see: the device's address of it, and its words.
+    mapped: BTreeMap<usize, (u64, usize)>,
     pub(crate) queues: BTreeMap<u64, Queue>,
     pub(crate) num_pending: usize,
     events: BTreeMap<u64, Event>,
@@ -90,6 +92,7 @@ impl Gpu {
             allocations: BTreeMap::new(),
             used_bytes: 0,
             pinned: BTreeMap::new(),
+            mapped: BTreeMap::new(),
             // The default stream.
             queues: BTreeMap::from([(0, Queue::default())]),
             num_pending: 0,
@@ -144,18 +147,52 @@ impl Gpu {
         if fits || len == 0 { Ok(()) } else { Err(INVALID_VALUE) }
     }
 
-    pub(crate) fn alloc_pinned(&mut self, bytes: usize) -> Outcome<usize> {
+    pub(crate) fn alloc_pinned(&mut self, bytes: usize, mapped: bool) -> Outcome<usize> {
         if bytes == 0 {
             return Err(INVALID_VALUE);
         }
         let block = vec![0u64; bytes.div_ceil(8)].into_boxed_slice();
         let at = block.as_ptr() as usize;
+        if mapped {
+            self.mapped.insert(at, (self.machine.alloc(8 * block.len() as u64), block.len()));
+        }
         self.pinned.insert(at, block);
         Ok(at)
     }
 
+    /// The device's address of pinned memory that it sees.
+    pub(crate) fn mapped(&self, at: usize) -> Outcome<u64> {
+        self.mapped.get(&at).map(|(address, _)| *address).ok_or(INVALID_VALUE)
+    }
+
+    /// Around a kernel: before it, the device sees what the host wrote; after it, the host sees what the kernel did.
+    pub(crate) fn share_mapped<T>(&mut self, run: impl FnOnce(&mut Machine) -> T) -> T {
+        let mut before = Vec::new();
+        for (&at, &(address, len)) in &self.mapped {
+            // SAFETY: the memory is ours; the host may write it at the same time, word by word, as on a device.
+            let words: Vec<u64> = (0..len).map(|i| unsafe { (at as *const u64).add(i).read_volatile() }).collect();
+            let _ = self.machine.write(address, &words.iter().flat_map(|w| w.to_ne_bytes()).collect::<Vec<u8>>());
+            before.push((at, address, words));
+        }
+        let result = run(&mut self.machine);
+        for (at, address, words) in before {
+            for (i, old) in words.into_iter().enumerate() {
+                let mut now = [0; 8];
+                let _ = self.machine.read(address + 8 * i as u64, &mut now);
+                if u64::from_ne_bytes(now) != old {
+                    // SAFETY: as above.
+                    unsafe { (at as *mut u64).add(i).write_volatile(u64::from_ne_bytes(now)) };
+                }
+            }
+        }
+        result
+    }
+
     pub(crate) fn free_pinned(&mut self, at: usize) -> Outcome {
         self.drain()?;
+        if let Some((address, _)) = self.mapped.remove(&at) {
+            self.machine.free(address).map_err(|_| INVALID_VALUE)?;
+        }
         self.pinned.remove(&at).map(|_| ()).ok_or(INVALID_VALUE)
     }
 

@@ -110,7 +110,7 @@ impl<A: Real> Row<'_, A> {
             Score::Softmax => softmax(logits, scores),
         }
         if scores.iter().any(|s| s.is_nan()) {
-            not_a_number(t);
+            not_a_number(t).raise();
         }
         match self.gate.mode {
             Mode::Learned => self.choose(scores, scratch, indices),
@@ -154,9 +154,10 @@ impl<A: Real> Row<'_, A> {
     }
 }
 
+/// What is said of a token with a NaN among its logits.
 #[cold]
-fn not_a_number(t: usize) -> ! {
-    Error::NotFinite { task: "gate".into(), tensor: format!("logits of token {t}"), value: f64::NAN }.raise()
+pub(crate) fn not_a_number(t: usize) -> Error {
+    Error::NotFinite { task: "gate".into(), tensor: format!("logits of token {t}"), value: f64::NAN }
 }
 
 #[inline(always)]

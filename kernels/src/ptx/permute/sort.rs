@@ -1,7 +1,7 @@
 //! The counting sort of slots by expert, stable, in two kernels and without a wait of the host.
 //!
-//! - count (indices, histograms, n, chunk): block b counts the experts of slots `b chunk..(b + 1) chunk` into row b of the histograms
-//!   [blocks, e]. An index past the last expert traps.
+//! - count (indices, histograms, n, chunk, fault): block b counts the experts of slots `b chunk..(b + 1) chunk` into row b of the
+//!   histograms [blocks, e]. An index past the last expert is told of, and taken for the last in both kernels, so that the order is one.
 //! - scatter (indices, histograms, offsets, row_of_slot, token_of_row, n, chunk, k, blocks): each block adds up the histograms: an
 //!   expert's rows begin after all rows of earlier experts, and a block's after those of earlier blocks. Inside, warp w has its own
 //!   contiguous part of the chunk and its own counters; lanes that meet at one expert are ranked by `match.any`.
@@ -19,6 +19,7 @@ use crate::{
     ptx::{
         Arg, Kernel, Launch,
         asm::{Assembler, B32, B64, Pred, Reg},
+        fault::{Fault, Report},
         fold::exclusive_scan,
         parts::{self, BLOCK, count, div_rem, element, load_u32, special, strided},
     },
@@ -46,17 +47,19 @@ pub fn sort(indices: Tensor, order: Order) -> Vec<Launch> {
     let histograms = Arg::Scratch { slot: 0, bytes: 4 * u64::from(blocks) * e.max(1) as u64 };
     let grid = [blocks, 1, 1];
     let outputs = [order.offsets, order.row_of_slot, order.token_of_row].map(Arg::Tensor);
-    let mut args = vec![Arg::Tensor(indices), histograms.clone()];
+    let fault = Arg::Fault(Fault::Expert { num: e as u32, per_token: k });
+    let counting = Launch {
+        kernel: count_kernel(e),
+        grid,
+        args: vec![Arg::Tensor(indices), histograms.clone(), Arg::U32(n), Arg::U32(chunk), fault],
+    };
+    if e == 0 && n > 0 {
+        return vec![counting];
+    }
+    let mut args = vec![Arg::Tensor(indices), histograms];
     args.extend(outputs);
     args.extend([n, chunk, k.max(1), blocks].map(Arg::U32));
-    vec![
-        Launch {
-            kernel: count_kernel(e),
-            grid,
-            args: vec![Arg::Tensor(indices), histograms, Arg::U32(n), Arg::U32(chunk)],
-        },
-        Launch { kernel: scatter_kernel(e), grid, args },
-    ]
+    vec![counting, Launch { kernel: scatter_kernel(e), grid, args }]
 }
 
 /// Slots `first..end` of this block.
@@ -88,16 +91,18 @@ pub(super) fn count_kernel(e: usize) -> Kernel {
     parts::kernel(format!("sort_count_e{e}"), move |k| {
         let (indices, histograms, n, chunk) =
             (k.pointer("indices"), k.pointer("histograms"), k.u32("n"), k.u32("chunk"));
+        let fault = Report::param(k);
         let name = k.shared(4, "counters", 4 * e.max(1));
         let (counters, tid) = (special(k, &name), special(k, "%tid.x"));
-        clear(k, counters, e as u32);
+        clear(k, counters, e.max(1) as u32);
         ptx!(k, "bar.sync 0;");
         let (first, end) = span(k, n, chunk);
         ptx!(k, "add.u32 {first}, {first}, {tid};");
         strided(k, first, end, BLOCK, |k, i| {
             let (expert, bad) = (load_u32(k, indices, i), k.reg::<Pred>());
             ptx!(k, "setp.ge.u32 {bad}, {expert}, {e};");
-            ptx!(k, "@{bad} trap;");
+            fault.tell(k, bad, i, expert);
+            ptx!(k, "min.u32 {expert}, {expert}, {};", e.max(1) - 1);
             let at = word(k, counters, expert);
             ptx!(k, "red.shared.add.u32 [{at}], 1;");
         });
@@ -145,6 +150,7 @@ pub(super) fn scatter_kernel(e: usize) -> Kernel {
         ptx!(k, "add.u32 {at}, {first}, {lane};");
         strided(k, at, end, 32, |k, i| {
             let expert = load_u32(k, indices, i);
+            ptx!(k, "min.u32 {expert}, {expert}, {};", e.max(1) - 1);
             let at = word(k, mine, expert);
             ptx!(k, "red.shared.add.u32 [{at}], 1;");
         });
@@ -202,6 +208,7 @@ pub(super) fn scatter_kernel(e: usize) -> Kernel {
             ptx!(k, "mov.u32 {expert}, 0xffffffff;");
             let from = element(k, indices, slot, DType::U32);
             ptx!(k, "@{live} ld.global.u32 {expert}, [{from}];");
+            ptx!(k, "@{live} min.u32 {expert}, {expert}, {};", e.max(1) - 1);
             ptx!(k, "match.any.sync.b32 {peers}, {expert}, 0xffffffff;");
             ptx!(k, "and.b32 {rank}, {peers}, {earlier_lanes};");
             ptx!(k, "popc.b32 {rank}, {rank};");

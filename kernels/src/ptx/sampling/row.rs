@@ -4,7 +4,7 @@ use crate::{
     dtype::DType,
     ptx,
     ptx::{
-        asm::{Assembler, B32, B64, F32, F64, Label, Pred, Reg, f64_literal},
+        asm::{Assembler, B32, B64, F32, F64, Pred, Reg, f64_literal},
         fold::{self, Fold},
         norm::zero_f64,
         parts::{element, exp, f32_op, load, special, strided, widen},
@@ -169,8 +169,8 @@ impl Row {
     }
 }
 
-/// Largest logit and its first place; goes to `not_finite` unless it is a finite number.
-pub(super) fn argmax(k: &mut Assembler, r: Row, not_finite: &Label) -> (Reg<B32>, Reg<F32>) {
+/// First place of the largest logit, the logit, and whether it is no finite number: NaN where there is one.
+pub(super) fn argmax(k: &mut Assembler, r: Row) -> (Reg<B32>, Reg<F32>, Reg<Pred>) {
     let wide = Row { dtype: DType::F32, ..r };
     let best = k.reg::<B64>();
     ptx!(k, "mov.u64 {best}, 0;");
@@ -188,11 +188,9 @@ pub(super) fn argmax(k: &mut Assembler, r: Row, not_finite: &Label) -> (Reg<B32>
     ptx!(k, "not.b32 {token}, {token};");
     // Keys of infinity and of minus infinity.
     ptx!(k, "setp.ge.u32 {wrong}, {key}, 0xff800000;");
-    ptx!(k, "@{wrong} bra {not_finite};");
-    ptx!(k, "setp.le.u32 {wrong}, {key}, 0x007fffff;");
-    ptx!(k, "@{wrong} bra {not_finite};");
+    ptx!(k, "setp.le.or.u32 {wrong}, {key}, 0x007fffff, {wrong};");
     let max = wide.logit(k, key);
-    (token, max)
+    (token, max, wrong)
 }
 
 /// a / b for b from 2^-126 to 1, within an ulp; the assembler's own division would be a call, and registers around it would
