@@ -90,6 +90,30 @@ fn an_ampere_gpu_trains_too() {
 }
 
 #[test]
+fn training_by_graphs_has_the_losses_of_training_without_to_the_bit() {
+    let folder = tempfile::tempdir().expect("a folder");
+    // The rate is another in steps 1 to 3, and the same from then on.
+    let sets = [
+        "device=Cuda(0)",
+        "precision.compute=Bf16",
+        "schedule=WarmupStableDecay(peak_lr: 3e-3, warmup_steps: 3, decay_steps: 1)",
+        "train.steps=6",
+    ];
+    let run = |name: &str, graphs: &str| {
+        let (code, output) = train(folder.path(), name, &[&sets[..], &[graphs]].concat(), &[("PTXSIM_STATS", "1")]);
+        assert_eq!(code, 0, "{output}");
+        let said = output.lines().find(|line| line.contains("graphs of")).unwrap_or_default().to_owned();
+        (figures(folder.path(), name), said)
+    };
+    let ((plain, none), (by_graphs, some)) = (run("plain", "graphs=false"), run("graphs", "graphs=true"));
+    assert_eq!(plain.len(), 18, "three figures in each of six steps");
+    assert_eq!(plain, by_graphs);
+    assert_eq!(none, "ptxsim: 0 graphs of 0 kernels");
+    let kernels = some.split(' ').rev().nth(1).and_then(|number| number.parse::<u64>().ok());
+    assert!(kernels > Some(1000), "{some}");
+}
+
+#[test]
 fn what_is_wrong_with_a_gpu_is_said_with_the_right_exit_code() {
     let folder = tempfile::tempdir().expect("a folder");
     let cases: [(&str, &str, i32, &str); 6] = [

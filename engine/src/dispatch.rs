@@ -4,6 +4,7 @@
 //! in [`collect`]. Under the virtual clock nothing is launched: times follow from costs.
 
 use std::{
+    mem,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::Arc,
 };
@@ -23,7 +24,7 @@ use crate::{
     clock::Clock,
     error::{Error, panic_message},
     graph::{Graph, Plans},
-    stream::Queue,
+    stream::{Queue, RepeatsTasks},
     task::{Task, TaskKind},
     telemetry::{Span, StepTimes, Telemetry},
 };
@@ -138,23 +139,40 @@ fn launch(world: &mut World, graph: &Graph, handlers: &mut Handlers, events: &mu
     order_streams(world);
     events.reserve(graph.order.len());
     // With one stream nobody else waits for its events, so its ops may be handed over in batches.
-    let alone = graph.streams.first().copied().filter(|_| graph.streams.len() == 1);
+    let repeats = world.get_resource::<RepeatsTasks>().is_some_and(|repeats| repeats.0);
+    let alone = graph.streams.first().copied().filter(|_| graph.streams.len() == 1 && !repeats);
     if let Some(mut queue) = alone.and_then(|stream| world.get_mut::<Queue>(stream)) {
         queue.stream.start_batch();
     }
+    let finish = |world: &mut World, on: usize| {
+        if let Some(mut queue) = world.get_mut::<Queue>(graph.streams[on]) {
+            queue.stream.finish_batch();
+        }
+    };
+    let mut held = vec![false; graph.streams.len()];
     let mut task = 0;
     // One guard around the whole loop: a handler's panic names the task that was being launched.
     let launched = catch_unwind(AssertUnwindSafe(|| -> Result {
         while task < graph.order.len() {
             let handler = handler_of_kind[graph.kind_of[task] as usize];
+            let on = graph.stream_of[task] as usize;
+            if repeats
+                && !mem::replace(&mut held[on], true)
+                && let Some(mut queue) = world.get_mut::<Queue>(graph.streams[on])
+            {
+                queue.stream.start_repeating_batch(graph.id << 32 | task as u64);
+            }
             launch_task(world, graph, task, &mut handlers.systems[handler], events)?;
+            if repeats && graph.hands_over[task] {
+                finish(world, on);
+                held[on] = false;
+            }
             task += 1;
         }
         Ok(())
     }));
-    if let Some(mut queue) = alone.and_then(|stream| world.get_mut::<Queue>(stream)) {
-        queue.stream.finish_batch();
-    }
+    // Also after a failure: what was launched runs, and its events are reached.
+    (0..graph.streams.len()).for_each(|on| finish(world, on));
     launched.unwrap_or_else(|payload| {
         Err(Error::Panicked { task: graph.spans[task].label.clone(), message: panic_message(&*payload) }.into())
     })

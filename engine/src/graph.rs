@@ -7,7 +7,10 @@
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
     fmt,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use bevy_ecs::prelude::*;
@@ -20,6 +23,7 @@ use kernels::{
 use crate::{
     dispatch,
     error::{Error, Result},
+    hand_over::hand_overs,
     joint::TaskTime,
     stream::Queue,
     task::{Role, Task, TaskKind},
@@ -45,6 +49,10 @@ pub struct Graph {
     pub stream_of: Vec<u32>,
     /// For each task, its span without times.
     pub spans: Vec<Span>,
+    /// Another for each graph of the process.
+    pub(crate) id: u64,
+    /// For each task, whether its stream is handed what it holds back once the task is launched: see [`crate::hand_over`].
+    pub(crate) hands_over: Vec<bool>,
 }
 
 impl Graph {
@@ -252,9 +260,13 @@ impl GraphBuilder {
         check_order(&self.deps, &stream_of, &spans)?;
         let deps = needed_waits(&self.deps, &stream_of, streams.len());
         let (order, rendezvous) = (self.order, self.rendezvous);
-        Ok(Graph { order, deps, kinds, streams, rendezvous, kind_of, stream_of, spans })
+        let hands_over = hand_overs(&deps, &stream_of, &rendezvous);
+        let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
+        Ok(Graph { order, deps, kinds, streams, rendezvous, kind_of, stream_of, spans, id, hands_over })
     }
 }
+
+static NEXT_ID: AtomicU64 = AtomicU64::new(0);
 
 /// Index of `item` in a short list, to which it is added if new.
 fn position<T: PartialEq>(list: &mut Vec<T>, item: T) -> u32 {

@@ -11,6 +11,7 @@ mod dispatch;
 pub mod durations;
 pub mod error;
 pub mod graph;
+mod hand_over;
 pub mod hardware;
 pub mod joint;
 pub mod log;

@@ -47,3 +47,8 @@ impl Queue {
         Ok(world.spawn((Name::new(name.to_owned()), Queue { stream, name: name.into(), rank })).id())
     }
 }
+
+/// Whether streams are told which tasks come again each step, so that a GPU's may launch those that are the same as one
+/// ([`Stream::start_repeating_batch`]). What is computed, and when each task ran, is the same either way.
+#[derive(Resource, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RepeatsTasks(pub bool);

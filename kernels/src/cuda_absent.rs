@@ -6,7 +6,7 @@ use crate::{
     device::{Device, Target},
     error::{Error, Result},
     memory::Memory,
-    ptx::Launch,
+    ptx::{Item, Launch},
 };
 
 pub use crate::device::GpuInfo;
@@ -98,13 +98,22 @@ impl Lane {
     pub(crate) fn record(&self) -> Result<Mark> {
         match *self {}
     }
-    pub(crate) fn capture(&mut self, _memory: &Memory, _task: &Arc<str>, _launches: &[Launch]) -> Result<Graph> {
+    pub(crate) fn capture(&mut self, _memory: &Memory, _items: &[Item<'_>]) -> Result<Graph> {
         match *self {}
     }
-    pub(crate) fn replay(&self, _graph: &Graph) -> Result<()> {
+    pub(crate) fn replay(&self, _graph: &Graph) -> Result<Vec<Arc<Mark>>> {
         match *self {}
     }
     pub(crate) fn wait(&self, _mark: &Mark) -> Result<()> {
+        match *self {}
+    }
+}
+
+impl Graph {
+    pub(crate) fn is_of(&self, _lane: &Lane) -> bool {
+        match *self {}
+    }
+    pub(crate) fn is_watched(&self) -> bool {
         match *self {}
     }
 }

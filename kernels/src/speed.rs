@@ -91,7 +91,7 @@ pub fn launch_cost(device: Device) -> Result<LaunchCost> {
     lane.launch(&memory, &task, &launches)?;
     lane.synchronize()?;
     let mut best = [f64::INFINITY; 2];
-    let graph = lane.capture(&memory, &task, &launches);
+    let graph = lane.capture(&memory, &[crate::ptx::Item::Launch(&task, &launches)]);
     for _ in 0..5 {
         let begin = crate::clock::now_nanos();
         lane.launch(&memory, &task, &launches)?;

@@ -9,6 +9,7 @@
 
 mod event;
 mod hazards;
+mod repeat;
 mod worker;
 
 use std::{
@@ -21,6 +22,7 @@ pub use event::{Event, Waited};
 pub use hazards::Hazards;
 use hazards::VectorClock;
 use parking_lot::Mutex;
+use repeat::Repeats;
 use worker::{Worker, own_pool};
 
 use crate::{
@@ -37,6 +39,11 @@ type Job = Box<dyn FnOnce(&Memory) -> Waited + Send>;
 
 enum Message {
     Batch(Vec<Message>),
+    /// The batch that comes again under this key.
+    Again {
+        key: u64,
+        messages: Vec<Message>,
+    },
     /// On the stream's thread.
     Run {
         task: Arc<str>,
@@ -63,7 +70,15 @@ pub struct Stream {
     clock: VectorClock,
     recording: Option<Recording>,
     /// Only ever used through `&mut self`; the lock makes the stream `Sync`, so that it can be a component.
-    batch: Mutex<Option<Vec<Message>>>,
+    batch: Mutex<Option<Batch>>,
+}
+
+/// What is to be handed over.
+#[derive(Default)]
+struct Batch {
+    messages: Vec<Message>,
+    /// If it is to come again, and whole.
+    key: Option<u64>,
 }
 
 /// What the ops of a task touch and cost, found by launching them without running them.
@@ -173,6 +188,7 @@ impl Stream {
             failure: failure.clone(),
             waited: Waited::default(),
             lane: memory.gpu().map(|gpu| Lane::new(gpu, name)).transpose()?,
+            repeats: Repeats::default(),
         };
         let target = memory.gpu().map(|gpu| gpu.target());
         let (started, pool) = mpsc::sync_channel(1);
@@ -343,18 +359,29 @@ impl Stream {
         self.batch.get_mut().get_or_insert_default();
     }
 
+    /// The same for a batch of some dozens of tasks that is handed over whole, and comes again under `key`, most likely with the same
+    /// ops: on a GPU those that are the same each time become a graph. The key is another for each batch that
+    /// comes again on this stream.
+    pub fn start_repeating_batch(&mut self, key: u64) {
+        self.finish_batch();
+        *self.batch.get_mut() = Some(Batch { messages: Vec::new(), key: Some(key) });
+    }
+
     /// Hands over what is left of a batch.
     pub fn finish_batch(&mut self) {
-        if let Some(batch) = self.batch.get_mut().take().filter(|batch| !batch.is_empty()) {
-            self.hand_over(Message::Batch(batch));
+        let Some(Batch { messages, key }) = self.batch.get_mut().take() else { return };
+        match key {
+            _ if messages.is_empty() => {}
+            Some(key) => self.hand_over(Message::Again { key, messages }),
+            None => self.hand_over(Message::Batch(messages)),
         }
     }
 
     fn send(&mut self, message: Message) {
         let Some(batch) = self.batch.get_mut() else { return self.hand_over(message) };
-        batch.push(message);
-        if batch.len() >= BATCH_LEN {
-            let full = std::mem::take(batch);
+        batch.messages.push(message);
+        if batch.key.is_none() && batch.messages.len() >= BATCH_LEN {
+            let full = std::mem::take(&mut batch.messages);
             self.hand_over(Message::Batch(full));
         }
     }

@@ -4,7 +4,7 @@
 use std::{path::PathBuf, sync::Arc};
 
 use bevy_app::prelude::*;
-use engine::prelude::*;
+use engine::{prelude::*, stream::RepeatsTasks};
 use kernels::comm::Comm;
 
 use crate::{
@@ -194,6 +194,7 @@ pub fn set_up_rank(
         None => Ok(initial_values(spec, config, scene.seed)),
     })?;
     let world = app.world_mut();
+    world.insert_resource(RepeatsTasks(scene.graphs));
     let memory = world.resource::<Tensors>().memory().clone();
     let state = OptimizerState::allocate(
         (optimizer, formats.moments),

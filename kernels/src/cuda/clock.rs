@@ -11,7 +11,7 @@ use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError, sys::CUeve
 use super::{Gpu, Lane, fault::Faults};
 use crate::{clock::now_nanos, error::Result};
 
-const TIMED: Option<CUevent_flags> = Some(CUevent_flags::CU_EVENT_DEFAULT);
+pub(super) const TIMED: Option<CUevent_flags> = Some(CUevent_flags::CU_EVENT_DEFAULT);
 
 /// Age at which a base is replaced.
 const BASE_NANOS: u64 = 2_000_000_000;
@@ -68,14 +68,22 @@ fn sample(context: &Arc<CudaContext>, stream: &CudaStream) -> std::result::Resul
 pub struct Mark {
     gpu: Arc<Gpu>,
     faults: Arc<Faults>,
-    /// Taken when the mark is dropped.
-    event: Option<CudaEvent>,
+    moment: Moment,
     base: Arc<Base>,
+}
+
+enum Moment {
+    /// Of an event of the mark's own, which is taken when the mark is dropped.
+    Own(Option<CudaEvent>),
+    /// Of an event in a graph: it has a time once the mark behind the graph is there.
+    Inside(Arc<CudaEvent>, Arc<Mark>),
 }
 
 impl Drop for Mark {
     fn drop(&mut self) {
-        self.gpu.spare_events.lock().extend(self.event.take());
+        if let Moment::Own(event) = &mut self.moment {
+            self.gpu.spare_events.lock().extend(event.take());
+        }
     }
 }
 
@@ -83,8 +91,14 @@ impl Mark {
     /// Blocks until the moment is there; returns when that was. What a kernel of the lane found wrong is an error here.
     pub(crate) fn synchronize(&self) -> Result<u64> {
         let wait = || {
-            let Some(event) = &self.event else { return Ok(now_nanos()) };
-            event.synchronize()?;
+            let event = match &self.moment {
+                Moment::Own(Some(event)) => event,
+                Moment::Own(None) => return Ok(now_nanos()),
+                Moment::Inside(event, _) => &**event,
+            };
+            if let Some(awaited) = self.awaited() {
+                awaited.synchronize()?;
+            }
             let ms = self.base.event.elapsed_ms(event)?;
             Ok((self.base.nanos + f64::from(ms) * 1e6) as u64)
         };
@@ -92,12 +106,30 @@ impl Mark {
         self.faults.take().map(|()| nanos)
     }
 
+    /// The event that is waited for.
+    fn awaited(&self) -> Option<&CudaEvent> {
+        match &self.moment {
+            Moment::Own(event) => event.as_ref(),
+            Moment::Inside(_, behind) => behind.awaited(),
+        }
+    }
+
+    /// The moment of an event in a graph that was launched before `behind`.
+    pub(super) fn inside(event: &Arc<CudaEvent>, behind: &Arc<Mark>) -> Self {
+        Mark {
+            gpu: behind.gpu.clone(),
+            faults: behind.faults.clone(),
+            moment: Moment::Inside(event.clone(), behind.clone()),
+            base: behind.base.clone(),
+        }
+    }
+
     /// Whether the moment is there, or will never be.
     pub(crate) fn is_reached(&self) -> bool {
         if self.gpu.context.bind_to_thread().is_err() {
             return true;
         }
-        self.event.as_ref().is_none_or(|event| event.try_is_complete().unwrap_or(true))
+        self.awaited().is_none_or(|event| event.try_is_complete().unwrap_or(true))
     }
 }
 
@@ -110,14 +142,14 @@ impl Lane {
             let spare = gpu.spare_events.lock().pop();
             let event = spare.map_or_else(|| gpu.context.new_event(TIMED), Ok)?;
             event.record(self.stream())?;
-            Ok(Mark { gpu: gpu.clone(), faults: self.faults().clone(), event: Some(event), base })
+            Ok(Mark { gpu: gpu.clone(), faults: self.faults().clone(), moment: Moment::Own(Some(event)), base })
         };
         make().map_err(gpu.failed("recording an event"))
     }
 
     /// What is launched from here on runs after `mark`.
     pub(crate) fn wait(&self, mark: &Mark) -> Result<()> {
-        let Some(event) = &mark.event else { return Ok(()) };
+        let Some(event) = mark.awaited() else { return Ok(()) };
         self.stream().wait(event).map_err(self.gpu().failed("waiting for an event"))
     }
 }

@@ -37,6 +37,8 @@ pub struct Lane {
     stream: Arc<CudaStream>,
     /// Address and size by slot: what ops need beside their tensors, shared by all of the stream, since one follows the other.
     scratch: BTreeMap<u8, (u64, u64)>,
+    /// Counts the times that scratch was at another address afterwards.
+    scratch_version: u64,
     maps: BTreeMap<MapKey, AlignedMap>,
     bytes: Pieces,
     faults: Arc<Faults>,
@@ -78,7 +80,11 @@ impl Lane {
         let stream = gpu.context.new_stream().map_err(gpu.failed("making a stream"))?;
         let faults = Arc::new(Faults::new(gpu, name)?);
         let (scratch, maps) = (BTreeMap::new(), BTreeMap::new());
-        Ok(Lane { gpu: gpu.clone(), stream, scratch, maps, bytes: Pieces::default(), faults })
+        Ok(Lane { gpu: gpu.clone(), stream, scratch, scratch_version: 0, maps, bytes: Pieces::default(), faults })
+    }
+
+    pub(super) fn scratch_version(&self) -> u64 {
+        self.scratch_version
     }
 
     pub(super) fn faults(&self) -> &Arc<Faults> {
@@ -185,6 +191,7 @@ impl Lane {
         }
         self.scratch.remove(&slot);
         let address = self.gpu.alloc(bytes)?;
+        self.scratch_version += 1;
         self.scratch.insert(slot, (address, bytes));
         Ok(address)
     }

@@ -136,6 +136,37 @@ pub struct Launch {
     pub args: Vec<Arg>,
 }
 
+impl Launch {
+    /// Whether it may be the same another time: what comes with a launch is its own.
+    pub(crate) fn repeats(&self) -> bool {
+        !self.args.iter().any(|arg| matches!(arg, Arg::Bytes(_)))
+    }
+
+    /// Whether both do the same to the same tensors, to the bits of their numbers.
+    pub(crate) fn is_same(&self, other: &Launch) -> bool {
+        let same = |a: &Arg, b: &Arg| match (a, b) {
+            (Arg::F32(a), Arg::F32(b)) => a.to_bits() == b.to_bits(),
+            (Arg::F64(a), Arg::F64(b)) => a.to_bits() == b.to_bits(),
+            (Arg::Bytes(_), _) => false,
+            (a, b) => a == b,
+        };
+        let kernel = |launch: &Launch| (launch.kernel.block, launch.kernel.shared_bytes, launch.grid);
+        kernel(self) == kernel(other)
+            && self.kernel.name == other.kernel.name
+            && self.args.len() == other.args.len()
+            && self.args.iter().zip(&other.args).all(|(a, b)| same(a, b))
+    }
+}
+
+/// What a graph is recorded from, in order.
+#[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "no device"))]
+pub(crate) enum Item<'a> {
+    /// Launches of a task.
+    Launch(&'a Arc<str>, &'a [Launch]),
+    /// A moment whose time is wanted.
+    Moment,
+}
+
 /// A tensor that only the launches of one op see, in place of scratch where they want a tensor. There is one in an op, of one size or
 /// ever smaller ones, each seen whole; a device gives it bytes when it is launched.
 pub fn scratch_tensor(dtype: DType, dims: &[usize]) -> Tensor {

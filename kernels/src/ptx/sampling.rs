@@ -1,6 +1,6 @@
 //! Choosing the next token: a block a row, the row read again for each bit that is looked for.
 //!
-//! Signature: (logits, draws, tokens, v: u32, index_bits: u32, fault); draws, F64 [n, 4], is what [`draws`] makes on the host: 1 /
+//! Signature: (logits, draws, tokens, v: u32, index_bits: u32, fault); draws, F64 [n, 4], is what `draws` makes on the host: 1 /
 //! temperature (0: the most likely), top_k (v: all), top_p, and the row's uniform number. They are bytes of the launch, since they
 //! are others in each.
 //!

@@ -68,8 +68,8 @@ impl Event {
     }
 
     /// The GPU signals it: what comes before it was launched.
-    pub(super) fn launched(&self, mark: Mark, failure: &Failure, waited: Waited) {
-        self.advance(Progress::Launched(Arc::new(mark), failure.clone()), waited);
+    pub(super) fn launched(&self, mark: Arc<Mark>, failure: &Failure, waited: Waited) {
+        self.advance(Progress::Launched(mark, failure.clone()), waited);
     }
 
     fn resolve(&self, mark: &Mark, failure: &Failure) -> u64 {

@@ -6,11 +6,12 @@ use std::{
     sync::{Arc, mpsc},
 };
 
-use super::{Event, Message, Waited, event::Failure};
+use super::{Event, Message, Waited, event::Failure, repeat::Repeats};
 use crate::{
     cuda::Lane,
     error::{Error, Result},
     memory::Memory,
+    ptx::Launch,
 };
 
 pub(super) struct Worker {
@@ -21,6 +22,7 @@ pub(super) struct Worker {
     pub(super) waited: Waited,
     /// Where launches go, if the memory is a GPU's.
     pub(super) lane: Option<Lane>,
+    pub(super) repeats: Repeats,
 }
 
 /// A pool with the calling thread in it, if one is asked for. Parallel loops on this thread then use it.
@@ -50,13 +52,14 @@ impl Worker {
     }
 
     /// The same, or a kernel has found something wrong, which whoever waits next is told.
-    fn is_over(&self) -> bool {
+    pub(super) fn is_over(&self) -> bool {
         self.lane.as_ref().is_some_and(Lane::has_fault) || self.has_failed()
     }
 
-    fn handle(&mut self, message: Message) {
+    pub(super) fn handle(&mut self, message: Message) {
         match message {
             Message::Batch(messages) => messages.into_iter().for_each(|message| self.handle(message)),
+            Message::Again { key, messages } => self.again(key, messages),
             Message::Record(event) => self.record(&event),
             Message::Wait(event) => self.wait(&event),
             Message::Run { task, op, job } => {
@@ -68,16 +71,18 @@ impl Worker {
                     Err(panic) => self.fail(&task, panic),
                 }
             }
-            Message::Launch { task, launches } => {
-                if self.is_over() {
-                    return;
-                }
-                let Some(lane) = &mut self.lane else { return };
-                match catch_unwind(AssertUnwindSafe(|| lane.launch(&self.memory, &task, &launches))) {
-                    Ok(launched) => self.note(launched),
-                    Err(panic) => self.fail(&task, panic),
-                }
-            }
+            Message::Launch { task, launches } => self.launch(&task, &launches),
+        }
+    }
+
+    pub(super) fn launch(&mut self, task: &Arc<str>, launches: &[Launch]) {
+        if self.is_over() {
+            return;
+        }
+        let Some(lane) = &mut self.lane else { return };
+        match catch_unwind(AssertUnwindSafe(|| lane.launch(&self.memory, task, launches))) {
+            Ok(launched) => self.note(launched),
+            Err(panic) => self.fail(task, panic),
         }
     }
 
@@ -97,7 +102,7 @@ impl Worker {
         let waited = std::mem::take(&mut self.waited);
         match self.lane.as_ref().filter(|_| !self.has_failed()).map(Lane::record) {
             None => event.signal(waited),
-            Some(Ok(mark)) => event.launched(mark, &self.failure, waited),
+            Some(Ok(mark)) => event.launched(Arc::new(mark), &self.failure, waited),
             Some(Err(e)) => {
                 self.note(Err(e));
                 event.signal(waited);
@@ -116,7 +121,7 @@ impl Worker {
         }
     }
 
-    fn note(&self, result: Result<()>) {
+    pub(super) fn note(&self, result: Result<()>) {
         if let Err(e) = result {
             self.failure.lock().get_or_insert(e);
         }

@@ -6,7 +6,7 @@ use std::path::Path;
 use super::Scene;
 use super::schedule::{Constant, Cosine, Schedule, WarmupStableDecay};
 use super::{
-    compute::{Compute, Kept, Moments, Part, Precision, Recompute, Scales},
+    compute::{Compute, Device, Kept, Moments, Part, Precision, Recompute, Scales},
     sections::{AdamW, Batch, Data, Optimizer, Routing, ScenePath, Tokenizer, Train, Validation},
 };
 use crate::problem::Problem;
@@ -117,6 +117,9 @@ impl Checks<'_> {
             train.max_train_secs.into_iter().for_each(|secs| self.positive("train.max_train_secs", secs));
         }
         self.precision(&scene.precision);
+        self.expect(!scene.graphs || scene.device != Device::Cpu, "graphs", || {
+            "is for GPUs, and the `device` is `Cpu`".into()
+        });
         if let Recompute::Selective(ops) = &scene.recompute {
             self.expect(!ops.is_empty(), "recompute", || "selects no operation; `Off` says so".to_owned());
             for (index, op) in ops.iter().enumerate() {

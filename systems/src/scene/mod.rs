@@ -1,5 +1,5 @@
 //! A scene: the one RON file that says what a run is. A section is a plugin's settings, and a missing section means
-//! that the plugin is absent; only `batch`, `mesh`, `device`, `precision` and `recompute`, which are no plugins, always have a value.
+//! that the plugin is absent; only `batch`, `mesh`, `device`, `graphs`, `precision` and `recompute`, which are no plugins, always have a value.
 //!
 //! A file may extend another (`extends: "base.ron"`), and `--set path.to.key=RON` has the last word. The texts are
 //! merged as written, then read as types, then checked; each stage reports everything it finds, by file, line and
@@ -95,6 +95,10 @@ pub struct Scene {
     /// What the run's tensors and ops are on.
     #[serde(default)]
     pub device: Device,
+    /// Whether launches that are the same each step go to the GPU as CUDA graphs: a launch then costs the host less. Off by default, as
+    /// long as it has not been measured.
+    #[serde(default)]
+    pub graphs: bool,
     /// Number formats.
     #[serde(default)]
     pub precision: Precision,

@@ -192,6 +192,14 @@ api! {
     within cuEventCreate(event: *mut u64, flags: c_uint) |gpu| { put(event, gpu.new_event(flags & 2 == 0)) }
     within cuEventDestroy_v2(event: u64) |gpu| { gpu.drop_event(event) }
     within cuEventRecord(event: u64, stream: u64) |gpu| { gpu.record(event, stream) }
+    within cuEventRecordWithFlags(event: u64, stream: u64, flags: c_uint) |gpu| {
+        match flags {
+            0 => gpu.record(event, stream),
+            // CU_EVENT_RECORD_EXTERNAL
+            1 => gpu.record_inside(event, stream),
+            _ => Err(INVALID_VALUE),
+        }
+    }
     waiting cuEventSynchronize(event: u64) |gpu| {
         match gpu.event(event)?.mark.clone() {
             Some(mark) => gpu.advance_until(|_| mark.get().is_some()),

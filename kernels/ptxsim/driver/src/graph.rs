@@ -50,6 +50,8 @@ impl Gpu {
 
     pub(crate) fn launch_graph(&mut self, exec: u64, stream: u64) -> Outcome {
         let ops = self.graph_execs.get(&exec).ok_or(INVALID_HANDLE)?.clone();
+        self.stats.graphs += 1;
+        self.stats.in_graphs += ops.iter().filter(|op| matches!(op, Op::Launch(_))).count() as u64;
         for op in ops.iter() {
             self.enqueue(stream, op.clone())?;
         }

@@ -54,6 +54,8 @@ pub(crate) enum Op {
         len: usize,
     },
     Record(Mark),
+    /// Of the event with that handle, in a graph.
+    RecordInside(u64),
     Wait(Mark),
 }
 
@@ -150,6 +152,7 @@ impl Gpu {
                 let _ = mark.set(now());
                 Ok(())
             }
+            Op::RecordInside(event) => self.reach(event, Mark::new(OnceLock::from(now()))),
             Op::ToDevice { to, from: HostBytes::Copied(bytes) } => self.machine.write(to, &bytes),
             Op::ToDevice { to, from: HostBytes::Pinned(at, len) } => {
                 // SAFETY: pinned memory is ours, and freeing it waits for all work.

@@ -39,20 +39,27 @@ pub(crate) struct Event {
 
 /// What ran, by kernel.
 #[derive(Default)]
-pub(crate) struct Stats(BTreeMap<String, (u64, u64, Duration)>);
+pub(crate) struct Stats {
+    kernels: BTreeMap<String, (u64, u64, Duration)>,
+    /// Launches of graphs.
+    pub(crate) graphs: u64,
+    /// Kernels that these came to.
+    pub(crate) in_graphs: u64,
+}
 
 impl Stats {
     pub(crate) fn count(&mut self, name: &str, took: Duration, ran: &Result<Ran, String>) {
-        let of = self.0.entry(name.to_owned()).or_default();
+        let of = self.kernels.entry(name.to_owned()).or_default();
         of.0 += 1;
         of.1 += ran.as_ref().map_or(0, |ran| ran.thread_instructions);
         of.2 += took;
     }
 
     pub(crate) fn tell(&self) {
-        for (name, (launches, instructions, took)) in &self.0 {
+        for (name, (launches, instructions, took)) in &self.kernels {
             eprintln!("ptxsim: {launches} x {name}: {instructions} thread instructions, {:.3} s", took.as_secs_f64());
         }
+        eprintln!("ptxsim: {} graphs of {} kernels", self.graphs, self.in_graphs);
     }
 }
 
@@ -263,6 +270,23 @@ impl Gpu {
         let mark = Mark::default();
         self.events.get_mut(&event).ok_or(INVALID_HANDLE)?.mark = Some(mark.clone());
         self.enqueue(stream, Op::Record(mark))
+    }
+
+    /// A record that is a node of the graph which the stream captures, and counts each time the graph comes to it.
+    pub(crate) fn record_inside(&mut self, event: u64, stream: u64) -> Outcome {
+        self.event(event)?;
+        if self.queue(stream)?.capture.is_none() {
+            return Err(INVALID_VALUE);
+        }
+        self.enqueue(stream, Op::RecordInside(event))
+    }
+
+    /// An event is as if recorded just now, and that was reached. Until then its record before counts: when that of a graph on its way
+    /// begins to count, the manual leaves open, so nothing may depend on it.
+    pub(crate) fn reach(&mut self, event: u64, mark: Mark) -> Result<(), String> {
+        let event = self.events.get_mut(&event).ok_or("a graph records an event that was destroyed")?;
+        event.mark = Some(mark);
+        Ok(())
     }
 
     /// Of the event's last record until now; an event that was never recorded holds nobody up.

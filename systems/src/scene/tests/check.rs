@@ -45,6 +45,7 @@ fn values_are_checked() {
         ("schedule: Constant(lr: 0)", "schedule.lr"),
         ("schedule: Cosine(peak_lr: inf, final_lr_ratio: 1.5)", "schedule.peak_lr schedule.final_lr_ratio"),
         ("recompute: Selective([])", "recompute"),
+        ("graphs: true", "graphs"),
         ("recompute: Selective([Norm, Norm])", "recompute"),
         ("checkpoint: (every_steps: 0, keep_last: 0)", "checkpoint.every_steps checkpoint.keep_last"),
         (
