@@ -4,6 +4,7 @@
 //! An op's time is from one event to the next on its stream, the median of some runs; between them the last level of cache is written
 //! over, as weights that come from memory once a step would find it. Operations and bytes are what the op's cost says.
 
+mod fp8;
 mod quantize;
 
 use std::sync::Arc;
@@ -43,6 +44,8 @@ pub struct Speed {
     pub flops: u64,
     /// Read and written, each byte once.
     pub bytes: u64,
+    /// Operations per second that DeepGEMM publishes for an H800 at this shape.
+    pub published_flops_per_sec: Option<f64>,
 }
 
 impl Speed {
@@ -139,6 +142,8 @@ pub fn run(request: Request, tell: impl FnMut(&Speed)) -> Result<Vec<Speed>> {
     bench.moves()?;
     bench.products()?;
     bench.experts()?;
+    bench.fp8_products()?;
+    bench.fp8_experts()?;
     bench.quantizers()?;
     bench.others()?;
     Ok(bench.all)
@@ -173,6 +178,18 @@ impl<F: FnMut(&Speed)> Bench<F> {
         tensors: &[Given],
         run: Run<'_>,
     ) -> Result<()> {
+        self.measure_beside((op, dtype), shape, tensors, None, run)
+    }
+
+    /// The same beside what is published of another.
+    fn measure_beside(
+        &mut self,
+        (op, dtype): (&'static str, DType),
+        shape: String,
+        tensors: &[Given],
+        published_flops_per_sec: Option<f64>,
+        run: Run<'_>,
+    ) -> Result<()> {
         let memory = Memory::open(self.request.device)?;
         let mut stream = Stream::new("bench", &memory, &Arc::default())?;
         let tensors: Vec<Tensor> = tensors
@@ -203,7 +220,8 @@ impl<F: FnMut(&Speed)> Bench<F> {
         nanos.sort_unstable();
         let secs = nanos[nanos.len() / 2] as f64 * 1e-9;
         let bytes = cost.read_bytes + cost.written_bytes;
-        let speed = Speed { op, dtype, shape, on_host: on_host() > before, secs, flops: cost.flops(), bytes };
+        let (on_host, flops) = (on_host() > before, cost.flops());
+        let speed = Speed { op, dtype, shape, on_host, secs, flops, bytes, published_flops_per_sec };
         (self.tell)(&speed);
         self.all.push(speed);
         Ok(())

@@ -116,18 +116,24 @@ pub struct Machine {
     global: global::Global,
     seed: u64,
     numerics: u64,
+    fp8_sum_bits: Option<u32>,
     launches: u64,
 }
 
 impl Machine {
     /// A device without allocations.
     pub fn new(seed: u64) -> Self {
-        Machine { global: global::Global::default(), seed, numerics: 0, launches: 0 }
+        Machine { global: global::Global::default(), seed, numerics: 0, fp8_sum_bits: None, launches: 0 }
     }
     /// Chooses another outcome of approximate instructions within their documented bounds. It does not depend on the seed: as
     /// on a device, the same operands give the same result.
     pub fn set_numerics(&mut self, numerics: u64) {
         self.numerics = numerics;
+    }
+    /// How exact `wgmma` of 8-bit floats is: with bits given, each instruction aligns its products and what they are added to to the
+    /// largest of them, and keeps so many bits of the fraction, as Hopper does with 13; without, it sums in f32.
+    pub fn set_fp8_sum_bits(&mut self, bits: Option<u32>) {
+        self.fp8_sum_bits = bits;
     }
     /// Address of so many new bytes, aligned to 256; all ones.
     pub fn alloc(&mut self, bytes: u64) -> u64 {
@@ -193,6 +199,7 @@ impl Machine {
             params: bytes,
             seed,
             numerics: self.numerics,
+            fp8_sum_bits: self.fp8_sum_bits,
         };
         let thread_instructions = grid.run(&mut self.global)?;
         Ok(Stats { thread_instructions })

@@ -37,6 +37,7 @@ pub(crate) struct Grid<'a> {
     pub params: Vec<u8>,
     pub seed: u64,
     pub numerics: u64,
+    pub fp8_sum_bits: Option<u32>,
 }
 
 impl Grid<'_> {
@@ -142,6 +143,7 @@ impl Grid<'_> {
             rng: Rng::new(self.seed),
             seed: self.seed,
             numerics: self.numerics,
+            fp8_sum_bits: self.fp8_sum_bits,
             grid: self.grid,
             block: self.block,
             params: self.params.clone(),

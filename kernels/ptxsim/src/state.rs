@@ -152,7 +152,10 @@ impl Cluster {
         if window == 0 {
             return Ok((cta, offset));
         }
-        if window <= self.ctas.len() {
+        if let Some(other) = self.ctas.get(window - 1) {
+            if other.warps.iter().all(|w| w.live == 0 && w.exist != 0) {
+                return Err(format!("shared address {address:#x} is of a CTA of the cluster that has ended"));
+            }
             return Ok((window - 1, offset));
         }
         Err(format!("shared address {address:#x} is out of bounds"))
@@ -186,6 +189,8 @@ pub(crate) struct Env<'a> {
     pub seed: u64,
     /// Which outcome approximations have.
     pub numerics: u64,
+    /// Fraction bits that tensor cores keep of a sum of 8-bit floats.
+    pub fp8_sum_bits: Option<u32>,
     pub grid: [u32; 3],
     pub block: [u32; 3],
     pub params: Vec<u8>,

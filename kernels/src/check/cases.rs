@@ -1,5 +1,6 @@
 //! The ops that are checked, with sizes: aligned ones, odd ones, and those of a layer.
 
+mod fp8_products;
 mod quantize;
 
 use super::{Case, Fill, Run, Scale, Tolerance};
@@ -58,6 +59,7 @@ pub fn cases(scale: Scale) -> Vec<Case> {
             list.heads(z, dtype);
             list.quantizers(z, dtype);
         }
+        fp8_products::add(&mut list, z);
         list.routing(z);
         list.optimizer(z);
     }

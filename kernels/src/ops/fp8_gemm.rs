@@ -17,6 +17,7 @@ use rayon::prelude::*;
 
 use crate::{
     cost::Cost,
+    device::Target,
     dtype::{DType, Float},
     error::Result,
     fp8::{Blocks, TILE, Tiles, decode_e4m3},
@@ -25,6 +26,7 @@ use crate::{
         gemm::{Mat, gemm_by_row},
         quantize::{blocks_bytes, tiles_bytes},
     },
+    ptx,
     simd::vectorize,
     stream::Stream,
     tensor::Tensor,
@@ -155,7 +157,8 @@ pub fn product(s: &mut Stream, a: Tiles, b: Blocks, y: Tensor, accumulate: bool)
     expect_result(OP, y, &[t, n])?;
     s.account(product_cost(t, n, k, y.dtype.size_bytes(), accumulate));
     let reads: Vec<Tensor> = [a.tensors(), b.tensors()].concat().into_iter().chain(accumulate.then_some(y)).collect();
-    s.launch(&reads, &[y], move |m| {
+    let kernels = |on: &Target| Some(ptx::fp8_gemm::product(on.into(), a, b, y, accumulate));
+    s.launch_kernel(&reads, &[y], kernels, move |m| {
         let (a_codes, a_scales) = (m.read::<u8>(a.codes), m.read::<f32>(a.scales));
         let b = Panels::of_blocks(&m.read::<u8>(b.codes), &m.read::<f32>(b.scales), n, k);
         let rows_of = |rows| {
@@ -182,7 +185,8 @@ pub fn weight_grad(s: &mut Stream, dyt: Tiles, xt: Tiles, dw: Tensor) -> Result<
     expect_tensor(OP, "dw", dw, DType::F32, &[o, i])?;
     s.account(weight_grad_cost(t, o, i));
     let reads = [&dyt.tensors()[..], &xt.tensors(), &[dw]].concat();
-    s.launch(&reads, &[dw], move |m| {
+    let kernels = |on: &Target| Some(ptx::fp8_gemm::weight_grad(on.into(), dyt, xt, dw));
+    s.launch_kernel(&reads, &[dw], kernels, move |m| {
         let (codes, scales) = (m.read::<u8>(dyt.codes), m.read::<f32>(dyt.scales));
         let (x_codes, x_scales) = (m.read::<u8>(xt.codes), m.read::<f32>(xt.scales));
         let x = Panels::of_tiles((&x_codes, t), (&x_scales, xt.scales.dim(1)), 0..i, 0..t);

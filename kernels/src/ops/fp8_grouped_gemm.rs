@@ -7,6 +7,7 @@ use half::bf16;
 
 use crate::{
     cost::Cost,
+    device::Target,
     dtype::{DType, Float},
     error::Result,
     fp8::{Blocks, TILE, Tiles},
@@ -20,6 +21,7 @@ use crate::{
         },
         quantize::{blocks_bytes, groups, tiles_bytes},
     },
+    ptx::{self, grouped_gemm::Rows},
     stream::Stream,
     tensor::Tensor,
 };
@@ -39,7 +41,8 @@ pub fn product(s: &mut Stream, a: Tiles, offsets: Tensor, b: Blocks, y: Tensor) 
     s.account(product_cost(n, e, o, k, y.dtype.size_bytes()));
     let reads = [&a.tensors()[..], &b.tensors(), &[offsets]].concat();
     let z = Sizes { n, e, o, i: k };
-    s.launch(&reads, &[y], move |m| match y.dtype {
+    let kernels = |on: &Target| Some(ptx::fp8_grouped_gemm::product(on.into(), a, Rows::Offsets(offsets), b, y));
+    s.launch_kernel(&reads, &[y], kernels, move |m| match y.dtype {
         DType::Bf16 => all_products::<bf16>(m, a, offsets, b, y, z),
         _ => all_products::<f32>(m, a, offsets, b, y, z),
     });
@@ -73,7 +76,8 @@ pub fn weight_grad(s: &mut Stream, dyt: Tiles, xt: Tiles, offsets: Tensor, dw: T
     expect_tensor(OP, "dw", dw, DType::F32, &[e, o, i])?;
     s.account(weight_grad_cost(p, e, o, i));
     let reads = [&dyt.tensors()[..], &xt.tensors(), &[offsets, dw]].concat();
-    s.launch(&reads, &[dw], move |m| {
+    let kernels = |on: &Target| Some(ptx::fp8_grouped_gemm::weight_grad(on.into(), dyt, xt, offsets, dw));
+    s.launch_kernel(&reads, &[dw], kernels, move |m| {
         let (codes, scales) = (m.read::<u8>(dyt.codes), m.read::<f32>(dyt.scales));
         let (x_codes, x_scales) = (m.read::<u8>(xt.codes), m.read::<f32>(xt.scales));
         let (mut dw, offsets) = (m.write::<f32>(dw), m.read::<u32>(offsets));

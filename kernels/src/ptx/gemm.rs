@@ -18,15 +18,18 @@
 //! has the same bits whatever rows are beside it. Sums are f32, rounded once; D is added to the sum before that.
 
 mod column_sum;
+pub(super) mod cost;
 mod defaults;
+pub(super) mod epilogue;
 #[cfg(test)]
 mod harness;
 mod mma;
 #[cfg(test)]
-mod mutants;
-mod output;
-mod problem;
-mod schedule;
+pub(super) mod mutants;
+pub(super) mod output;
+pub(super) mod pipeline;
+pub(super) mod problem;
+pub(super) mod schedule;
 mod simt;
 #[cfg(test)]
 mod tests;

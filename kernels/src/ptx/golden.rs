@@ -5,8 +5,8 @@
 //! `UPDATE_GOLDEN=1 cargo test -p kernels --lib ptx::golden` writes the files. The build script makes the table of them.
 
 use super::{
-    Arch, Kernel, adamw, attention, balance, cross_entropy, dequantize, e5m6, elementwise, embedding, gate, gemm, gemv,
-    latent, mla, norm, permute, quantize, rms_norm, rope, sampling, swiglu,
+    Arch, Kernel, adamw, attention, balance, cross_entropy, dequantize, e5m6, elementwise, embedding, fp8_gemm, gate,
+    gemm, gemv, latent, mla, norm, permute, quantize, rms_norm, rope, sampling, swiglu,
 };
 
 include!(concat!(env!("OUT_DIR"), "/golden.rs"));
@@ -37,6 +37,7 @@ pub fn variants() -> Vec<Variant> {
         e5m6::variants(),
         elementwise::variants(),
         embedding::variants(),
+        fp8_gemm::variants(),
         gate::variants(),
         gemm::variants(),
         gemv::variants(),

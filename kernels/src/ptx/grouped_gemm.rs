@@ -52,7 +52,8 @@ fn sizes(x: Tensor, w: Tensor) -> [usize; 4] {
     [x.rows(), w.dim(0), w.dim(1), w.dim(2)]
 }
 
-fn by_rows(rows: Rows, n: usize, e: usize) -> Groups {
+/// As a product has them, of so many rows and experts.
+pub(super) fn by_rows(rows: Rows, n: usize, e: usize) -> Groups {
     let num = e as u32;
     match rows {
         Rows::Offsets(offsets) => Groups::Rows { offsets, num },

@@ -18,6 +18,8 @@ pub mod elementwise;
 pub mod embedding;
 pub mod fault;
 pub mod fold;
+pub mod fp8_gemm;
+pub mod fp8_grouped_gemm;
 pub mod gate;
 pub mod gemm;
 pub mod gemv;

@@ -45,7 +45,18 @@ fn put_bytes(memory: &Memory, whole: Tensor, bytes: &[u8]) {
 
 /// Runs the launches of one op, in order, under one seed of the interpreter's asynchrony.
 pub fn run(memory: &Memory, seed: u64, launches: &[Launch]) -> Result<(), String> {
+    run_with(memory, seed, launches, |_| ())
+}
+
+/// The same on a machine that is told more before.
+pub fn run_with(
+    memory: &Memory,
+    seed: u64,
+    launches: &[Launch],
+    prepare: impl FnOnce(&mut Machine),
+) -> Result<(), String> {
     let mut machine = Machine::new(seed);
+    prepare(&mut machine);
     let mut buffers: BTreeMap<BufferId, (u64, Tensor)> = BTreeMap::new();
     let mut scratch: BTreeMap<u8, u64> = BTreeMap::new();
     let mut faults = vec![];

@@ -51,6 +51,8 @@ struct Line {
     secs: f64,
     tflops_per_sec: f64,
     gbytes_per_sec: f64,
+    /// Published for DeepGEMM on an H800, not measured here.
+    deepgemm_h800_tflops_per_sec: Option<f64>,
 }
 
 impl Line {
@@ -63,19 +65,21 @@ impl Line {
             secs: speed.secs,
             tflops_per_sec: speed.flops_per_sec() * 1e-12,
             gbytes_per_sec: speed.bytes_per_sec() * 1e-9,
+            deepgemm_h800_tflops_per_sec: speed.published_flops_per_sec.map(|x| x * 1e-12),
         }
     }
 
     fn text(&self) -> String {
         format!(
-            "  {:26}  {:5}  {:34}  {:6}  {:>12}  {:>9.2}  {:>9.1}",
+            "  {:29}  {:5}  {:40}  {:6}  {:>12}  {:>9.2}  {:>9.1}  {:>13}",
             self.op,
             self.dtype,
             self.shape,
             self.ran_on,
             format!("{:.1} us", 1e6 * self.secs),
             self.tflops_per_sec,
-            self.gbytes_per_sec
+            self.gbytes_per_sec,
+            self.deepgemm_h800_tflops_per_sec.map_or(String::new(), |x| format!("{x:.0}"))
         )
     }
 }
@@ -87,8 +91,8 @@ impl Line {
 pub fn kernels(args: &BenchKernelsArgs, output: &Output) -> Result<ExitCode, Failure> {
     let device = args.device;
     let mut head = Some(format!(
-        "{device}, median of {}\n  {:26}  {:5}  {:34}  {:6}  {:>12}  {:>9}  {:>9}\n",
-        args.runs, "op", "type", "shape", "ran on", "time", "TFLOP/s", "GB/s"
+        "{device}, median of {}\n  {:29}  {:5}  {:40}  {:6}  {:>12}  {:>9}  {:>9}  {:>13}\n",
+        args.runs, "op", "type", "shape", "ran on", "time", "TFLOP/s", "GB/s", "DeepGEMM H800"
     ));
     let tell = |speed: &Speed| {
         if output.is_text() {

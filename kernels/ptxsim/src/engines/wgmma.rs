@@ -105,6 +105,17 @@ fn matrix(bytes: &[u8], chunks: &[usize], rows: usize, k: usize, ty: Ty, mn_majo
     out
 }
 
+/// A sum whose addends lose what is below so many bits of the largest one's fraction.
+fn short_sum(addends: impl Iterator<Item = f32> + Clone, bits: u32) -> f32 {
+    let largest = addends.clone().fold(0f32, |m, x| m.max(x.abs()));
+    if largest == 0.0 || !largest.is_finite() {
+        return addends.sum();
+    }
+    let least = 2f64.powi(largest.log2().floor() as i32 - bits as i32);
+    let sum: f64 = addends.map(|x| (f64::from(x) / least).trunc()).sum();
+    (sum * least) as f32
+}
+
 impl Cx<'_, '_, '_> {
     /// Executes a `wgmma` instruction if its four warps have come.
     pub(crate) fn warpgroup(&mut self, group: usize) -> Result<(), String> {
@@ -331,7 +342,14 @@ impl Cx<'_, '_, '_> {
                 let (r, l) = place(col);
                 *s = if job.scale_d { f32::from_bits(w.regs[r][l] as u32) } else { 0.0 };
             }
-            for kk in 0..k {
+            let short = self.env.fp8_sum_bits.filter(|_| m.ta.bits() == 8);
+            if let Some(bits) = short {
+                for (col, s) in row_sum.iter_mut().enumerate() {
+                    let products = (0..k).map(|kk| a[row * k + kk] * bt[kk * n + col]);
+                    *s = short_sum(std::iter::once(*s).chain(products), bits);
+                }
+            }
+            for kk in 0..if short.is_some() { 0 } else { k } {
                 let x = a[row * k + kk];
                 for (s, y) in row_sum.iter_mut().zip(&bt[kk * n..(kk + 1) * n]) {
                     *s += x * y;
@@ -347,5 +365,24 @@ impl Cx<'_, '_, '_> {
                 w.marks[*r as usize] |= DIRTY;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::short_sum;
+
+    #[test]
+    fn a_short_sum_loses_what_is_below_the_largest_ones_bits() {
+        let bit = |n: i32| 2f32.powi(-n);
+        let sum = |addends: &[f32]| short_sum(addends.iter().copied(), 13);
+        assert_eq!(sum(&[1.0, bit(13), bit(14)]), 1.0 + bit(13));
+        // Each addend is truncated towards zero before the sum.
+        assert_eq!(sum(&[1.0, bit(14), bit(14), bit(14)]), 1.0);
+        assert_eq!(sum(&[-1.5, -bit(13) - bit(14)]), -1.5 - bit(13));
+        // Whose bits count is the largest, not the first.
+        assert_eq!(sum(&[bit(13), 2.0]), 2.0);
+        assert_eq!(sum(&[0.0, 0.0]), 0.0);
+        assert!(sum(&[f32::NAN, 1.0]).is_nan() && sum(&[f32::INFINITY, 1.0]).is_infinite());
     }
 }

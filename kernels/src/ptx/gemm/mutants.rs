@@ -28,7 +28,7 @@ fn by_mma(problem: &Problem) -> Launch {
 
 /// A mistake that the interpreter's own mutants do not make: what is wrong, lines with what, which of those (from 0; all if empty),
 /// and what in them becomes what.
-type Mistake = (&'static str, &'static str, &'static [usize], (&'static str, &'static str));
+pub(in crate::ptx) type Mistake = (&'static str, &'static str, &'static [usize], (&'static str, &'static str));
 
 /// The text with a mistake.
 fn mistaken(text: &str, (what, pattern, nth, (from, to)): Mistake) -> String {
@@ -56,18 +56,28 @@ fn check(kernel: Kernel, case: &Case, mistakes: &[Mistake], harmless: &[&str]) {
         };
         case.check_by::<bf16>(&launches, seed);
     }
-    let text = text.into_inner();
-    let mut harmless = harmless.to_vec();
-    let mutants = ptxsim::mutants(&text).into_iter().map(|mutant| (mutant.what, mutant.text));
-    let mistakes = mistakes.iter().map(|mistake| (mistake.0.to_owned(), mistaken(&text, *mistake)));
-    for (what, text) in mutants.chain(mistakes) {
+    each_is_noticed(&text.into_inner(), mistakes, harmless, |text| {
         let launches = |problem: &Problem| {
-            let (mut launch, text) = (kernel(problem), text.clone());
+            let (mut launch, text) = (kernel(problem), text.to_owned());
             launch.kernel.emit = Box::new(move || text.clone());
             vec![launch]
         };
-        let passes = |seed| case.run::<bf16>(&launches, seed).is_ok();
-        if SEEDS.into_iter().all(passes) {
+        SEEDS.into_iter().all(|seed| case.run::<bf16>(&launches, seed).is_ok())
+    });
+}
+
+/// No mutant of the text and no mistake passes, but for one mutant that says each of `harmless`.
+pub(in crate::ptx) fn each_is_noticed(
+    text: &str,
+    mistakes: &[Mistake],
+    harmless: &[&str],
+    passes: impl Fn(&str) -> bool,
+) {
+    let mut harmless = harmless.to_vec();
+    let mutants = ptxsim::mutants(text).into_iter().map(|mutant| (mutant.what, mutant.text));
+    let mistakes = mistakes.iter().map(|mistake| (mistake.0.to_owned(), mistaken(text, *mistake)));
+    for (what, text) in mutants.chain(mistakes) {
+        if passes(&text) {
             let place = harmless.iter().position(|harmless| what.contains(harmless));
             harmless.remove(place.unwrap_or_else(|| panic!("{what}: goes unnoticed")));
         }

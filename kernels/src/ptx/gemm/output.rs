@@ -8,19 +8,19 @@ use super::{
         asm::{Assembler, B16, B32, B64, F32, Pred, Reg, vector},
         parts::{pack, unpack},
     },
-    problem::{Kind, Spec},
+    problem::Spec,
     schedule::{Params, Place},
 };
 use crate::{dtype::DType, ptx};
 
 /// Bytes of a tile.
-pub(super) fn tile_bytes(bm: u32, bn: u32) -> u32 {
+pub(in crate::ptx) fn tile_bytes(bm: u32, bn: u32) -> u32 {
     bm * bn * 4
 }
 
 /// Where the pairs of an accumulator fragment go: row `row` (of which `row_of_lane` has the last two bits) and columns
 /// `8 granule + 2 pair..`.
-pub(super) fn pair_place(
+pub(in crate::ptx) fn pair_place(
     k: &mut Assembler,
     base: Reg<B32>,
     bn: u32,
@@ -41,7 +41,7 @@ pub(super) fn pair_place(
 ///
 /// All of the addend is on its way before the first element is stored: it may be C, so no read may pass a store.
 #[expect(clippy::too_many_arguments, reason = "a tile, where it is, and who writes it")]
-pub(super) fn write(
+pub(in crate::ptx) fn write(
     k: &mut Assembler,
     spec: &Spec,
     params: &Params,
@@ -55,11 +55,7 @@ pub(super) fn write(
     let piece = 16 / size;
     let (per_row, rows_a_turn) = (bn / piece, threads * piece / bn);
     assert!(rows_a_turn.is_multiple_of(4) && bm.is_multiple_of(rows_a_turn), "each turn is whole rows");
-    let c = if matches!(spec.kind, Kind::Inner { .. }) {
-        params.to_group(k, params.c, place.group, size as usize)
-    } else {
-        params.c
-    };
+    let c = if spec.kind.is_inner() { params.to_group(k, params.c, place.group, size as usize) } else { params.c };
     let [row, col, at, granule, end] = [(); 5].map(|()| k.reg::<B32>());
     ptx!(k, "div.u32 {row}, {thread}, {per_row};");
     ptx!(k, "rem.u32 {col}, {thread}, {per_row};");

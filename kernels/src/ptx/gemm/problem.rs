@@ -16,12 +16,12 @@ pub enum Layout {
 
 impl Layout {
     /// Whether A is contiguous along k.
-    pub(super) fn a_k_major(self) -> bool {
+    pub(in crate::ptx) fn a_k_major(self) -> bool {
         self != Layout::Tn
     }
 
     /// Whether B is contiguous along k.
-    pub(super) fn b_k_major(self) -> bool {
+    pub(in crate::ptx) fn b_k_major(self) -> bool {
         self == Layout::Nt
     }
 }
@@ -42,7 +42,7 @@ impl Matrix {
     }
 
     /// Whether each row begins at 16 bytes (buffers do) and has whole pieces of 16 bytes.
-    pub(super) fn is_wide(&self, cols: u32) -> bool {
+    pub(in crate::ptx) fn is_wide(&self, cols: u32) -> bool {
         let size = self.tensor.dtype.size_bytes() as u64;
         [self.tensor.offset, self.stride.into(), cols.into()].iter().all(|x| (x * size).is_multiple_of(16))
     }
@@ -85,6 +85,14 @@ pub enum Groups {
         /// Elements of k of each.
         capacity: u32,
     },
+    /// The e-th C is the product over `offsets[e + 1] - offsets[e]` elements of k from a multiple of 128 on, which all groups
+    /// before it leave free for it; the rest up to the next multiple holds zeros.
+    PaddedInner {
+        /// U32 \[groups + 1\], ascending from 0.
+        offsets: Tensor,
+        /// How many.
+        num: u32,
+    },
 }
 
 impl Groups {
@@ -94,7 +102,8 @@ impl Groups {
             Groups::Rows { num, .. }
             | Groups::MaskedRows { num, .. }
             | Groups::Inner { num, .. }
-            | Groups::MaskedInner { num, .. } => num,
+            | Groups::MaskedInner { num, .. }
+            | Groups::PaddedInner { num, .. } => num,
         }
     }
 
@@ -105,16 +114,30 @@ impl Groups {
             Groups::MaskedRows { .. } => Kind::Rows { masked: true },
             Groups::Inner { .. } => Kind::Inner { masked: false },
             Groups::MaskedInner { .. } => Kind::Inner { masked: true },
+            Groups::PaddedInner { .. } => Kind::PaddedInner,
         }
     }
 }
 
 /// [`Groups`] as far as a kernel's text depends on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(in crate::ptx) enum Kind {
     One,
-    Rows { masked: bool },
-    Inner { masked: bool },
+    Rows {
+        masked: bool,
+    },
+    Inner {
+        masked: bool,
+    },
+    /// The parts of k are whole tiles of 128.
+    PaddedInner,
+}
+
+impl Kind {
+    /// Whether each group has a part of k and a C of its own.
+    pub(in crate::ptx) fn is_inner(self) -> bool {
+        matches!(self, Kind::Inner { .. } | Kind::PaddedInner)
+    }
 }
 
 /// C_mn = A_mk B_kn (+ bias_n), or D_mn + A_mk B_kn.
@@ -150,17 +173,17 @@ impl Problem {
     }
 
     /// Whether there is nothing to do.
-    pub(super) fn is_empty(&self) -> bool {
+    pub(in crate::ptx) fn is_empty(&self) -> bool {
         self.m == 0 || self.n == 0 || self.groups.num() == 0 || (self.k == 0 && self.adds_in_place())
     }
 
     /// Whether C is added to, so that what has no k can be left as it is.
-    pub(super) fn adds_in_place(&self) -> bool {
+    pub(in crate::ptx) fn adds_in_place(&self) -> bool {
         self.addend == Some(self.c.tensor)
     }
 
     /// What a kernel's text depends on.
-    pub(super) fn spec(&self) -> Spec {
+    pub(in crate::ptx) fn spec(&self) -> Spec {
         let (a_cols, b_cols) = match self.layout {
             Layout::Nt => (self.k, self.k),
             Layout::Nn => (self.k, self.n),
@@ -182,50 +205,52 @@ impl Problem {
     }
 
     /// Elements from one group's weight (B of grouped rows, C of grouped k) to the next.
-    pub(super) fn group_stride(&self) -> u32 {
+    pub(in crate::ptx) fn group_stride(&self) -> u32 {
         let rows = match (self.groups.kind(), self.layout) {
             (Kind::One, _) => return 0,
             (Kind::Rows { .. }, Layout::Nt) => self.n,
             (Kind::Rows { .. }, _) => self.k,
-            (Kind::Inner { .. }, _) => return self.m * self.c.stride,
+            (Kind::Inner { .. } | Kind::PaddedInner, _) => return self.m * self.c.stride,
         };
         rows * self.b.stride
     }
 
     /// As many tiles of bm x bn as there could be.
-    pub(super) fn max_tiles(&self, bm: u32, bn: u32) -> u32 {
+    pub(in crate::ptx) fn max_tiles(&self, bm: u32, bn: u32) -> u32 {
         let num = self.groups.num();
         let down = match self.groups {
             Groups::One => self.m.div_ceil(bm),
             // Each group with rows has at most one tile that is not full.
             Groups::Rows { .. } => (u64::from(self.m) + u64::from(num.min(self.m)) * u64::from(bm - 1)) as u32 / bm,
             Groups::MaskedRows { capacity, .. } => num * capacity.div_ceil(bm),
-            Groups::Inner { .. } | Groups::MaskedInner { .. } => num * self.m.div_ceil(bm),
+            Groups::Inner { .. } | Groups::MaskedInner { .. } | Groups::PaddedInner { .. } => num * self.m.div_ceil(bm),
         };
         down * self.n.div_ceil(bn)
     }
 
     /// Whether tiles of bm x bn are so many that they occupy a device.
-    pub(super) fn has_many(&self, bm: u32, bn: u32) -> bool {
+    pub(in crate::ptx) fn has_many(&self, bm: u32, bn: u32) -> bool {
         const MANY: u32 = 128;
         self.max_tiles(bm, bn) >= MANY
     }
 
     /// A kernel that has one block for a tile of bm x bn, and no tensor maps.
-    pub(super) fn launch(&self, kernel: Kernel, bm: u32, bn: u32) -> Launch {
+    pub(in crate::ptx) fn launch(&self, kernel: Kernel, bm: u32, bn: u32) -> Launch {
         let mut args = vec![Arg::Tensor(self.a.tensor), Arg::Tensor(self.b.tensor)];
         args.extend(self.args_after_operands());
         Launch { kernel, grid: [self.max_tiles(bm, bn), 1, 1], args }
     }
 
     /// Arguments in the order of [`Params::declare`], after a and b.
-    pub(super) fn args_after_operands(&self) -> Vec<Arg> {
+    pub(in crate::ptx) fn args_after_operands(&self) -> Vec<Arg> {
         let mut args = vec![Arg::Tensor(self.c.tensor)];
         args.extend([self.addend, self.bias].into_iter().flatten().map(Arg::Tensor));
         args.extend([self.m, self.n, self.k, self.a.stride, self.b.stride, self.c.stride].map(Arg::U32));
         let (table, num, capacity) = match self.groups {
             Groups::One => return args,
-            Groups::Rows { offsets, num } | Groups::Inner { offsets, num } => (offsets, num, 0),
+            Groups::Rows { offsets, num } | Groups::Inner { offsets, num } | Groups::PaddedInner { offsets, num } => {
+                (offsets, num, 0)
+            }
             Groups::MaskedRows { counts, num, capacity } | Groups::MaskedInner { counts, num, capacity } => {
                 (counts, num, capacity)
             }
@@ -238,7 +263,7 @@ impl Problem {
 
 /// What a kernel's text depends on, besides its tile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Spec {
+pub(in crate::ptx) struct Spec {
     pub layout: Layout,
     pub kind: Kind,
     pub input: DType,
@@ -259,6 +284,7 @@ impl Spec {
             Kind::Rows { masked: true } => "_maskedrows",
             Kind::Inner { masked: false } => "_inner",
             Kind::Inner { masked: true } => "_maskedinner",
+            Kind::PaddedInner => "_paddedinner",
         };
         if self.output != self.input {
             name += &format!("_{}", dtype_name(self.output));

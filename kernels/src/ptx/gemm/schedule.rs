@@ -15,7 +15,7 @@ use super::{
 use crate::ptx;
 
 /// The parameters, loaded.
-pub(super) struct Params {
+pub(in crate::ptx) struct Params {
     /// Addresses, or of tensor maps.
     pub a: Reg<B64>,
     pub b: Reg<B64>,
@@ -78,7 +78,7 @@ const BAND: u32 = 8;
 
 /// Where a tile is: registers that [`Finder::find`] sets.
 #[derive(Clone, Copy)]
-pub(super) struct Place {
+pub(in crate::ptx) struct Place {
     /// Which group.
     pub group: Reg<B32>,
     /// The group's first row in A and C, and how many it has.
@@ -93,7 +93,7 @@ pub(super) struct Place {
 }
 
 /// Finds tiles by number; numbers ascend from call to call.
-pub(super) struct Finder {
+pub(in crate::ptx) struct Finder {
     kind: Kind,
     bm: u32,
     bn: u32,
@@ -123,7 +123,7 @@ impl Finder {
         match spec.kind {
             Kind::One => {}
             Kind::Rows { .. } => rows = k.reg(),
-            Kind::Inner { .. } => inner = k.reg(),
+            Kind::Inner { .. } | Kind::PaddedInner => inner = k.reg(),
         }
         let place = Place { group, first_row, rows, first_k, inner, m0, n0 };
         Finder { kind: spec.kind, bm, bn, tiles_right, lane, base, before, place }
@@ -143,13 +143,16 @@ impl Finder {
                 ptx!(k, "add.u32 {tiles_down}, {}, {};", params.m, self.bm - 1);
                 ptx!(k, "div.u32 {tiles_down}, {tiles_down}, {};", self.bm);
                 ptx!(k, "mul.lo.u32 {per_group}, {tiles_down}, {};", self.tiles_right);
-                if let (Kind::Inner { masked }, Some(table)) = (kind, table) {
+                if let Some(table) = table {
                     let Place { group, first_k, inner, .. } = self.place;
                     ptx!(k, "div.u32 {group}, {number}, {per_group};");
                     ptx!(k, "rem.u32 {local}, {number}, {per_group};");
                     ptx!(k, "setp.ge.u32 {past}, {group}, {};", table.num);
                     ptx!(k, "@{past} bra {past_end};");
-                    read_group(k, table, masked, group, first_k, inner, None);
+                    match kind {
+                        Kind::Inner { masked } => read_group(k, table, masked, group, first_k, inner, None),
+                        _ => self.find_padded(k, table),
+                    }
                 } else {
                     ptx!(k, "mov.u32 {local}, {number};");
                     ptx!(k, "setp.ge.u32 {past}, {number}, {per_group};");
@@ -176,6 +179,28 @@ impl Finder {
         ptx!(k, "mul.lo.u32 {m0}, {m0}, {};", self.bm);
         ptx!(k, "div.u32 {n0}, {local}, {height};");
         ptx!(k, "mul.lo.u32 {n0}, {n0}, {};", self.bn);
+    }
+
+    /// Reads the count of `group`, and sums the tiles of k of groups from the last one found to it: a warp 32 of them at a time.
+    fn find_padded(&self, k: &mut Assembler, table: &Table) {
+        let Finder { lane, base, before, .. } = *self;
+        let Place { group, first_k, inner, .. } = self.place;
+        let (again, q) = (k.label("GROUPS"), k.reg::<Pred>());
+        let [e, start, tiles] = [(); 3].map(|()| k.reg::<B32>());
+        k.place(&again);
+        ptx!(k, "add.u32 {e}, {base}, {lane};");
+        ptx!(k, "setp.lt.u32 {q}, {e}, {group};");
+        read_group(k, table, false, e, start, tiles, Some(q));
+        ptx!(k, "add.u32 {tiles}, {tiles}, 127;");
+        ptx!(k, "shr.u32 {tiles}, {tiles}, 7;");
+        ptx!(k, "redux.sync.add.u32 {tiles}, {tiles}, 0xffffffff;");
+        ptx!(k, "add.u32 {before}, {before}, {tiles};");
+        ptx!(k, "add.u32 {base}, {base}, 32;");
+        ptx!(k, "setp.lt.u32 {q}, {base}, {group};");
+        ptx!(k, "@{q} bra {again};");
+        ptx!(k, "mov.u32 {base}, {group};");
+        read_group(k, table, false, group, start, inner, None);
+        ptx!(k, "shl.b32 {first_k}, {before}, 7;");
     }
 
     fn find_rows(

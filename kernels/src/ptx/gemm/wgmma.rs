@@ -25,7 +25,6 @@
 //! Bound by tensor cores: 2 m n k FLOPs (H100, H200: 989 TFLOP/s); a tile of 128 x 256 reads 96 bytes of L2 for 32768 products.
 
 mod consumer;
-mod epilogue;
 mod producer;
 
 use super::{
@@ -34,10 +33,13 @@ use super::{
         asm::{Assembler, B32, Label, Pred, Reg},
     },
     Target,
-    problem::{Groups, Kind, Matrix, Problem, Spec},
+    cost::{self, Size},
+    epilogue::{self, staging_bytes},
+    pipeline::map,
+    problem::{Groups, Problem, Spec},
     schedule::Params,
 };
-use crate::{dtype::DType, ptx};
+use crate::ptx;
 
 /// Sizes of a block's part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,12 +62,14 @@ const BK: u32 = 64;
 const CONSUMERS: u32 = 256;
 /// Bytes of A in a stage.
 const A_BYTES: u32 = BM * BK * 2;
-/// Bytes of 64 x 64 elements.
-const PANEL_BYTES: u32 = 64 * 64 * 2;
-/// Bytes in which a consumer turns a part of its tile into rows.
-const STAGING_BYTES: u32 = 64 * 64 * 4;
+/// Columns that a consumer turns into rows at a time.
+const WIDTH: u32 = 64;
 
 impl Tile {
+    fn size(self) -> Size {
+        Size { bm: BM, bn: self.bn, blocks: 1 }
+    }
+
     fn b_bytes(self) -> u32 {
         self.bn * BK * 2
     }
@@ -79,7 +83,7 @@ impl Tile {
     }
 
     fn barriers(self) -> u32 {
-        self.staging() + 2 * STAGING_BYTES
+        self.staging() + 2 * staging_bytes(WIDTH)
     }
 
     fn shared_bytes(self) -> u32 {
@@ -90,7 +94,7 @@ impl Tile {
 /// The tile, if this kernel can: rows of A and B begin at 16 bytes, and there is a k.
 pub(super) fn choose(on: Target, problem: &Problem) -> Option<Tile> {
     let spec = problem.spec();
-    let is_inner = matches!(spec.kind, Kind::Inner { .. });
+    let is_inner = spec.kind.is_inner();
     // Groups without k are left alone, which is right only where C is added to.
     let can = on.arch >= Arch::Sm90a
         && spec.wide[0]
@@ -100,10 +104,7 @@ pub(super) fn choose(on: Target, problem: &Problem) -> Option<Tile> {
     if !can {
         return None;
     }
-    // Time of a tile of so many columns, all multiprocessors having one: wide ones read less for each product.
-    let time = |tile: Tile, time: u32| problem.max_tiles(BM, tile.bn).div_ceil(on.num_sms.max(1)) * time;
-    let times = [(LARGE, time(LARGE, 6)), (SMALL, time(SMALL, 4)), (NARROW, time(NARROW, 3))];
-    times.into_iter().min_by_key(|(_, time)| *time).map(|(tile, _)| tile)
+    cost::quickest(on, problem, [LARGE, SMALL, NARROW].map(|tile| (tile, tile.size())))
 }
 
 /// As many blocks as run at one time.
@@ -117,24 +118,6 @@ pub(super) fn launch(on: Target, problem: &Problem, tile: Tile) -> Launch {
     }
     let grid = problem.max_tiles(BM, tile.bn).min(on.num_sms.max(1));
     Launch { kernel: kernel(spec, tile), grid: [grid, 1, 1], args }
-}
-
-/// A matrix in 64-wide boxes; `dims` are innermost first, the third with elements from one to the next.
-fn map(matrix: Matrix, dims: &[u32; 2], box_dims: [u32; 2], third: Option<(u32, u32)>) -> TensorMap {
-    let size = matrix.tensor.dtype.size_bytes() as u64;
-    let mut map = TensorMap {
-        tensor: matrix.tensor,
-        dims: dims.map(u64::from).to_vec(),
-        strides: vec![u64::from(matrix.stride) * size],
-        box_dims: box_dims.to_vec(),
-        swizzle: 128,
-    };
-    if let Some((num, stride)) = third {
-        map.dims.push(num.into());
-        map.strides.push(u64::from(stride) * size);
-        map.box_dims.push(1);
-    }
-    map
 }
 
 fn a_map(problem: &Problem) -> TensorMap {
@@ -230,49 +213,10 @@ fn emit(name: &str, spec: &Spec, tile: Tile) -> String {
     kernel.finish(VERSION, Arch::Sm90a.target())
 }
 
-/// Waits until the phase of that parity is over.
-fn wait(k: &mut Assembler, barrier: Reg<B32>, offset: u32, parity: Reg<B32>) {
-    let (again, q) = (k.label("WAIT"), k.reg::<Pred>());
-    k.place(&again);
-    ptx!(k, "mbarrier.try_wait.parity.shared::cta.b64 {q}, [{barrier}+{offset}], {parity}, 0x989680;");
-    ptx!(k, "@!{q} bra {again};");
-}
-
-/// A stage in turn, and the parity of its round.
-struct Turn {
-    stage: Reg<B32>,
-    parity: Reg<B32>,
-}
-
-impl Turn {
-    fn new(k: &mut Assembler) -> Self {
-        let turn = Turn { stage: k.reg(), parity: k.reg() };
-        ptx!(k, "mov.u32 {}, 0;", turn.stage);
-        ptx!(k, "mov.u32 {}, 0;", turn.parity);
-        turn
-    }
-
-    fn advance(&self, k: &mut Assembler, stages: u32) {
-        let Turn { stage, parity } = self;
-        let (q, same) = (k.reg::<Pred>(), k.label("SAME_ROUND"));
-        ptx!(k, "add.u32 {stage}, {stage}, 1;");
-        ptx!(k, "setp.ne.u32 {q}, {stage}, {stages};");
-        ptx!(k, "@{q} bra {same};");
-        ptx!(k, "mov.u32 {stage}, 0;");
-        ptx!(k, "xor.b32 {parity}, {parity}, 1;");
-        k.place(&same);
-    }
-}
-
 /// The number of tiles of k in `inner` elements.
 fn tiles_of_k(k: &mut Assembler, inner: Reg<B32>) -> Reg<B32> {
     let tiles = k.reg::<B32>();
     ptx!(k, "add.u32 {tiles}, {inner}, {};", BK - 1);
     ptx!(k, "shr.u32 {tiles}, {tiles}, {};", BK.trailing_zeros());
     tiles
-}
-
-/// Whether TMA may write C's type.
-fn is_bf16(spec: &Spec) -> bool {
-    spec.output == DType::Bf16
 }

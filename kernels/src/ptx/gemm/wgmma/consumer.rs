@@ -2,54 +2,16 @@
 
 use super::{
     super::{
-        problem::Kind,
+        epilogue::{Consumer, Writer},
+        pipeline::{Descriptor, PANEL_BYTES, Turn, wait},
         schedule::{Finder, Place},
     },
-    A_BYTES, BK, BM, Block, CONSUMERS, PANEL_BYTES, Turn, epilogue, tiles_of_k, wait,
+    A_BYTES, BK, BM, Block, CONSUMERS, WIDTH, tiles_of_k,
 };
 use crate::{
     ptx,
     ptx::asm::{Assembler, B32, B64, F32, Pred, Reg, vector},
 };
-
-/// Descriptor of a 128-byte-swizzled operand: from one eight rows (or eight of k) to the next 1024 bytes.
-const DESCRIPTOR_HIGH: u32 = 1 << 30 | 1024 >> 4;
-
-/// An operand's descriptors: the low word is the address and, for panels, the bytes from one to the next.
-struct Descriptor {
-    low: Reg<B32>,
-    high: Reg<B32>,
-    /// What 16 elements of k add to the low word.
-    step: u32,
-}
-
-impl Descriptor {
-    /// Of the operand at `base` of the first stage.
-    fn new(k: &mut Assembler, base: Reg<B32>, k_major: bool) -> Self {
-        let (low, high) = (k.reg::<B32>(), k.reg::<B32>());
-        ptx!(k, "shr.u32 {low}, {base}, 4;");
-        ptx!(k, "and.b32 {low}, {low}, 0x3fff;");
-        if !k_major {
-            ptx!(k, "or.b32 {low}, {low}, {};", (PANEL_BYTES >> 4) << 16);
-        }
-        ptx!(k, "mov.u32 {high}, {DESCRIPTOR_HIGH};");
-        Descriptor { low, high, step: if k_major { 32 } else { 2048 } >> 4 }
-    }
-
-    /// The descriptors of a stage, one for each 16 of k.
-    fn of_stage(&self, k: &mut Assembler, stage: Reg<B32>, stage_bytes: u32) -> Vec<Reg<B64>> {
-        let low = k.reg::<B32>();
-        ptx!(k, "mad.lo.u32 {low}, {stage}, {}, {};", stage_bytes >> 4, self.low);
-        (0..BK / 16)
-            .map(|j| {
-                let (at, whole) = (k.reg::<B32>(), k.reg::<B64>());
-                ptx!(k, "add.u32 {at}, {low}, {};", j * self.step);
-                ptx!(k, "mov.b64 {whole}, {{{at}, {}}};", self.high);
-                whole
-            })
-            .collect()
-    }
-}
 
 /// Code of the consumer warpgroups; the end follows.
 pub(super) fn emit(k: &mut Assembler, block: &Block, c_map: Option<Reg<B64>>) {
@@ -85,7 +47,7 @@ pub(super) fn emit(k: &mut Assembler, block: &Block, c_map: Option<Reg<B64>>) {
     k.place(&multiply);
     ptx!(k, "mad.lo.u32 {full}, {}, 8, {};", turn.stage, block.barriers);
     wait(k, full, 0, turn.parity);
-    if matches!(spec.kind, Kind::Inner { .. }) {
+    if spec.kind.is_inner() {
         zero_tail(k, block, &place, &turn, group, done);
     }
     let descriptors_a = a.of_stage(k, turn.stage, stage_bytes);
@@ -116,7 +78,11 @@ pub(super) fn emit(k: &mut Assembler, block: &Block, c_map: Option<Reg<B64>>) {
     ptx!(k, "wgmma.wait_group.sync.aligned 0;");
     ptx!(k, "setp.eq.u32 {q}, {}, 0;", block.lane);
     ptx!(k, "@{q} mbarrier.arrive.shared::cta.b64 _, [{before}+{}];", block.to_empty());
-    epilogue::emit(k, block, &place, group, &acc, c_map);
+    let m0 = k.reg::<B32>();
+    ptx!(k, "mad.lo.u32 {m0}, {group}, 64, {};", place.m0);
+    let consumer = Consumer { spec, params, tid: block.tid, lane: block.lane, group, width: WIDTH };
+    let writer = Writer::new(k, &consumer, block.base, tile.staging());
+    writer.write(k, &Place { m0, ..place }, &acc, c_map);
     k.place(&written);
     ptx!(k, "add.u32 {number}, {number}, {step};");
     ptx!(k, "bra {next};");

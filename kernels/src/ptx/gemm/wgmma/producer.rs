@@ -1,16 +1,17 @@
 //! The producer: one thread that keeps the stages filled.
 
 use super::{
-    super::{problem::Kind, schedule::Finder},
-    A_BYTES, BK, BM, Block, PANEL_BYTES, Turn, tiles_of_k, wait,
+    super::{
+        pipeline::{L2_HINT, PANEL_BYTES, Turn, wait},
+        problem::Kind,
+        schedule::Finder,
+    },
+    A_BYTES, BK, BM, Block, tiles_of_k,
 };
 use crate::{
     ptx,
     ptx::asm::{Assembler, B32, B64, Pred, Reg},
 };
-
-/// Cache hint: no preference (EVICT_NORMAL).
-const L2_HINT: &str = "0x1000000000000000";
 
 /// Code of the producer warpgroup; ends in a jump to the end.
 pub(super) fn emit(k: &mut Assembler, block: &Block) {
