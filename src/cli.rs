@@ -271,6 +271,7 @@ Without --dtype every tensor keeps its format, except that FP8 becomes bf16.
 
 Examples:
   hadal convert runs/quickstart/latest quickstart-bf16 --dtype bf16
+  hadal convert runs/quickstart/latest quickstart-fp8 --dtype fp8
   hadal convert DeepSeek-V3 DeepSeek-V3-bf16 --shard-size 5GB")]
 pub struct ConvertArgs {
     /// Hugging Face folder to read
@@ -350,6 +351,8 @@ pub enum Dtype {
     Bf16,
     /// IEEE half precision
     F16,
+    /// Linear layers in E4M3 with a factor for each 128 x 128 block, all else in bfloat16
+    Fp8,
 }
 
 impl From<Dtype> for SaveDtype {
@@ -358,6 +361,7 @@ impl From<Dtype> for SaveDtype {
             Dtype::F32 => SaveDtype::F32,
             Dtype::Bf16 => SaveDtype::Bf16,
             Dtype::F16 => SaveDtype::F16,
+            Dtype::Fp8 => SaveDtype::Fp8,
         }
     }
 }

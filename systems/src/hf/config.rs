@@ -322,6 +322,24 @@ impl ConfigDocument {
         Ok(this)
     }
 
+    /// The document for linear layers in FP8 with factors for 128 x 128 blocks.
+    ///
+    /// # Errors
+    /// As [`ConfigDocument::from_config`].
+    pub fn quantized(&self) -> Result<Self, serde_json::Error> {
+        let mut this = self.clone();
+        let quantization = QuantizationConfig {
+            quant_method: Some("fp8".into()),
+            fmt: Some("e4m3".into()),
+            weight_block_size: Some(super::fp8::BLOCK),
+            activation_scheme: Some("dynamic".into()),
+        };
+        this.document.insert("quantization_config".into(), serde_json::to_value(&quantization)?);
+        this.config.quantization_config = Some(quantization);
+        this.render()?;
+        Ok(this)
+    }
+
     fn render(&mut self) -> Result<(), serde_json::Error> {
         self.text = serde_json::to_string_pretty(&self.document)? + "\n";
         Ok(())

@@ -1,6 +1,21 @@
 //! FP8 as DeepSeek's checkpoints store it: E4M3 codes with one f32 factor per block, `w = code * scale_inv`.
 
-use kernels::fp8::E4M3;
+use kernels::fp8::{E4M3, MIN_AMAX, Scaling, TILE, encode_scaled};
+
+/// Rows and columns that share a factor in what is written.
+pub const BLOCK: [usize; 2] = [TILE, TILE];
+
+pub fn scale_name(name: &str) -> String {
+    format!("{name}_scale_inv")
+}
+
+/// Rows and columns: the last dimension, and all before it.
+pub fn as_matrix(shape: &[usize]) -> [usize; 2] {
+    match shape.split_last() {
+        Some((&columns, rows)) => [rows.iter().product(), columns],
+        None => [1, 1],
+    }
+}
 
 /// Shape of the factors of a `[rows, columns]` matrix; the last block of a row or column may be partial.
 pub fn scale_shape(shape: [usize; 2], block: [usize; 2]) -> [usize; 2] {
@@ -32,8 +47,34 @@ pub fn dequantize_rows(
     }
 }
 
+/// Codes of a matrix [rows, columns], and its factors for [`BLOCK`], row-major; or the place of a value that is not finite.
+pub fn quantize(values: &[f32], [rows, columns]: [usize; 2]) -> Result<(Vec<u8>, Vec<f32>), usize> {
+    if let Some(at) = values.iter().position(|value| !value.is_finite()) {
+        return Err(at);
+    }
+    let [_, across] = scale_shape([rows, columns], BLOCK);
+    let (mut codes, mut scales) = (Vec::with_capacity(values.len()), Vec::new());
+    for rows in values.chunks(BLOCK[0] * columns.max(1)) {
+        let mut amax = vec![MIN_AMAX; across];
+        for row in rows.chunks(columns) {
+            for (amax, values) in amax.iter_mut().zip(row.chunks(BLOCK[1])) {
+                *amax = values.iter().fold(*amax, |most, value| most.max(value.abs()));
+            }
+        }
+        let of_rows: Vec<f32> = amax.into_iter().map(|amax| Scaling::Real.scale(amax)).collect();
+        for row in rows.chunks(columns) {
+            for (scale, values) in of_rows.iter().zip(row.chunks(BLOCK[1])) {
+                codes.extend(values.iter().map(|&value| encode_scaled(value, scale.recip())));
+            }
+        }
+        scales.extend(of_rows);
+    }
+    Ok((codes, scales))
+}
+
 #[cfg(test)]
 mod tests {
+    #![expect(clippy::unwrap_used, reason = "tests")]
     use super::*;
 
     #[test]
@@ -55,5 +96,25 @@ mod tests {
         let mut tail = vec![0.0; 2 * columns];
         dequantize_rows(&codes[3 * columns..], columns, 3, &scales, block, &mut tail);
         assert_eq!(tail, whole[3 * columns..]);
+    }
+
+    #[test]
+    fn what_is_quantized_comes_back_within_its_rounding() {
+        for [rows, columns] in [[1, 1], [130, 5], [3, 300], [257, 129]] {
+            let values: Vec<f32> = (0..rows * columns).map(|i| ((i * i + 7 * i) % 1009) as f32 / 504.0 - 1.0).collect();
+            let (codes, scales) = quantize(&values, [rows, columns]).unwrap();
+            assert_eq!((codes.len(), scales.len()), (values.len(), rows.div_ceil(128) * columns.div_ceil(128)));
+            let mut back = vec![0.0; values.len()];
+            dequantize_rows(&codes, columns, 0, &scales, BLOCK, &mut back);
+            for (i, (got, want)) in back.iter().zip(&values).enumerate() {
+                let scale = scales[i / columns / 128 * columns.div_ceil(128) + i % columns / 128];
+                assert!((got - want).abs() <= (want.abs() / 16.0).max(scale / 1024.0) * 1.0001, "{got} for {want}");
+            }
+            // The largest of each block is kept.
+            let most = |x: &[f32]| x.iter().fold(0f32, |most, x| most.max(x.abs()));
+            assert!((most(&back) - most(&values)).abs() < 1e-6);
+        }
+        assert_eq!(quantize(&[1.0, f32::NAN, f32::INFINITY], [1, 3]), Err(1));
+        assert_eq!(quantize(&[], [0, 4]), Ok((vec![], vec![])));
     }
 }

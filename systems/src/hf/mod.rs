@@ -1,7 +1,7 @@
 //! Hugging Face folders in and out, so that a checkpoint of Hadal is one that every other tool reads.
 //!
 //! `config` and `resolve` turn config.json into a model and back; `read` and `write` move the weights between the names
-//! on disk and the packed parameters of [`crate::params`]; `fp8` decodes DeepSeek's released weights.
+//! on disk and the packed parameters of [`crate::params`]; `fp8` is how DeepSeek's released weights are stored.
 
 mod check;
 pub mod config;
@@ -10,6 +10,7 @@ pub mod fp8;
 pub mod read;
 mod read_error;
 mod resolve;
+mod stored;
 pub mod write;
 
 use read::{HfFolder, ReadError};
@@ -33,7 +34,7 @@ pub enum ConvertError {
 /// Reads the folder `source` and writes it to `destination`; returns what was written, and notes for the user.
 ///
 /// Without a `dtype`, every tensor keeps its type and its bytes, and config.json its text, except that FP8 weights become
-/// bf16. With one, all weights are stored in it, correction biases in f32.
+/// bf16. With one, all weights are stored in it, correction biases in f32; FP8 is for linear layers, beside bf16.
 ///
 /// # Errors
 /// If the source is not a complete model, or the destination holds weights or cannot be written.
@@ -54,6 +55,7 @@ pub fn convert(
     };
     let config = match dtype {
         None if !folder.is_quantized() => folder.config().clone(),
+        Some(SaveDtype::Fp8) => folder.config().storing(Some(SaveDtype::Fp8.torch_name()))?.quantized()?,
         _ => folder.config().storing(dtype.map(SaveDtype::torch_name))?,
     };
     let written = write_folder(destination, &config, &model.specs, &options, |spec| folder.read_param(spec))?;

@@ -296,9 +296,9 @@ impl HfFolder {
             Dtype::F32 | Dtype::BF16 | Dtype::F16 => {}
             Dtype::F8_E4M3 if !name.ends_with("_scale_inv") => {
                 // A factor belongs to a matrix; a vector in FP8 would be a matrix of one row.
-                let matrix = as_matrix(shape);
+                let matrix = fp8::as_matrix(shape);
                 let scale_shape = fp8::scale_shape(matrix, self.block());
-                self.check_tensor(&scale_name(name), &scale_shape, true, used, findings);
+                self.check_tensor(&fp8::scale_name(name), &scale_shape, true, used, findings);
             }
             other => findings.push(Finding::Dtype { name: name.to_string(), found: format!("{other:?}") }),
         }
@@ -327,7 +327,7 @@ impl HfFolder {
         mut visit: impl FnMut(usize, &[f32]) -> Result<(), ReadError>,
     ) -> Result<(), ReadError> {
         let scales = if entry.dtype == Dtype::F8_E4M3 { self.read_scales(name, &entry.shape)? } else { Vec::new() };
-        let [rows, columns] = as_matrix(&entry.shape);
+        let [rows, columns] = fp8::as_matrix(&entry.shape);
         let width = entry.dtype.bitsize() / 8;
         let rows_at_once = (PIECE_BYTES / (columns * width).max(1)).clamp(1, rows.max(1));
         let (path, file) = &self.files[entry.file];
@@ -352,8 +352,8 @@ impl HfFolder {
     }
 
     fn read_scales(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, ReadError> {
-        let name = scale_name(name);
-        let shape = fp8::scale_shape(as_matrix(shape), self.block());
+        let name = fp8::scale_name(name);
+        let shape = fp8::scale_shape(fp8::as_matrix(shape), self.block());
         let entry = self.entry(&name, &shape)?;
         let mut scales = vec![0.0; shape.iter().product()];
         self.pieces(&name, entry, |first, values| {
@@ -379,18 +379,6 @@ impl HfFolder {
                 }),
             }
         })
-    }
-}
-
-fn scale_name(name: &str) -> String {
-    format!("{name}_scale_inv")
-}
-
-/// Rows and columns: the last dimension, and all before it.
-fn as_matrix(shape: &[usize]) -> [usize; 2] {
-    match shape.split_last() {
-        Some((&columns, rows)) => [rows.iter().product(), columns],
-        None => [1, 1],
     }
 }
 

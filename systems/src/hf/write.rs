@@ -5,9 +5,10 @@
 //! may come in any order and as small as one view at a time. The index and config.json are written last: a folder that
 //! was interrupted has no config.json, and no reader takes it for a checkpoint.
 
-use super::config::ConfigDocument;
-use crate::params::{ParamKind, ParamSpec, View};
-use safetensors::tensor::{Dtype, Metadata, TensorInfo};
+pub use super::stored::{Dtypes, SaveDtype};
+use super::{config::ConfigDocument, fp8};
+use crate::params::{ParamSpec, View};
+use safetensors::tensor::{Metadata, TensorInfo};
 use serde_json::{Map, Value, json};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::error::Error;
@@ -20,85 +21,6 @@ use std::path::{Path, PathBuf};
 pub const DEFAULT_SHARD_BYTES: u64 = 5_000_000_000;
 /// Values encoded at once; few in tests, so that small tensors go in pieces, too.
 const PIECE_VALUES: usize = if cfg!(test) { 5 } else { 1 << 20 };
-
-/// A type to store weights in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SaveDtype {
-    /// 32-bit floats.
-    F32,
-    /// Truncated 32-bit floats, rounded to nearest even.
-    Bf16,
-    /// IEEE half precision, rounded to nearest even.
-    F16,
-}
-
-impl SaveDtype {
-    /// As config.json calls it.
-    pub fn torch_name(self) -> &'static str {
-        match self {
-            SaveDtype::F32 => "float32",
-            SaveDtype::Bf16 => "bfloat16",
-            SaveDtype::F16 => "float16",
-        }
-    }
-
-    fn num_bytes(self) -> usize {
-        self.stored().bitsize() / 8
-    }
-
-    fn stored(self) -> Dtype {
-        match self {
-            SaveDtype::F32 => Dtype::F32,
-            SaveDtype::Bf16 => Dtype::BF16,
-            SaveDtype::F16 => Dtype::F16,
-        }
-    }
-
-    /// Appends values; stops with the index of one that is not finite, before or by the conversion.
-    fn encode(self, values: &[f32], out: &mut Vec<u8>) -> Result<(), usize> {
-        for (i, value) in values.iter().enumerate() {
-            let is_finite = match self {
-                SaveDtype::F32 => {
-                    out.extend(value.to_le_bytes());
-                    value.is_finite()
-                }
-                SaveDtype::Bf16 => {
-                    let stored = half::bf16::from_f32(*value);
-                    out.extend(stored.to_le_bytes());
-                    stored.is_finite()
-                }
-                SaveDtype::F16 => {
-                    let stored = half::f16::from_f32(*value);
-                    out.extend(stored.to_le_bytes());
-                    stored.is_finite()
-                }
-            };
-            if !is_finite {
-                return Err(i);
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Which type each tensor is stored in.
-#[derive(Clone, Debug)]
-pub enum Dtypes {
-    /// One type, but f32 for `e_score_correction_bias`: its steps (0.001) are too small for bf16.
-    All(SaveDtype),
-    /// By name, as [`super::read::HfFolder::dtypes`] gives it; names it lacks are f32.
-    PerTensor(BTreeMap<String, SaveDtype>),
-}
-
-impl Dtypes {
-    fn of(&self, name: &str, kind: ParamKind) -> SaveDtype {
-        match self {
-            Dtypes::All(_) if kind == ParamKind::ExpertBias => SaveDtype::F32,
-            Dtypes::All(dtype) => *dtype,
-            Dtypes::PerTensor(dtypes) => dtypes.get(name).copied().unwrap_or(SaveDtype::F32),
-        }
-    }
-}
 
 /// How a folder is written.
 #[derive(Clone, Debug)]
@@ -402,22 +324,33 @@ impl FolderWriter {
             return Err(WriteError::Length { name: name.to_string(), expected, found });
         }
         let (file_name, file) = &self.files[slot.file];
-        let mut bytes = Vec::new();
-        let mut at = slot.start;
-        for (i, values) in values.chunks(PIECE_VALUES).enumerate() {
-            bytes.clear();
-            slot.dtype.encode(values, &mut bytes).map_err(|at| WriteError::NotFinite {
-                name: name.to_string(),
-                index: i * PIECE_VALUES + at,
-                value: values[at],
-                dtype: slot.dtype,
-            })?;
-            let io = |source| WriteError::Io { path: self.dir.join(file_name), source };
-            file.write_all_at(&bytes, at).map_err(io)?;
-            at += bytes.len() as u64;
+        let not_finite = |index: usize| WriteError::NotFinite {
+            name: name.to_string(),
+            index,
+            value: values[index],
+            dtype: slot.dtype,
+        };
+        let io = |source| WriteError::Io { path: self.dir.join(file_name), source };
+        let mut scales = None;
+        if slot.dtype == SaveDtype::Fp8 {
+            let codes;
+            (codes, scales) = match fp8::quantize(values, fp8::as_matrix(&slot.shape)) {
+                Ok((codes, scales)) => (codes, Some(scales)),
+                Err(index) => return Err(not_finite(index)),
+            };
+            file.write_all_at(&codes, slot.start).map_err(io)?;
+        } else {
+            let mut bytes = Vec::new();
+            let mut at = slot.start;
+            for (i, values) in values.chunks(PIECE_VALUES).enumerate() {
+                bytes.clear();
+                slot.dtype.encode(values, &mut bytes).map_err(|at| not_finite(i * PIECE_VALUES + at))?;
+                file.write_all_at(&bytes, at).map_err(io)?;
+                at += bytes.len() as u64;
+            }
         }
         self.pending.remove(name);
-        Ok(())
+        scales.map_or(Ok(()), |scales| self.write_tensor(&fp8::scale_name(name), &scales))
     }
 
     fn write_text(&self, name: &str, text: &str) -> Result<(), WriteError> {
@@ -452,7 +385,15 @@ fn plan(specs: &[ParamSpec], options: &WriteOptions) -> (Vec<Vec<Planned>>, BTre
             dtype: options.dtypes.of(name, spec.kind),
             shape: shape.to_vec(),
         };
-        tensors.extend(spec.views.iter().map(|view| planned(&view.hf_name, &view.shape)));
+        for view in &spec.views {
+            let tensor = planned(&view.hf_name, &view.shape);
+            let scales = (tensor.dtype == SaveDtype::Fp8).then(|| Planned {
+                name: fp8::scale_name(&view.hf_name),
+                dtype: SaveDtype::F32,
+                shape: fp8::scale_shape(fp8::as_matrix(&view.shape), fp8::BLOCK).to_vec(),
+            });
+            tensors.extend([Some(tensor), scales].into_iter().flatten());
+        }
         for alias in spec.aliases.iter().filter(|alias| options.aliases.contains(*alias)) {
             copied.push(planned(alias, &spec.shape));
             copies.entry(spec.views[0].hf_name.clone()).or_default().push(alias.clone());

@@ -203,6 +203,42 @@ fn fp8_weights_are_read_with_their_factors_and_written_in_bf16() {
 }
 
 #[test]
+fn weights_are_written_in_fp8_and_come_back() {
+    let tensors = released(Dtype::BF16);
+    let source = folder(TINY, &tensors);
+    let [first, second] = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    convert(source.path(), first.path(), Some(SaveDtype::Fp8), DEFAULT_SHARD_BYTES).unwrap();
+    let (found, _) = load_all(first.path());
+    let is_fp8 = |name: &str| name.contains("_proj.weight") && !name.contains("eh_proj");
+    for (name, (_, shape, _)) in &tensors {
+        let (dtype, found_shape, _) = &found[name];
+        let want = match name {
+            name if is_fp8(name) => Dtype::F8_E4M3,
+            name if name.ends_with("e_score_correction_bias") => Dtype::F32,
+            _ => Dtype::BF16,
+        };
+        assert_eq!((dtype, found_shape), (&want, shape), "{name}");
+        let scales = found.get(&format!("{name}_scale_inv"));
+        assert_eq!(scales.map(|(dtype, ..)| *dtype), is_fp8(name).then_some(Dtype::F32), "{name}");
+    }
+    let (before, after) = (HfFolder::open(source.path()).unwrap(), HfFolder::open(first.path()).unwrap());
+    assert!(after.is_quantized());
+    after.model().unwrap();
+    for spec in before.model().unwrap().specs {
+        let (want, got) = (before.read_param(&spec).unwrap(), after.read_param(&spec).unwrap());
+        let most = want.iter().fold(0f32, |most, x| most.max(x.abs()));
+        for (got, want) in got.iter().zip(&want) {
+            assert!((got - want).abs() <= (want.abs() / 16.0).max(most / 448.0 / 512.0), "{}", spec.name);
+        }
+    }
+    // What was in 8 bits stays as it was.
+    convert(first.path(), second.path(), Some(SaveDtype::Fp8), DEFAULT_SHARD_BYTES).unwrap();
+    for (name, (_, _, codes)) in load_all(second.path()).0 {
+        assert!(name.ends_with("_scale_inv") || codes == found[&name].2, "{name}");
+    }
+}
+
+#[test]
 fn everything_missing_different_or_left_over_is_named() {
     let mut tensors = released(Dtype::BF16);
     tensors.remove("model.layers.1.mlp.experts.3.up_proj.weight");
