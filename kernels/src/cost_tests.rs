@@ -5,8 +5,12 @@ use super::*;
 use crate::{
     device::Device,
     dtype::DType,
+    fp8::{Blocks, Scaling, Tiles},
     memory::Memory,
-    ops::{attention, cross_entropy, gemm, gemv, grouped_gemm, mla::latent, permute, rms_norm},
+    ops::{
+        attention, cross_entropy, fp8_gemm, fp8_grouped_gemm, gemm, gemv, grouped_gemm, mla::latent, permute, quantize,
+        rms_norm, swiglu,
+    },
     stream::Stream,
     tensor::Tensor,
 };
@@ -79,6 +83,53 @@ fn a_grouped_layer_is_a_product_over_all_rows_and_the_weights_of_all() {
     for (pass, (grouped, plain)) in grouped.map(|cost| cost(n, e, o, i, 2)).into_iter().zip(plain).enumerate() {
         let written_bytes = plain.written_bytes + if pass == 2 { weights } else { 0 };
         assert_eq!(grouped, Cost { read_bytes: plain.read_bytes + weights, written_bytes, ..plain }, "pass {pass}");
+    }
+}
+
+#[test]
+fn in_fp8_a_product_moves_a_byte_a_number_and_four_for_each_128() {
+    let (t, o, i) = (64, 256, 384);
+    let memory = Memory::new(Device::Meta);
+    let (x, dyt, xt) = (Tiles::alloc(&memory, t, i), Tiles::alloc(&memory, o, t), Tiles::alloc(&memory, i, t));
+    let w = Blocks::alloc(&memory, &[o, i]);
+    let forward = recorded(|s, y| fp8_gemm::product(s, x, w, y(&[t, o]), false).unwrap());
+    let added = recorded(|s, y| fp8_gemm::product(s, x, w, y(&[t, o]), true).unwrap());
+    let dw = memory.alloc(DType::F32, &[o, i]);
+    let weight_grad = recorded(|s, _| fp8_gemm::weight_grad(s, dyt, xt, dw).unwrap());
+    let flops = 2 * (t * o * i) as u64;
+    let want = |read: usize, written: usize| Cost {
+        product_flops: flops,
+        read_bytes: read as u64,
+        written_bytes: written as u64,
+        ..Cost::default()
+    };
+    let (x_bytes, w_bytes) = (t * i + 4 * t * 3, o * i + 4 * 2 * 3);
+    assert_eq!(forward, want(x_bytes + w_bytes, 2 * t * o));
+    assert_eq!(added, want(x_bytes + w_bytes + 2 * t * o, 2 * t * o));
+    assert_eq!(weight_grad, want((o + i) * (t + 4) + 4 * o * i, 4 * o * i));
+    let e = 5;
+    let grouped = fp8_grouped_gemm::product_cost(t, e, o, i, 2);
+    assert_eq!(grouped, want(x_bytes + e * w_bytes, 2 * t * o));
+}
+
+#[test]
+fn quantizers_are_streams() {
+    let (t, i) = (64, 384);
+    let memory = Memory::new(Device::Meta);
+    let (q, qt) = (Tiles::alloc(&memory, t, i), Tiles::alloc(&memory, i, t));
+    let (b, bt) = (Blocks::alloc(&memory, &[t, i]), Blocks::alloc(&memory, &[i, t]));
+    let real = Scaling::Real;
+    let (codes, wide) = ((t * i) as u64, (2 * t * i) as u64);
+    let (by_row, by_column) = (codes + 4 * t as u64 * 3, codes + 4 * i as u64);
+    for (cost, read, written) in [
+        (recorded(|s, x| quantize::tiles(s, x(&[t, i]), q, real).unwrap()), wide, by_row),
+        (recorded(|s, x| quantize::columns(s, x(&[t, i]), None, qt, real).unwrap()), wide, by_column),
+        (recorded(|s, _| quantize::retile(s, q, None, qt, real).unwrap()), by_row, by_column),
+        (recorded(|s, x| quantize::blocks(s, x(&[t, i]), b, Some(bt), real).unwrap()), wide, 2 * (codes + 12)),
+        (recorded(|s, h| swiglu::forward_tiles(s, h(&[t, 2 * i]), q, real).unwrap()), 2 * wide, by_row),
+    ] {
+        assert_eq!((cost.read_bytes, cost.written_bytes, cost.streamed_bytes), (read, written, read + written));
+        assert_eq!(cost.flops(), cost.vector_flops);
     }
 }
 

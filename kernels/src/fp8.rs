@@ -121,7 +121,7 @@ pub fn encode_e4m3(x: f32) -> u8 {
     let magnitude = x.abs().min(448.0);
     // Normal: round the mantissa to 3 bits, then turn the exponent's bias from 127 to 7.
     let bits = magnitude.to_bits();
-    let rounded = bits + 0x7_ffff + ((bits >> 20) & 1);
+    let rounded = bits.wrapping_add(0x7_ffff + ((bits >> 20) & 1));
     let normal = (rounded >> 20).wrapping_sub((127 - 7) << 3) as u8;
     // Subnormal: adding 2^14 leaves multiples of 2^-9 in the low bits, rounded to nearest even.
     const SHIFT: f32 = 16384.0;
@@ -157,7 +157,7 @@ pub const fn decode_e4m3(code: u8) -> f32 {
     } else if exponent == 0 {
         mantissa as f32 / 512.0
     } else {
-        f32::from_bits((exponent as u32 + 127 - 7) << 23 | (mantissa as u32) << 20)
+        f32::from_bits(((exponent as u32) << 23 | (mantissa as u32) << 20).wrapping_add((127 - 7) << 23))
     };
     f32::from_bits(magnitude.to_bits() | sign)
 }

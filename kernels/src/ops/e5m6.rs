@@ -18,7 +18,7 @@ use crate::{
         expect::{expect_float, expect_tensor},
         is_fast,
         parallel::{for_row_chunks, for_row_chunks2},
-        quantize::{amax, to_f32},
+        quantize::{amax, from_f32, to_f32},
     },
     ptx,
     stream::Stream,
@@ -39,7 +39,7 @@ pub fn encode_e5m6(x: f32) -> u16 {
     let magnitude = x.abs().min(65536.0);
     // Normal: round the mantissa to 6 bits, then turn the exponent's bias from 127 to 15.
     let bits = magnitude.to_bits();
-    let normal = ((bits + 0xffff + ((bits >> 17) & 1)) >> 17).wrapping_sub((127 - 15) << 6) as u16;
+    let normal = (bits.wrapping_add(0xffff + ((bits >> 17) & 1)) >> 17).wrapping_sub((127 - 15) << 6) as u16;
     // Subnormal: adding 8 leaves multiples of 2^-20 in the low bits, rounded to nearest even.
     const SHIFT: f32 = 8.0;
     let subnormal = (magnitude + SHIFT).to_bits().wrapping_sub(SHIFT.to_bits()) as u16;
@@ -52,7 +52,7 @@ pub fn encode_e5m6(x: f32) -> u16 {
 pub fn decode_e5m6(code: u16) -> f32 {
     let (sign, exponent, mantissa) = (u32::from(code & 0x800) << 20, (code >> 6) & 31, code & 63);
     let special = if mantissa == 0 { f32::INFINITY } else { f32::NAN };
-    let normal = f32::from_bits((u32::from(exponent) + 127 - 15) << 23 | u32::from(mantissa) << 17);
+    let normal = f32::from_bits((u32::from(code & 0x7ff) << 17).wrapping_add((127 - 15) << 23));
     let finite = if exponent == 0 { f32::from(mantissa) / (1 << 20) as f32 } else { normal };
     f32::from_bits(if exponent == 31 { special } else { finite }.to_bits() | sign)
 }
@@ -88,7 +88,9 @@ pub fn encode(s: &mut Stream, x: Tensor, packed: Tensor, scales: Tensor) -> Resu
                 let rows = packed.chunks_exact_mut(bytes).zip(scales.chunks_exact_mut(num_tiles));
                 for ((packed, scales), x) in rows.zip(x[first * c..].chunks_exact(c)) {
                     let tiles = packed.chunks_mut(self::packed(TILE)).zip(x.chunks(TILE)).zip(scales);
-                    tiles.for_each(|((packed, x), scale)| *scale = encode_tile(x, packed));
+                    for ((packed, x), scale) in tiles {
+                        *scale = encode_tile(x, packed);
+                    }
                 }
             });
         });
@@ -102,10 +104,12 @@ fn encode_tile<T: Float>(x: &[T], packed: &mut [u8]) -> u8 {
     let byte = scale_byte(amax(x));
     let inverse = power_of_two(byte).recip();
     let mut codes = [0; TILE];
-    codes.iter_mut().zip(x).for_each(|(code, x)| *code = encode_e5m6(to_f32(*x) * inverse));
-    for (out, codes) in packed.chunks_exact_mut(3).zip(codes.chunks_exact(2)) {
-        let both = u32::from(codes[0]) | u32::from(codes[1]) << 12;
-        out.copy_from_slice(&both.to_le_bytes()[..3]);
+    for (code, x) in codes.iter_mut().zip(x) {
+        *code = encode_e5m6(to_f32(*x) * inverse);
+    }
+    for (out, codes) in packed.as_chunks_mut::<3>().0.iter_mut().zip(codes.as_chunks::<2>().0) {
+        let [low, middle, high, _] = (u32::from(codes[0]) | u32::from(codes[1]) << 12).to_le_bytes();
+        *out = [low, middle, high];
     }
     byte
 }
@@ -127,7 +131,9 @@ pub fn decode(s: &mut Stream, packed: Tensor, scales: Tensor, x: Tensor) -> Resu
                 for (row, x) in (first..).zip(rows.chunks_exact_mut(c)) {
                     let (packed, scales) = (&packed[row * bytes..][..bytes], &scales[row * num_tiles..][..num_tiles]);
                     let tiles = packed.chunks(self::packed(TILE)).zip(x.chunks_mut(TILE)).zip(scales);
-                    tiles.for_each(|((packed, x), scale)| decode_tile(packed, power_of_two(*scale), x));
+                    for ((packed, x), scale) in tiles {
+                        decode_tile(packed, power_of_two(*scale), x);
+                    }
                 }
             });
         });
@@ -137,10 +143,13 @@ pub fn decode(s: &mut Stream, packed: Tensor, scales: Tensor, x: Tensor) -> Resu
 
 #[inline(always)]
 fn decode_tile<T: Float>(packed: &[u8], scale: f32, x: &mut [T]) {
-    for (bytes, x) in packed.chunks_exact(3).zip(x.chunks_mut(2)) {
+    let mut codes = [0; TILE];
+    for (codes, bytes) in codes.as_chunks_mut::<2>().0.iter_mut().zip(packed.as_chunks::<3>().0) {
         let both = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], 0]);
-        let codes = [both & 0xfff, both >> 12];
-        x.iter_mut().zip(codes).for_each(|(x, code)| *x = T::of_f64(f64::from(decode_e5m6(code as u16) * scale)));
+        *codes = [both as u16 & 0xfff, (both >> 12) as u16];
+    }
+    for (x, code) in x.iter_mut().zip(codes) {
+        *x = from_f32(decode_e5m6(code) * scale);
     }
 }
 

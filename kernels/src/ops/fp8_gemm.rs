@@ -61,7 +61,9 @@ impl Panels {
                     #[inline(always)]
                     || {
                         for (out, codes) in panel.chunks_exact_mut(width).zip(from) {
-                            out.iter_mut().zip(codes).for_each(|(out, code)| *out = decode_e4m3(*code));
+                            for (out, code) in out.iter_mut().zip(codes) {
+                                *out = decode_e4m3(*code);
+                            }
                         }
                     },
                 );

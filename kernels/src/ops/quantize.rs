@@ -21,7 +21,7 @@ use crate::{
     ops::{
         expect::{expect_blocks, expect_float, expect_tensor, expect_that, expect_tiles},
         is_fast,
-        parallel::for_row_chunks3,
+        parallel::{for_row_chunks2, for_row_chunks3},
     },
     ptx::{self, quantize::Recipe},
     simd::vectorize,
@@ -36,6 +36,12 @@ pub(crate) fn to_f32<T: Float>(x: T) -> f32 {
     x.to_acc().as_f64() as f32
 }
 
+/// Rounded to nearest, ties to even.
+#[inline(always)]
+pub(crate) fn from_f32<T: Float>(x: f32) -> T {
+    T::from_acc(T::Acc::of_f64(f64::from(x)))
+}
+
 /// The bits of |x|, which order as their numbers do; 0 for NaN. A maximum over them vectorizes, one over floats does not.
 #[inline(always)]
 fn magnitude_bits(x: f32) -> u32 {
@@ -44,15 +50,23 @@ fn magnitude_bits(x: f32) -> u32 {
 }
 
 /// The largest magnitude, NaN left out, and at least [`MIN_AMAX`].
+//
+// Loops here are `for`: a closure in an adapter is a function of its own, which may be compiled for the baseline.
 #[inline(always)]
 pub(crate) fn amax<T: Float>(x: &[T]) -> f32 {
-    f32::from_bits(x.iter().fold(MIN_AMAX.to_bits(), |most, x| most.max(magnitude_bits(to_f32(*x)))))
+    let mut most = MIN_AMAX.to_bits();
+    for x in x {
+        most = most.max(magnitude_bits(to_f32(*x)));
+    }
+    f32::from_bits(most)
 }
 
 #[inline(always)]
 fn encode<T: Float>(x: &[T], scale: f32, codes: &mut [u8]) {
     let inverse = scale.recip();
-    codes.iter_mut().zip(x).for_each(|(code, x)| *code = encode_scaled(to_f32(*x), inverse));
+    for (code, x) in codes.iter_mut().zip(x) {
+        *code = encode_scaled(to_f32(*x), inverse);
+    }
 }
 
 /// Codes of a tile; returns its scale.
@@ -94,16 +108,23 @@ pub(crate) fn encode_rows<E: Send>(
 }
 
 /// Codes and scales of x, rows of `c` columns.
-pub(crate) fn encode_tiles<T: Float>(x: &[T], c: usize, scaling: Scaling, q: (&mut [u8], &mut [f32])) {
-    let mut nothing = vec![(); x.len() / c.max(1)];
-    encode_rows(
-        q,
-        c,
-        scaling,
-        &mut nothing,
+pub(crate) fn encode_tiles<T: Float>(x: &[T], c: usize, scaling: Scaling, (codes, scales): (&mut [u8], &mut [f32])) {
+    let num_tiles = c.div_ceil(TILE);
+    let mut by_row = vec![0.0; x.len() / c.max(1) * num_tiles];
+    for_row_chunks2(
+        (codes, c),
+        (&mut by_row, num_tiles),
         #[inline(always)]
-        |row, y| y.iter_mut().zip(&x[row * c..][..c]).for_each(|(y, x)| *y = to_f32(*x)),
+        |first, codes, scales| {
+            let rows = codes.chunks_exact_mut(c).zip(scales.chunks_exact_mut(num_tiles));
+            for ((codes, scales), x) in rows.zip(x[first * c..].chunks_exact(c)) {
+                for ((x, codes), scale) in x.chunks(TILE).zip(codes.chunks_mut(TILE)).zip(scales) {
+                    *scale = encode_tile(x, codes, scaling);
+                }
+            }
+        },
     );
+    transpose_scales(&by_row, num_tiles, scales);
 }
 
 /// From [r, tiles], as rows are worked on, to [tiles, p], as they are stored.
@@ -181,7 +202,9 @@ fn encode_columns(
                         let at = group.start + tile * TILE;
                         let block = &mut block[..TILE.min(group.rows.end - first)];
                         let width = codes.len() / columns;
-                        (first..).zip(&mut *block).for_each(|(row, x)| load(row, chunk * WIDTH, &mut x[..width]));
+                        for (row, x) in (first..).zip(&mut *block) {
+                            load(row, chunk * WIDTH, &mut x[..width]);
+                        }
                         let scales = scales.chunks_exact_mut(num_tiles).map(|row| &mut row[at / TILE]);
                         encode_block(block, scaling, codes.chunks_exact_mut(columns).map(|row| &mut row[at..]), scales);
                     }
@@ -215,7 +238,9 @@ fn encode_block<'a>(
         }
     }
     for (c, row) in codes.enumerate() {
-        row.iter_mut().zip(&by_row[..block.len()]).for_each(|(code, codes)| *code = codes[c]);
+        for (code, codes) in row.iter_mut().zip(&by_row[..block.len()]) {
+            *code = codes[c];
+        }
     }
     scales.zip(of_columns).for_each(|(out, scale)| *out = scale);
 }
@@ -252,7 +277,9 @@ pub fn columns(s: &mut Stream, x: Tensor, offsets: Option<Tensor>, q: Tiles, sca
         with_float!(x.dtype, T => {
             let x = m.read::<T>(x);
             encode_columns((&mut codes, &mut scales), q.codes.cols(), &groups, scaling, #[inline(always)] |row, first, out| {
-                out.iter_mut().zip(&x[row * i + first..]).for_each(|(out, x)| *out = to_f32(*x));
+                for (out, x) in out.iter_mut().zip(&x[row * i + first..]) {
+                    *out = to_f32(*x);
+                }
             });
         });
     });
@@ -281,10 +308,10 @@ pub fn retile(s: &mut Stream, x: Tiles, offsets: Option<Tensor>, q: Tiles, scali
             |row, first, out| {
                 let scale = from_scales[first / TILE * pitch + row];
                 let from = &from[row * i + first..];
-                out.iter_mut().zip(from).for_each(|(out, code)| {
+                for (out, code) in out.iter_mut().zip(from) {
                     let x = decode_e4m3(*code);
                     *out = (x * scale).copysign(x);
-                });
+                }
             },
         );
     });
@@ -336,7 +363,10 @@ fn encode_blocks<T: Float>(w: &[T], o: usize, i: usize, scaling: Scaling, (codes
             || {
                 for (block, scale) in scales.iter_mut().enumerate() {
                     let part = block * TILE..i.min((block + 1) * TILE);
-                    let most = w.chunks_exact(i).fold(MIN_AMAX, |most, row| most.max(amax(&row[part.clone()])));
+                    let mut most = MIN_AMAX;
+                    for row in w.chunks_exact(i) {
+                        most = most.max(amax(&row[part.clone()]));
+                    }
                     *scale = scaling.scale(most);
                     for (row, codes) in w.chunks_exact(i).zip(codes.chunks_exact_mut(i)) {
                         encode(&row[part.clone()], *scale, &mut codes[part.clone()]);
