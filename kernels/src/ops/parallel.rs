@@ -1,5 +1,7 @@
 //! How ops use the cores: contiguous chunks of rows on a thread pool, vectorized inside.
 //!
+//! Closures are inlined into [`vectorize`] by force: one that is not is compiled for the baseline.
+//!
 //! Chunk sizes depend on the problem and never on the number of threads, so that results do not either.
 
 use rayon::prelude::*;
@@ -19,10 +21,18 @@ fn rows_per_chunk(cols: usize) -> usize {
 pub fn for_row_chunks<T: Send>(out: &mut [T], cols: usize, f: impl Fn(usize, &mut [T]) + Sync) {
     let rows = rows_per_chunk(cols);
     if out.len() <= MIN_PARALLEL_ELEMENTS {
-        vectorize(|| f(0, out));
+        vectorize(
+            #[inline(always)]
+            || f(0, out),
+        );
         return;
     }
-    out.par_chunks_mut(rows * cols).enumerate().for_each(|(i, chunk)| vectorize(|| f(i * rows, chunk)));
+    out.par_chunks_mut(rows * cols).enumerate().for_each(|(i, chunk)| {
+        vectorize(
+            #[inline(always)]
+            || f(i * rows, chunk),
+        )
+    });
 }
 
 /// The same over two outputs with the same number of rows.
@@ -34,13 +44,18 @@ pub fn for_row_chunks2<T: Send, U: Send>(
 ) {
     let rows = rows_per_chunk(a_cols.max(b_cols));
     if a.len().max(b.len()) <= MIN_PARALLEL_ELEMENTS {
-        vectorize(|| f(0, a, b));
+        vectorize(
+            #[inline(always)]
+            || f(0, a, b),
+        );
         return;
     }
-    a.par_chunks_mut(rows * a_cols)
-        .zip(b.par_chunks_mut(rows * b_cols))
-        .enumerate()
-        .for_each(|(i, (a, b))| vectorize(|| f(i * rows, a, b)));
+    a.par_chunks_mut(rows * a_cols).zip(b.par_chunks_mut(rows * b_cols)).enumerate().for_each(|(i, (a, b))| {
+        vectorize(
+            #[inline(always)]
+            || f(i * rows, a, b),
+        )
+    });
 }
 
 /// The same over three outputs with the same number of rows, of which the last has one element a row.
@@ -53,9 +68,17 @@ pub fn for_row_chunks3<T: Send, U: Send, V: Send>(
 ) {
     let rows = rows_per_chunk(a_cols.max(b_cols));
     if a.len().max(b.len()) <= MIN_PARALLEL_ELEMENTS {
-        vectorize(|| f(0, a, b, c));
+        vectorize(
+            #[inline(always)]
+            || f(0, a, b, c),
+        );
         return;
     }
     let chunks = a.par_chunks_mut(rows * a_cols).zip(b.par_chunks_mut(rows * b_cols)).zip(c.par_chunks_mut(rows));
-    chunks.enumerate().for_each(|(i, ((a, b), c))| vectorize(|| f(i * rows, a, b, c)));
+    chunks.enumerate().for_each(|(i, ((a, b), c))| {
+        vectorize(
+            #[inline(always)]
+            || f(i * rows, a, b, c),
+        )
+    });
 }

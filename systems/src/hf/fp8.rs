@@ -5,6 +5,7 @@ use kernels::fp8::{E4M3, MIN_AMAX, Scaling, TILE, encode_scaled};
 /// Rows and columns that share a factor in what is written.
 pub const BLOCK: [usize; 2] = [TILE, TILE];
 
+/// Name of the factors of tensor `name`.
 pub fn scale_name(name: &str) -> String {
     format!("{name}_scale_inv")
 }
