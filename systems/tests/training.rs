@@ -88,7 +88,9 @@ fn the_same_scene_gives_the_same_bits() {
 
 #[test]
 fn a_stopped_run_goes_on_to_the_last_bit() {
-    for set in ["optimizer=AdamW()", "optimizer=Muon()", "precision=(compute: Fp8, moments: Bf16)"] {
+    for set in
+        ["optimizer=AdamW()", "optimizer=Muon()", "precision.compute=Bf16", "precision=(compute: Fp8, moments: Bf16)"]
+    {
         let (whole, parts) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let whole = train(whole.path(), &[set], false, 0);
         let first = train(parts.path(), &[set], false, 7);

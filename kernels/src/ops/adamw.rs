@@ -68,7 +68,7 @@ pub fn update(s: &mut Stream, hyper: AdamW, slots: Slots, sum_squares: Tensor) -
     let writes: Vec<Tensor> = [master, m, v].into_iter().chain(weight).collect();
     let has = master.dtype == DType::F32 && is_fast(grad) && is_fast(m) && weight.is_none_or(is_fast);
     let kernels = |_: &Target| has.then(|| ptx::adamw::update(hyper, slots, sum_squares));
-    s.launch_kernel(&[grad, sum_squares], &writes, kernels, move |memory| {
+    s.launch_kernel(&[grad, sum_squares, master, m, v], &writes, kernels, move |memory| {
         if let Some(clip) = clip_factor(memory.read::<f64>(sum_squares)[0], hyper.max_grad_norm) {
             with_float!(grad.dtype, G => with_float!(master.dtype, T => with_float!(m.dtype, M => {
                 let grad = memory.read::<G>(grad);

@@ -1,7 +1,7 @@
 //! RMSNorm: a warp or a block a row ([`Team`]); the second reading of a row comes from the caches.
 //!
 //! forward (x, w, y, rstd, rows, c, d: u32, eps: f32): d columns of rows of c. Moves x once and y once.
-//! input_grad (x, w, rstd, dy, [residual,] dx, rows, c, d: u32). Moves x, dy, dx and the residual, which may be dx, once each.
+//! input_grad (x, w, rstd, dy, \[residual,\] dx, rows, c, d: u32). Moves x, dy, dx and the residual, which may be dx, once each.
 //! weight_grad in two launches: `partial` (x, rstd, dy, partial, rows, c, d): block (i, j) sums 32 rows of its columns;
 //! `column_sums` (partial, n, d, dw): 8 warps share 32 groups of columns, each takes every eighth row, and the first adds
 //! the eight and dw: one order, and one rounding. Scratch 0: partial, f32 [rows / 32, d].
