@@ -91,12 +91,12 @@ fn layer(s: &mut Stream, t: usize, o: usize, i: usize) -> Result<()> {
         (
             "F",
             Box::new(move |s| gemm::forward(s, x, w, None, y)),
-            Box::new(move |s| fp8_gemm::product(s, xq, wq, y, false)),
+            Box::new(move |s| fp8_gemm::product(s, xq, wq, None, y)),
         ),
         (
             "I",
             Box::new(move |s| gemm::input_grad(s, dy, w, dx, false)),
-            Box::new(move |s| fp8_gemm::product(s, dyq, wt, dx, false)),
+            Box::new(move |s| fp8_gemm::product(s, dyq, wt, None, dx)),
         ),
         (
             "W",

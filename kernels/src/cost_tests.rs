@@ -92,8 +92,11 @@ fn in_fp8_a_product_moves_a_byte_a_number_and_four_for_each_128() {
     let memory = Memory::new(Device::Meta);
     let (x, dyt, xt) = (Tiles::alloc(&memory, t, i), Tiles::alloc(&memory, o, t), Tiles::alloc(&memory, i, t));
     let w = Blocks::alloc(&memory, &[o, i]);
-    let forward = recorded(|s, y| fp8_gemm::product(s, x, w, y(&[t, o]), false).unwrap());
-    let added = recorded(|s, y| fp8_gemm::product(s, x, w, y(&[t, o]), true).unwrap());
+    let forward = recorded(|s, y| fp8_gemm::product(s, x, w, None, y(&[t, o])).unwrap());
+    let added = recorded(|s, y| {
+        let y = y(&[t, o]);
+        fp8_gemm::product(s, x, w, Some(y), y).unwrap();
+    });
     let dw = memory.alloc(DType::F32, &[o, i]);
     let weight_grad = recorded(|s, _| fp8_gemm::weight_grad(s, dyt, xt, dw).unwrap());
     let flops = 2 * (t * o * i) as u64;

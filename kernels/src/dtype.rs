@@ -27,6 +27,17 @@ impl DType {
         matches!(self, DType::F64 | DType::F32 | DType::Bf16)
     }
 
+    /// As kernels and reports call it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            DType::F64 => "f64",
+            DType::F32 => "f32",
+            DType::Bf16 => "bf16",
+            DType::U32 => "u32",
+            DType::U8 => "u8",
+        }
+    }
+
     /// Size of one element in bytes.
     pub const fn size_bytes(self) -> usize {
         match self {

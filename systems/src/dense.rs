@@ -4,14 +4,10 @@
 
 use bevy_ecs::prelude::*;
 use engine::prelude::*;
-use kernels::{
-    fp8::Tiles,
-    ops::{dequantize, quantize, swiglu},
-    tensor::Tensor,
-};
+use kernels::{ops::swiglu, tensor::Tensor};
 
 use crate::{
-    linear::{Rows, Workspace},
+    linear::{NarrowInput, Rows, Workspace},
     lower::{Lowering, Saved},
     model::Weight,
 };
@@ -42,7 +38,7 @@ pub struct DenseActivations {
     normed: Rows,
     h: Tensor,
     /// `h` in 8 bits, if it waits as that for the backward pass.
-    kept: Option<Tiles>,
+    kept: Option<NarrowInput>,
     a: Rows,
     /// Output [t, d].
     pub out: Tensor,
@@ -110,7 +106,7 @@ impl Dense {
             d_normed: l.alloc("mlp d normed", &[t, d]),
             dx: l.alloc("mlp d in", &[t, d]),
         };
-        let recompute = (l.recomputes(Saved::Norm), l.recomputes(Saved::Swiglu) || acts.kept.is_some());
+        let recompute = (l.recomputes(Saved::Norm), l.recomputes(Saved::Swiglu));
         let room = l.alloc_workspace(Pass::InputGrad, &[(self.gate_up, t), (self.down, t)]);
         let task = MlpTask { dense: *self, eps: l.eps, acts, grads: Some(grads), recompute, room };
         l.task(MLP_I, Pass::InputGrad, task)?;
@@ -134,10 +130,7 @@ pub(crate) fn mlp_forward(In(id): In<Entity>, mut launch: Launch<MlpTask>) -> Re
     let (_, &MlpTask { dense, eps, acts, .. }, s) = launch.get(id)?;
     acts.normed.norm(s, acts.x, dense.norm.value, acts.rstd, eps)?;
     dense.gate_up.forward(s, acts.normed, None, None, acts.h)?;
-    acts.a.swiglu(s, acts.h)?;
-    if let (Some(kept), Some(fp8)) = (acts.kept, dense.gate_up.fp8) {
-        quantize::tiles(s, acts.h, kept, fp8.scaling)?;
-    }
+    acts.a.swiglu(s, acts.h, acts.kept)?;
     dense.down.forward_onto(s, acts.a, None, acts.x, acts.out)
 }
 
@@ -147,12 +140,7 @@ pub(crate) fn mlp_input_grad(In(id): In<Entity>, mut launch: Launch<MlpTask>) ->
     if norm {
         acts.normed.norm(s, acts.x, dense.norm.value, acts.rstd, eps)?;
     }
-    if let Some(kept) = acts.kept {
-        dequantize::tiles(s, kept, acts.h)?;
-    }
-    if activation {
-        acts.a.swiglu(s, acts.h)?;
-    }
+    acts.a.swiglu_again(s, acts.h, acts.kept, activation)?;
     dense.down.input_grad(s, g.d_out, room, g.da, false)?;
     swiglu::input_grad(s, acts.h, g.da, g.dh)?;
     dense.gate_up.input_grad(s, g.dh, room, g.d_normed, false)?;
@@ -162,6 +150,6 @@ pub(crate) fn mlp_input_grad(In(id): In<Entity>, mut launch: Launch<MlpTask>) ->
 pub(crate) fn mlp_weight_grad(In(id): In<Entity>, mut launch: Launch<MlpTask>) -> Result {
     let (_, &MlpTask { dense, acts, grads, room, .. }, s) = launch.get(id)?;
     let Some(g) = grads else { return Ok(()) };
-    dense.down.weight_grad(s, g.d_out, acts.a, room, None)?;
-    dense.gate_up.weight_grad(s, g.dh, acts.normed, room, None)
+    dense.down.weight_grad(s, g.d_out, acts.a, room)?;
+    dense.gate_up.weight_grad(s, g.dh, acts.normed, room)
 }

@@ -9,15 +9,13 @@
 use bevy_ecs::prelude::*;
 use engine::prelude::*;
 use kernels::{
-    fp8::Tiles,
-    ops::{dequantize, grouped_gemm, permute, quantize, swiglu},
-    stream::Stream,
+    ops::{grouped_gemm, permute, swiglu},
     tensor::Tensor,
 };
 
 use crate::{
     dispatch::{self, Arrived},
-    linear::{Rows, Workspace},
+    linear::{NarrowInput, Rows, Workspace},
     lower::{Lowering, Saved},
     model::Weight,
     routing::RouteActivations,
@@ -72,7 +70,7 @@ struct SharedActivations {
     /// The normed tokens.
     input: Rows,
     h: Tensor,
-    kept: Option<Tiles>,
+    kept: Option<NarrowInput>,
     a: Rows,
 }
 
@@ -87,7 +85,7 @@ pub struct ExpertActivations {
     input: Rows,
     h: Tensor,
     /// `h` in 8 bits, if it waits as that for the backward pass.
-    kept: Option<Tiles>,
+    kept: Option<NarrowInput>,
     a: Rows,
     /// Outputs of this rank's experts, as their rows.
     y: Tensor,
@@ -346,26 +344,16 @@ pub(crate) fn experts_forward(In(id): In<Entity>, mut launch: Launch<ExpertTask>
                 acts.input.round(s, rows)?;
             }
             moe.experts_gate_up.forward_grouped(s, acts.input, offsets, acts.h)?;
-            acts.a.swiglu(s, acts.h)?;
-            keep(s, moe.experts_gate_up, acts.h, acts.kept)?;
+            acts.a.swiglu(s, acts.h, acts.kept)?;
         }
     }
     moe.experts_down.forward_grouped(s, acts.a, offsets, acts.y)?;
     if let Some(shared) = acts.shared {
         shared.input.round(s, acts.route.normed)?;
         shared.gate_up.forward(s, shared.input, None, None, shared.h)?;
-        shared.a.swiglu(s, shared.h)?;
-        keep(s, shared.gate_up, shared.h, shared.kept)?;
+        shared.a.swiglu(s, shared.h, shared.kept)?;
     }
     Ok(())
-}
-
-/// Rounds SwiGLU's input to what waits for the backward pass.
-fn keep(s: &mut Stream, gate_up: Weight, h: Tensor, kept: Option<Tiles>) -> Result {
-    match (kept, gate_up.fp8) {
-        (Some(kept), Some(fp8)) => Ok(quantize::tiles(s, h, kept, fp8.scaling)?),
-        _ => Ok(()),
-    }
 }
 
 pub(crate) fn combine_forward(In(id): In<Entity>, mut launch: Launch<ExpertTask>) -> Result {
@@ -405,7 +393,7 @@ pub(crate) fn experts_input_grad(In(id): In<Entity>, mut launch: Launch<ExpertTa
             grouped_gemm::swiglu::input_grad(s, g.dy, offsets, moe.experts_down.value, acts.h, g.dh, again)?;
         }
         (a, Some(da)) => {
-            swiglu_again(s, (acts.h, acts.kept), a, recompute)?;
+            a.swiglu_again(s, acts.h, acts.kept, recompute)?;
             moe.experts_down.input_grad_grouped(s, g.dy, offsets, room, da)?;
             swiglu::input_grad(s, acts.h, da, g.dh)?;
         }
@@ -413,20 +401,9 @@ pub(crate) fn experts_input_grad(In(id): In<Entity>, mut launch: Launch<ExpertTa
     }
     moe.experts_gate_up.input_grad_grouped(s, g.dh, offsets, room, g.d_arrived)?;
     if let (Some(shared), Some(g_shared)) = (acts.shared, g.shared) {
-        swiglu_again(s, (shared.h, shared.kept), shared.a, recompute)?;
+        shared.a.swiglu_again(s, shared.h, shared.kept, recompute)?;
         swiglu::input_grad(s, shared.h, g_shared.da, g_shared.dh)?;
         shared.gate_up.input_grad(s, g_shared.dh, room, g_shared.d_normed, false)?;
-    }
-    Ok(())
-}
-
-/// SwiGLU's input from what it waited as, and its output, where the backward pass makes them again.
-fn swiglu_again(s: &mut Stream, (h, kept): (Tensor, Option<Tiles>), a: Rows, recompute: bool) -> Result {
-    if let Some(kept) = kept {
-        dequantize::tiles(s, kept, h)?;
-    }
-    if recompute || kept.is_some() {
-        a.swiglu(s, h)?;
     }
     Ok(())
 }
@@ -438,8 +415,8 @@ pub(crate) fn experts_weight_grad(In(id): In<Entity>, mut launch: Launch<ExpertT
     moe.experts_down.weight_grad_grouped(s, g.dy, acts.a, offsets, room)?;
     moe.experts_gate_up.weight_grad_grouped(s, g.dh, acts.input, offsets, room)?;
     if let (Some(shared), Some(g_shared)) = (acts.shared, g.shared) {
-        shared.down.weight_grad(s, g.d_out, shared.a, room, None)?;
-        shared.gate_up.weight_grad(s, g_shared.dh, shared.input, room, None)?;
+        shared.down.weight_grad(s, g.d_out, shared.a, room)?;
+        shared.gate_up.weight_grad(s, g_shared.dh, shared.input, room)?;
     }
     Ok(())
 }

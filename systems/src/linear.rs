@@ -8,14 +8,14 @@
 
 mod rows;
 
-pub use rows::{NarrowOutput, Rows, Workspace};
+pub use rows::{NarrowInput, NarrowOutput, Rows, Workspace};
 use rows::{Operands, needed};
 
 use bevy_ecs::prelude::*;
 use engine::prelude::*;
 use kernels::{
     error::Result as OpResult,
-    fp8::{Blocks, Scaling, Tiles, padded},
+    fp8::{Blocks, Scaling, padded},
     memory::Memory,
     ops::{fp8_gemm, fp8_grouped_gemm, gemm, grouped_gemm, quantize},
     stream::Stream,
@@ -86,7 +86,7 @@ impl Weight {
         match pass {
             Pass::Forward => [[t, i], [0, 0]],
             Pass::InputGrad => [[t, o], [0, 0]],
-            Pass::WeightGrad => [[o, tokens], [i, tokens]],
+            Pass::WeightGrad => [[i, tokens], [o, tokens]],
         }
     }
 
@@ -112,7 +112,7 @@ impl Weight {
             (None, x) => gemm::forward(s, x.high()?, self.value, bias, y)?,
             (Some(fp8), x) => {
                 let x = x.in_8_bits(s, room)?;
-                fp8_gemm::product(s, x, fp8.blocks, y, false)?;
+                fp8_gemm::product(s, x, fp8.blocks, None, y)?;
             }
         }
         Ok(())
@@ -134,8 +134,7 @@ impl Weight {
             (None, x) => gemm::forward_onto(s, x.high()?, self.value, residual, y)?,
             (Some(fp8), x) => {
                 let x = x.in_8_bits(s, room)?;
-                Rows::High(y).round(s, residual)?;
-                fp8_gemm::product(s, x, fp8.blocks, y, true)?;
+                fp8_gemm::product(s, x, fp8.blocks, Some(residual), y)?;
             }
         }
         Ok(())
@@ -157,33 +156,18 @@ impl Weight {
             None => gemm::input_grad(s, dy, self.value, dx, accumulate)?,
             Some(fp8) => {
                 let dy = Rows::High(dy).in_8_bits(s, room)?;
-                fp8_gemm::product(s, dy, fp8.across()?, dx, accumulate)?;
+                fp8_gemm::product(s, dy, fp8.across()?, accumulate.then_some(dx), dx)?;
             }
         }
         Ok(())
     }
 
-    /// W: `dw += dy^T x` and `dbias += sum_t dy`, from dy [t, o] and x [t, i]; nothing where nothing is trained.
+    /// W: `dw += dy^T x`, from dy [t, o] and x [t, i]; nothing where nothing is trained.
     ///
     /// # Errors
     /// If shapes or formats do not fit.
-    pub fn weight_grad(
-        &self,
-        s: &mut Stream,
-        dy: Tensor,
-        x: Rows,
-        room: Option<Workspace>,
-        dbias: Option<Tensor>,
-    ) -> Result {
-        match (self.grad, self.fp8) {
-            (None, _) => {}
-            (Some(dw), None) => gemm::weight_grad(s, dy, x.high()?, dw, dbias)?,
-            (Some(dw), Some(_)) => {
-                let [dy, x] = self.along_tokens(s, dy, x, None, room)?;
-                fp8_gemm::weight_grad(s, dy, x, dw)?;
-            }
-        }
-        Ok(())
+    pub fn weight_grad(&self, s: &mut Stream, dy: Tensor, x: Rows, room: Option<Workspace>) -> Result {
+        weight_grads(s, x, room, &[(*self, dy, None)])
     }
 
     /// F per expert, from rows x [n, i].
@@ -239,33 +223,46 @@ impl Weight {
             (None, _) => {}
             (Some(dw), None) => grouped_gemm::weight_grad(s, dy, x.high()?, offsets, dw)?,
             (Some(dw), Some(_)) => {
-                let [dy, x] = self.along_tokens(s, dy, x, Some(offsets), room)?;
-                fp8_grouped_gemm::weight_grad(s, dy, x, offsets, dw)?;
+                let room = needed(room)?;
+                let [to_x, to_dy] = room.pair(self.operands(Pass::WeightGrad, dy.rows()));
+                room.along_tokens(s, x, Some(offsets), to_x)?;
+                room.along_tokens(s, Rows::High(dy), Some(offsets), to_dy)?;
+                fp8_grouped_gemm::weight_grad(s, to_dy, to_x, offsets, dw)?;
             }
         }
         Ok(())
     }
+}
 
-    /// The operands of W with tiles along tokens: [o, t] and [i, t], each group's padded if there are groups.
-    fn along_tokens(
-        &self,
-        s: &mut Stream,
-        dy: Tensor,
-        x: Rows,
-        offsets: Option<Tensor>,
-        room: Option<Workspace>,
-    ) -> Result<[Tiles; 2]> {
-        let (_, o, i) = self.sizes();
-        let t = dy.len() / o.max(1);
-        let [to_dy, to_x] = needed(room)?.pair(self.operands(Pass::WeightGrad, t));
-        let scaling = needed(room)?.scaling;
-        quantize::columns(s, dy.reshape(&[t, o]), offsets, to_dy, scaling)?;
-        match x {
-            Rows::High(x) => quantize::columns(s, x.reshape(&[t, i]), offsets, to_x, scaling)?,
-            Rows::Fp8(x, _) => quantize::retile(s, x, offsets, to_x, scaling)?,
+/// W of layers that read the same x [t, i], which is rounded once for all: `dw += dy^T x` and `dbias += sum_t dy` for each weight, dy
+/// [t, o] and dbias; nothing where nothing is trained.
+///
+/// # Errors
+/// If shapes or formats do not fit.
+pub fn weight_grads(
+    s: &mut Stream,
+    x: Rows,
+    room: Option<Workspace>,
+    layers: &[(Weight, Tensor, Option<Tensor>)],
+) -> Result {
+    let mut rounded = None;
+    for &(weight, dy, dbias) in layers {
+        match (weight.grad, weight.fp8) {
+            (None, _) => {}
+            (Some(dw), None) => gemm::weight_grad(s, dy, x.high()?, dw, dbias)?,
+            (Some(dw), Some(_)) => {
+                let room = needed(room)?;
+                // x is first, and so in the same place for all.
+                let [to_x, to_dy] = room.pair(weight.operands(Pass::WeightGrad, dy.rows()));
+                if rounded.replace(to_x).is_none() {
+                    room.along_tokens(s, x, None, to_x)?;
+                }
+                room.along_tokens(s, Rows::High(dy), None, to_dy)?;
+                fp8_gemm::weight_grad(s, to_dy, to_x, dw)?;
+            }
         }
-        Ok([to_dy, to_x])
     }
+    Ok(())
 }
 
 impl Fp8Weight {

@@ -157,5 +157,5 @@ pub(crate) fn join_input_grad(In(id): In<Entity>, mut launch: Launch<JoinTask>) 
 pub(crate) fn join_weight_grad(In(id): In<Entity>, mut launch: Launch<JoinTask>) -> Result {
     let (_, &task, s) = launch.get(id)?;
     let Some(g) = task.grads else { return Ok(()) };
-    task.module.eh_proj.weight_grad(s, g.d_out, Rows::High(task.acts.joined), task.room, None)
+    task.module.eh_proj.weight_grad(s, g.d_out, Rows::High(task.acts.joined), task.room)
 }

@@ -192,5 +192,5 @@ impl Plugin for ObservePlugin {
 
 /// A parameter's part on this rank: `[64, 128] f32`.
 fn shape(weight: Weight) -> Value {
-    format!("{:?} {:?}", weight.value.shape, weight.value.dtype).to_lowercase().into()
+    format!("{:?} {}", weight.value.shape, weight.value.dtype.name()).into()
 }

@@ -2,7 +2,7 @@
 //!
 //! A tensor counts once for each op that names it: what an op reads twice, or finds in a cache, is not told apart.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use bevy_ecs::prelude::*;
 use engine::prelude::*;
@@ -59,7 +59,7 @@ impl Traffic {
             let mut count = |tensor: &Tensor, read: bool| {
                 let activations = if tensor.dtype == DType::U32 { Class::Indices } else { Class::Activations };
                 let class = classes.get(&tensor.buffer).copied().unwrap_or(activations);
-                let (reads, writes) = traffic.0.entry((class, format(tensor.dtype))).or_default();
+                let (reads, writes) = traffic.0.entry((class, tensor.dtype.name())).or_default();
                 *(if read { reads } else { writes }) += tensor.size_bytes();
             };
             task.reads.iter().for_each(|tensor| count(tensor, true));
@@ -91,30 +91,19 @@ impl Traffic {
 
     /// Bytes read and written, all of them, and by format, the most first.
     pub fn by_format(&self) -> (u64, Vec<(&'static str, u64)>) {
-        let formats: BTreeSet<&str> = self.rows().map(|row| row.format).collect();
-        let of = |format: &str| -> u64 {
-            let rows = self.rows().filter(|row| format.is_empty() || row.format == format);
-            rows.map(|row| row.read_bytes + row.written_bytes).sum()
-        };
-        let mut by_format: Vec<_> = formats.into_iter().map(|format| (format, of(format))).collect();
+        let mut sums = BTreeMap::new();
+        for row in self.rows() {
+            *sums.entry(row.format).or_default() += row.read_bytes + row.written_bytes;
+        }
+        let mut by_format: Vec<(&str, u64)> = sums.into_iter().collect();
         by_format.sort_by_key(|(_, bytes)| std::cmp::Reverse(*bytes));
-        (of(""), by_format)
+        (by_format.iter().map(|(_, bytes)| bytes).sum(), by_format)
     }
 }
 
 impl Serialize for Traffic {
     fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
         serializer.collect_seq(self.rows())
-    }
-}
-
-fn format(dtype: DType) -> &'static str {
-    match dtype {
-        DType::F64 => "f64",
-        DType::F32 => "f32",
-        DType::Bf16 => "bf16",
-        DType::U32 => "u32",
-        DType::U8 => "u8",
     }
 }
 

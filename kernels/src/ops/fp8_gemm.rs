@@ -22,7 +22,8 @@ use crate::{
     error::Result,
     fp8::{Blocks, TILE, Tiles, decode_e4m3},
     ops::{
-        expect::{expect_blocks, expect_tensor, expect_that, expect_tiles},
+        elementwise,
+        expect::{expect_blocks, expect_residual, expect_tensor, expect_that, expect_tiles},
         gemm::{Mat, gemm_by_row},
         quantize::{blocks_bytes, tiles_bytes},
     },
@@ -131,13 +132,13 @@ pub(super) fn promoted(a: &Panels, b: &Panels) -> Vec<f32> {
     acc
 }
 
-/// Rounds the sums to the type of `y`, or adds y before.
-pub(super) fn store<T: Float<Acc = f32>>(sums: &[f32], y: &mut [T], accumulate: bool) {
+/// Rounds the sums to the type of `y`, or sums onto what is there.
+pub(super) fn store<T: Float<Acc = f32>>(sums: &[f32], y: &mut [T], onto: bool) {
     vectorize(
         #[inline(always)]
         || {
             for (y, sum) in y.iter_mut().zip(sums) {
-                *y = T::from_acc(if accumulate { y.to_acc() + sum } else { *sum });
+                *y = T::from_acc(if onto { y.to_acc() + sum } else { *sum });
             }
         },
     );
@@ -146,20 +147,21 @@ pub(super) fn store<T: Float<Acc = f32>>(sums: &[f32], y: &mut [T], accumulate: 
 /// Rows of a result that one core works on at a time.
 const ROWS: usize = 128;
 
-/// `y = a b^T`, promoted every 128 of k, with `a` [t, k], `b` [n, k] and `y` [t, n] in Bf16 or F32; with `accumulate` y is added in
-/// f32 before it is rounded.
+/// `y = residual + a b^T`, promoted every 128 of k, with `a` [t, k], `b` [n, k] and `y` [t, n] in Bf16 or F32; the residual, if there is
+/// one, is added in f32 before the sum is rounded. In place where `residual` is `y`.
 ///
 /// # Errors
-/// Tensors of other shapes or types.
-pub fn product(s: &mut Stream, a: Tiles, b: Blocks, y: Tensor, accumulate: bool) -> Result<()> {
+/// Tensors of other shapes or types, or a residual that shares a buffer with `y` without being it.
+pub fn product(s: &mut Stream, a: Tiles, b: Blocks, residual: Option<Tensor>, y: Tensor) -> Result<()> {
     const OP: &str = "FP8 product";
     let (t, k, n) = (a.codes.rows(), a.codes.cols(), b.codes.rows());
     expect_tiles(OP, "a", a, t, k)?;
     expect_blocks(OP, "b", b, &[n, k])?;
     expect_result(OP, y, &[t, n])?;
-    s.account(product_cost(t, n, k, y.dtype.size_bytes(), accumulate));
-    let reads: Vec<Tensor> = [a.tensors(), b.tensors()].concat().into_iter().chain(accumulate.then_some(y)).collect();
-    let kernels = |on: &Target| Some(ptx::fp8_gemm::product(on.into(), a, b, y, accumulate));
+    residual.map_or(Ok(()), |residual| expect_residual(OP, residual, y))?;
+    s.account(product_cost(t, n, k, y.dtype.size_bytes(), residual.is_some()));
+    let reads: Vec<Tensor> = [a.tensors(), b.tensors()].concat().into_iter().chain(residual).collect();
+    let kernels = |on: &Target| Some(ptx::fp8_gemm::product(on.into(), a, b, residual, y));
     s.launch_kernel(&reads, &[y], kernels, move |m| {
         let (a_codes, a_scales) = (m.read::<u8>(a.codes), m.read::<f32>(a.scales));
         let b = Panels::of_blocks(&m.read::<u8>(b.codes), &m.read::<f32>(b.scales), n, k);
@@ -167,9 +169,12 @@ pub fn product(s: &mut Stream, a: Tiles, b: Blocks, y: Tensor, accumulate: bool)
             let a = Panels::of_tiles((&a_codes, k), (&a_scales, a.scales.dim(1)), rows, 0..k);
             promoted(&a, &b)
         };
+        let elsewhere = residual.filter(|residual| *residual != y);
+        elsewhere.into_iter().for_each(|residual| elementwise::copy_now(m, residual, y));
+        let onto = residual.is_some();
         match y.dtype {
-            DType::Bf16 => by_rows(&mut m.write::<bf16>(y), n, |rows, y| store(&rows_of(rows), y, accumulate)),
-            _ => by_rows(&mut m.write::<f32>(y), n, |rows, y| store(&rows_of(rows), y, accumulate)),
+            DType::Bf16 => by_rows(&mut m.write::<bf16>(y), n, |rows, y| store(&rows_of(rows), y, onto)),
+            _ => by_rows(&mut m.write::<f32>(y), n, |rows, y| store(&rows_of(rows), y, onto)),
         }
     });
     Ok(())
@@ -217,11 +222,11 @@ fn by_rows<T: Send>(out: &mut [T], cols: usize, f: impl Fn(Range<usize>, &mut [T
 }
 
 /// Cost of [`product`] with a result of `elem_bytes` an element.
-pub fn product_cost(t: usize, n: usize, k: usize, elem_bytes: usize, accumulate: bool) -> Cost {
+pub fn product_cost(t: usize, n: usize, k: usize, elem_bytes: usize, has_residual: bool) -> Cost {
     let result = (t * n * elem_bytes) as u64;
     Cost {
         product_flops: 2 * (t * n * k) as u64,
-        read_bytes: tiles_bytes(t, k) + blocks_bytes(&[n, k]) + if accumulate { result } else { 0 },
+        read_bytes: tiles_bytes(t, k) + blocks_bytes(&[n, k]) + if has_residual { result } else { 0 },
         written_bytes: result,
         ..Cost::default()
     }

@@ -348,8 +348,14 @@ pub fn blocks(s: &mut Stream, w: Tensor, q: Blocks, transposed: Option<Blocks>, 
     Ok(())
 }
 
-/// Codes and scales of matrices [o, i], one after the other.
-fn encode_blocks<T: Float>(w: &[T], o: usize, i: usize, scaling: Scaling, (codes, scales): (&mut [u8], &mut [f32])) {
+/// Codes and scales of matrices [o, i], one after the other, which are not empty: what [`blocks`] makes.
+pub fn encode_blocks<T: Float>(
+    w: &[T],
+    o: usize,
+    i: usize,
+    scaling: Scaling,
+    (codes, scales): (&mut [u8], &mut [f32]),
+) {
     let (down, across) = (o.div_ceil(TILE), i.div_ceil(TILE));
     let matrices = w.chunks(o * i).zip(codes.chunks_mut(o * i)).zip(scales.chunks_mut(down * across));
     let rows_of_blocks: Vec<_> = matrices

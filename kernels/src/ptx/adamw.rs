@@ -9,7 +9,6 @@
 use super::{
     Arg, Kernel, Launch,
     asm::{Assembler, B32, F32, F64, Pred, Reg},
-    dtype_name,
     golden::Variant,
     parts::{self, count, element, f32_op, flat, flat_grid, load_f64, load_vector, special, store_vector, widen},
 };
@@ -72,9 +71,9 @@ fn clip_factor(k: &mut Assembler, sum_squares: Reg<super::asm::B64>, max_norm: R
 }
 
 fn update_kernel((grad_type, moment_type): (DType, DType), weight_type: Option<DType>, lanes: usize) -> Kernel {
-    let weight_name = weight_type.map_or("none", dtype_name);
+    let weight_name = weight_type.map_or("none", DType::name);
     let moments = if moment_type == DType::F32 { "" } else { "_moments_bf16" };
-    parts::kernel(format!("adamw_{}_{weight_name}{moments}_x{lanes}", dtype_name(grad_type)), move |k| {
+    parts::kernel(format!("adamw_{}_{weight_name}{moments}_x{lanes}", grad_type.name()), move |k| {
         let [p, m, v, grad] = ["p", "m", "v", "grad"].map(|name| k.pointer(name));
         let weight = weight_type.map(|dtype| (k.pointer("weight"), dtype));
         let (sum_squares, n) = (k.pointer("sum_squares"), k.u32("n"));

@@ -12,7 +12,6 @@
 use super::{
     Arg, Kernel, Launch,
     asm::{Assembler, B32, B64, F32, Pred, Reg, f32_literal},
-    dtype_name,
     fault::{Fault, Report},
     fold::{self, Fold},
     golden::Variant,
@@ -65,7 +64,7 @@ fn power(k: &mut Assembler, x: Reg<F32>, m: Reg<F32>) -> Reg<F32> {
 
 fn rows_kernel(dtype: DType, lanes: usize, block: u32, gradient: bool) -> Kernel {
     let what = if gradient { "cross_entropy_grad" } else { "cross_entropy" };
-    kernel_of(format!("{what}_{}_x{lanes}_{block}", dtype_name(dtype)), block, move |k| {
+    kernel_of(format!("{what}_{}_x{lanes}_{block}", dtype.name()), block, move |k| {
         let [logits, targets, nll] = ["logits", "targets", "nll"].map(|n| k.pointer(n));
         let (v, scale, fault) = (k.u32("v"), k.f32("scale"), Report::param(k));
         let (tid, index, groups) = (special(k, "%tid.x"), special(k, "%ctaid.x"), k.reg::<B32>());

@@ -8,9 +8,8 @@
 use super::{
     Arg, Kernel, Launch,
     asm::{Assembler, B32, B64, F32, Pred, Reg, vector},
-    dtype_name,
     golden::Variant,
-    parts::{count, element, f32_op, row, store, store_vector},
+    parts::{count, element, f32_op, row},
     quantize::{
         Recipe, aligned,
         rows::{COLUMNS, Slot, grid, place},
@@ -37,7 +36,7 @@ pub fn tiles(q: Tiles, x: Tensor, recipe: Recipe) -> Vec<Launch> {
 }
 
 fn kernel(dtype: DType, wide: bool, recipe: Recipe) -> Kernel {
-    let name = format!("dequantize_tiles_{}_x{}", dtype_name(dtype), if wide { COLUMNS } else { 1 });
+    let name = format!("dequantize_tiles_{}_x{}", dtype.name(), if wide { COLUMNS } else { 1 });
     recipe.kernel(&name, move |k| {
         let [codes, scales, x] = ["codes", "scales", "x"].map(|name| k.pointer(name));
         let [rows, columns, tiles, pitch] = ["rows", "columns", "tiles", "pitch"].map(|name| k.u32(name));
@@ -61,18 +60,7 @@ fn kernel(dtype: DType, wide: bool, recipe: Recipe) -> Kernel {
         }
         let values: Vec<Reg<F32>> = words.iter().flat_map(|word| numbers(k, *word, scale, recipe)).collect();
         let to = row(k, x, index, columns, dtype);
-        let to = element(k, to, slot.first, dtype);
-        if wide {
-            store_vector(k, to, &values, dtype);
-        } else {
-            for (j, value) in values.into_iter().enumerate() {
-                let (there, at, skip) = (slot.there(k, j), k.reg::<B64>(), k.label("skip"));
-                ptx!(k, "@!{there} bra {skip};");
-                ptx!(k, "add.u64 {at}, {to}, {};", j * dtype.size_bytes());
-                store(k, at, value, dtype);
-                k.place(&skip);
-            }
-        }
+        slot.store(k, to, values, dtype);
         k.place(&end);
     })
 }

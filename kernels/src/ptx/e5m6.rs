@@ -10,9 +10,8 @@
 use super::{
     Arg, Kernel, Launch,
     asm::{Assembler, B16, B32, B64, F32, Pred, Reg, vector},
-    dtype_name,
     golden::Variant,
-    parts::{self, count, element, row, store, store_vector},
+    parts::{self, count, element, row},
     quantize::{
         aligned,
         code::{Format, amax, share_max, store_byte},
@@ -50,7 +49,7 @@ fn launch(kernel: fn(DType, bool) -> Kernel, x: Tensor, args: [Tensor; 3], packe
 }
 
 fn name(what: &str, dtype: DType, wide: bool) -> String {
-    format!("e5m6_{what}_{}_x{}", dtype_name(dtype), if wide { COLUMNS } else { 1 })
+    format!("e5m6_{what}_{}_x{}", dtype.name(), if wide { COLUMNS } else { 1 })
 }
 
 /// Address of this thread's codes in row `index`.
@@ -180,18 +179,7 @@ fn decode_kernel(dtype: DType, wide: bool) -> Kernel {
             .flat_map(|pair| [(4, "shl"), (8, "shr")].map(|(shift, op)| value(k, pair, (op, shift), scale)))
             .collect();
         let to = row(k, x, index, columns, dtype);
-        let to = element(k, to, slot.first, dtype);
-        if wide {
-            store_vector(k, to, &values, dtype);
-        } else {
-            for (j, value) in values.into_iter().enumerate() {
-                let (there, at, skip) = (slot.there(k, j), k.reg::<B64>(), k.label("skip"));
-                ptx!(k, "@!{there} bra {skip};");
-                ptx!(k, "add.u64 {at}, {to}, {};", j * dtype.size_bytes());
-                store(k, at, value, dtype);
-                k.place(&skip);
-            }
-        }
+        slot.store(k, to, values, dtype);
         k.place(&end);
     })
 }

@@ -6,7 +6,6 @@
 use super::{
     Arg, Kernel, Launch,
     asm::{Assembler, B32, B64, F64, Reg},
-    dtype_name,
     golden::Variant,
     parts::{
         self, copy_bits, count, div_rem, element, flat, flat_grid, load, load_f64, load_vector, store, store_vector,
@@ -79,7 +78,7 @@ fn copy_kernel(from: DType, to: DType, lanes: usize) -> Kernel {
     let name = match (from, to) {
         _ if from == to => format!("copy_b{}_x{lanes}", 8 * bytes),
         (DType::F64 | DType::F32, DType::F32 | DType::F64) | (DType::F32, DType::Bf16) | (DType::Bf16, DType::F32) => {
-            format!("copy_{}_{}_x{lanes}", dtype_name(from), dtype_name(to))
+            format!("copy_{}_{}_x{lanes}", from.name(), to.name())
         }
         _ => panic!("no kernel copies {from:?} to {to:?}"),
     };
@@ -97,7 +96,7 @@ fn copy_kernel(from: DType, to: DType, lanes: usize) -> Kernel {
 }
 
 fn add_acc_kernel(from: DType, to: DType, lanes: usize) -> Kernel {
-    let name = format!("add_acc_{}_{}_x{lanes}", dtype_name(from), dtype_name(to));
+    let name = format!("add_acc_{}_{}_x{lanes}", from.name(), to.name());
     parts::kernel(name, move |k| {
         let (x, y, n) = (k.pointer("x"), k.pointer("y"), k.u32("n"));
         flat(k, n, lanes, |k, i, lanes| {
@@ -124,7 +123,7 @@ fn add_in_place(k: &mut Assembler, at_x: Reg<B64>, from: DType, at_y: Reg<B64>, 
 
 fn copy_columns_kernel(dtype: DType, lanes: usize, accumulate: bool) -> Kernel {
     let name = match accumulate {
-        true => format!("add_columns_{}_x{lanes}", dtype_name(dtype)),
+        true => format!("add_columns_{}_x{lanes}", dtype.name()),
         false => format!("copy_columns_b{}_x{lanes}", 8 * dtype.size_bytes()),
     };
     parts::kernel(name, move |k| {

@@ -13,7 +13,6 @@
 use super::{
     Arg, Kernel, Launch,
     asm::{Assembler, B32, B64, F32, Pred, Reg},
-    dtype_name,
     fault::{Fault, Report},
     golden::Variant,
     parts::{
@@ -155,7 +154,7 @@ fn load_place(k: &mut Assembler, order: Reg<B64>, place: Reg<B32>) -> (Reg<B32>,
 }
 
 fn gather_kernel(from: DType, to: DType, lanes: usize) -> Kernel {
-    parts::kernel(format!("embedding_gather_{}_{}_x{lanes}", dtype_name(from), dtype_name(to)), move |k| {
+    parts::kernel(format!("embedding_gather_{}_{}_x{lanes}", from.name(), to.name()), move |k| {
         let (order, dy, dw) = (k.pointer("order"), k.pointer("dy"), k.pointer("dw"));
         let (t, d, v) = (k.u32("t"), k.u32("d"), k.u32("v"));
         let (place, column, tid) = (special(k, "%ctaid.x"), special(k, "%ctaid.y"), special(k, "%tid.x"));

@@ -76,9 +76,9 @@ impl Problem {
         Problem { product: gemm::Problem::new(Layout::Nt, sizes, operands), scale_a: a.scales, scale_b }
     }
 
-    /// Onto what is in C.
-    fn accumulating(mut self, accumulate: bool) -> Self {
-        self.product.addend = accumulate.then_some(self.product.c.tensor);
+    /// Onto another matrix, or what is in C.
+    fn onto(mut self, addend: Option<Tensor>) -> Self {
+        self.product.addend = addend;
         self
     }
 
@@ -98,17 +98,17 @@ fn pitch(rows: u32) -> u32 {
     Tiles::scale_shape(rows as usize, TILE)[1] as u32
 }
 
-/// F with b = W, I with a = dy and b = W transposed: `y_tn = a_tk b_nk^T`, or `+=` if `accumulate`; y is bf16 or f32.
-pub fn product(on: Target, a: Tiles, b: Blocks, y: Tensor, accumulate: bool) -> Vec<Launch> {
+/// F with b = W, I with a = dy and b = W transposed: `y_tn = residual_tn + a_tk b_nk^T`; y is bf16 or f32.
+pub fn product(on: Target, a: Tiles, b: Blocks, residual: Option<Tensor>, y: Tensor) -> Vec<Launch> {
     let (n, k) = (b.codes.dim(0), b.codes.dim(1));
     let sizes = [y.len() / n.max(1), n, k];
-    launch(on, &Problem::new(sizes, a, (b.codes, ScaleB::Blocks(b.scales)), y).accumulating(accumulate))
+    launch(on, &Problem::new(sizes, a, (b.codes, ScaleB::Blocks(b.scales)), y).onto(residual))
 }
 
 /// W: `dw_oi += dyt_ot xt_it^T` from gradients and activations by columns; dw is f32.
 pub fn weight_grad(on: Target, dyt: Tiles, xt: Tiles, dw: Tensor) -> Vec<Launch> {
     let sizes = [dw.dim(0), dw.dim(1), dyt.codes.dim(1)];
-    launch(on, &Problem::new(sizes, dyt, (xt.codes, ScaleB::Tiles(xt.scales)), dw).accumulating(true))
+    launch(on, &Problem::new(sizes, dyt, (xt.codes, ScaleB::Tiles(xt.scales)), dw).onto(Some(dw)))
 }
 
 /// W of each expert: `dw_e += dyt xt^T` over its part of the padded tokens; see [`super::fp8_grouped_gemm::weight_grad`].
@@ -116,7 +116,7 @@ pub(super) fn grouped_weight_grad(on: Target, dyt: Tiles, xt: Tiles, offsets: Te
     let sizes = [dw.dim(1), dw.dim(2), dyt.codes.dim(1)];
     let groups = Groups::PaddedInner { offsets, num: dw.dim(0) as u32 };
     let problem = Problem::new(sizes, dyt, (xt.codes, ScaleB::Tiles(xt.scales)), dw);
-    launch(on, &problem.accumulating(true).grouped(groups))
+    launch(on, &problem.onto(Some(dw)).grouped(groups))
 }
 
 /// F or I of each expert: b [e, m, k]; see [`super::fp8_grouped_gemm::product`].

@@ -22,7 +22,7 @@ pub(super) mod cost;
 mod defaults;
 pub(super) mod epilogue;
 #[cfg(test)]
-mod harness;
+pub(in crate::ptx) mod harness;
 mod mma;
 #[cfg(test)]
 pub(super) mod mutants;

@@ -8,7 +8,6 @@
 use super::{
     Arg, Kernel, Launch,
     asm::{Assembler, B32, B64, F32, Pred, Reg},
-    dtype_name,
     fold::{Fold, Team},
     golden::Variant,
     parts::{self, count, element, load, load_vector, strided},
@@ -75,8 +74,8 @@ pub(super) fn dots(
 
 impl Config {
     fn kernel(self) -> Kernel {
-        let bias = self.bias.map_or(String::new(), |b| format!("_bias_{}", dtype_name(b)));
-        let types = (dtype_name(self.x), dtype_name(self.w));
+        let bias = self.bias.map_or(String::new(), |b| format!("_bias_{}", b.name()));
+        let types = (self.x.name(), self.w.name());
         let name = format!("gemv_{}_{}{bias}_n{}_x{}", types.0, types.1, self.rows, self.lanes);
         parts::kernel(name, move |k| self.emit(k))
     }

@@ -17,7 +17,7 @@ use super::{
         Elements,
         cached::{Query, attend, scratch_elements},
     },
-    dtype_name, elementwise,
+    elementwise,
     fold::Team,
     gemv::dots,
     golden::Variant,
@@ -59,7 +59,7 @@ pub fn append(latent: Tensor, kv_a: Tensor, table: &RopeTable, cache: Tensor, at
 }
 
 fn rotate_kernel(dtype: DType, pairs: Pairs) -> Kernel {
-    parts::kernel(format!("latent_rotate_{}_{}", dtype_name(dtype), pairs_name(pairs)), move |k| {
+    parts::kernel(format!("latent_rotate_{}_{}", dtype.name(), pairs_name(pairs)), move |k| {
         let (kv_a, cos, sin, cache) = (k.pointer("kv_a"), k.pointer("cos"), k.pointer("sin"), k.pointer("cache"));
         let (n, c, width, half, at) = (k.u32("n"), k.u32("c"), k.u32("width"), k.u32("half"), k.u32("at"));
         let i = parts::global_index(k);
@@ -129,7 +129,7 @@ pub fn forward(q: Tensor, w_kv_b: Tensor, cache: Tensor, at: usize, scale: f64, 
 }
 
 fn absorb_kernel(q_dtype: DType, w_dtype: DType, lanes: usize, c: usize) -> Kernel {
-    let name = format!("latent_absorb_{}_{}_x{lanes}_c{c}", dtype_name(q_dtype), dtype_name(w_dtype));
+    let name = format!("latent_absorb_{}_{}_x{lanes}_c{c}", q_dtype.name(), w_dtype.name());
     parts::kernel(name, move |k| {
         let (q, w, out) = (k.pointer("q"), k.pointer("w"), k.pointer("out"));
         let (h, n, r, v) = (k.u32("h"), k.u32("n"), k.u32("r"), k.u32("v"));
@@ -213,7 +213,7 @@ fn absorb_kernel(q_dtype: DType, w_dtype: DType, lanes: usize, c: usize) -> Kern
 }
 
 fn expand_kernel(o_dtype: DType, w_dtype: DType, lanes: usize, tokens: usize) -> Kernel {
-    let name = format!("latent_expand_{}_{}_n{tokens}_x{lanes}", dtype_name(w_dtype), dtype_name(o_dtype));
+    let name = format!("latent_expand_{}_{}_n{tokens}_x{lanes}", w_dtype.name(), o_dtype.name());
     parts::kernel(name, move |k| {
         let (x, w, o) = (k.pointer("x"), k.pointer("w"), k.pointer("o"));
         let (h, n, v, groups, first) = (k.u32("h"), k.u32("n"), k.u32("v"), k.u32("g"), k.u32("first"));

@@ -10,7 +10,6 @@
 use super::{
     Arg, Kernel, Launch,
     asm::{Assembler, B32, B64, F32, Pred, Reg},
-    dtype_name,
     fault::{Fault, Report},
     golden::Variant,
     parts::{
@@ -94,7 +93,7 @@ fn difference(k: &mut Assembler, a: Reg<B32>, b: Reg<B32>) -> Reg<B32> {
 }
 
 fn assemble_kernel(dtype: DType, pairs: Pairs, lanes: usize) -> Kernel {
-    let name = format!("mla_assemble_{}_{}_x{lanes}", dtype_name(dtype), pairs_name(pairs));
+    let name = format!("mla_assemble_{}_{}_x{lanes}", dtype.name(), pairs_name(pairs));
     parts::kernel(name, move |k| {
         let [kv_a, kv_b, positions, cos, sin] = ["kv_a", "kv_b", "positions", "cos", "sin"].map(|n| k.pointer(n));
         let (keys, values) = (k.pointer("k"), k.pointer("v"));
@@ -200,7 +199,7 @@ fn scatter_kernel(dtype: DType, lanes: usize) -> Kernel {
 
 fn shared_kernel(dtype: DType, pairs: Pairs, wide: bool) -> Kernel {
     let access = if wide { "x2" } else { "x1" };
-    let name = format!("mla_shared_key_grad_{}_{}_{access}", dtype_name(dtype), pairs_name(pairs));
+    let name = format!("mla_shared_key_grad_{}_{}_{access}", dtype.name(), pairs_name(pairs));
     parts::kernel(name, move |k| {
         let [dk, positions, cos, sin, kv_a] = ["dk", "positions", "cos", "sin", "kv_a"].map(|n| k.pointer(n));
         let [items, half, h, n, r] = ["items", "half", "h", "n", "r"].map(|n| k.u32(n));

@@ -181,14 +181,3 @@ pub(crate) const SCRATCH: crate::tensor::BufferId = crate::tensor::BufferId(u32:
 /// Its scratch; kernels number theirs from 0.
 #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "no device"))]
 pub(crate) const SCRATCH_SLOT: u8 = 200;
-
-/// How kernels' names say an element type.
-pub fn dtype_name(dtype: DType) -> &'static str {
-    match dtype {
-        DType::F64 => "f64",
-        DType::F32 => "f32",
-        DType::Bf16 => "bf16",
-        DType::U32 => "u32",
-        DType::U8 => "u8",
-    }
-}

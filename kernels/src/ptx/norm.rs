@@ -9,7 +9,6 @@ use std::sync::Arc;
 use super::{
     Arg, Kernel, Launch,
     asm::{Assembler, B32, B64, F32, F64, Pred, Reg, f32_literal},
-    dtype_name,
     fault::{Fault, Report},
     fold::{self, Fold},
     golden::Variant,
@@ -80,7 +79,7 @@ pub(super) fn zero_f64(k: &mut Assembler) -> Reg<F64> {
 
 fn sum_kernel(dtype: DType, lanes: usize, square: bool) -> Kernel {
     let what = if square { "sum_squares" } else { "sum" };
-    parts::kernel(format!("{what}_{}_x{lanes}", dtype_name(dtype)), move |k| {
+    parts::kernel(format!("{what}_{}_x{lanes}", dtype.name()), move |k| {
         let (x, partial, n) = (k.pointer("x"), k.pointer("partial"), k.u32("n"));
         let sum = zero_f64(k);
         let add = |k: &mut Assembler, v: Reg<F64>| match square {
@@ -116,7 +115,7 @@ fn sum_kernel(dtype: DType, lanes: usize, square: bool) -> Kernel {
 }
 
 fn finish_kernel(dtype: DType) -> Kernel {
-    parts::kernel(format!("finish_sum_{}", dtype_name(dtype)), move |k| {
+    parts::kernel(format!("finish_sum_{}", dtype.name()), move |k| {
         let (partial, n, factor, acc) = (k.pointer("partial"), k.u32("n"), k.f64("factor"), k.pointer("acc"));
         let (sum, tid) = (zero_f64(k), special(k, "%tid.x"));
         strided(k, tid, n, BLOCK, |k, i| {
@@ -133,7 +132,7 @@ fn finish_kernel(dtype: DType) -> Kernel {
 }
 
 fn check_finite_kernel(dtype: DType, lanes: usize) -> Kernel {
-    parts::kernel(format!("check_finite_{}_x{lanes}", dtype_name(dtype)), move |k| {
+    parts::kernel(format!("check_finite_{}_x{lanes}", dtype.name()), move |k| {
         let (x, n, fault) = (k.pointer("x"), k.u32("n"), Report::param(k));
         flat(k, n, lanes, |k, i, lanes| {
             let at = element(k, x, i, dtype);

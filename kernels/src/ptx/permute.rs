@@ -18,7 +18,6 @@ pub use sort::{MAX_EXPERTS, sort};
 use super::{
     Arg, Kernel, Launch,
     asm::{Assembler, B32, B64, F32, Pred, Reg},
-    dtype_name,
     fold::{Fold, Team},
     golden::Variant,
     parts::{self, copy_bits, count, element, f32_op, load_u32, load_vector, row, store_vector, strided},
@@ -144,7 +143,7 @@ fn rows_of(
 fn gather_sum_kernel(dtype: DType, lanes: usize, team: Team, num: usize, weighted: bool, onto: bool) -> Kernel {
     let op = if weighted { "combine" } else { "permute_grad" };
     let residual = if onto { "_onto" } else { "" };
-    let name = format!("{op}{residual}_{}_k{num}_x{lanes}_{}", dtype_name(dtype), team.name());
+    let name = format!("{op}{residual}_{}_k{num}_x{lanes}_{}", dtype.name(), team.name());
     parts::kernel(name, move |k| {
         let (rows, slots) = (k.pointer("rows"), k.pointer("row_of_slot"));
         let weights = weighted.then(|| k.pointer("weights"));
@@ -184,7 +183,7 @@ fn gather_sum_kernel(dtype: DType, lanes: usize, team: Team, num: usize, weighte
 }
 
 fn combine_grad_kernel(dtype: DType, lanes: usize, team: Team, num: usize) -> Kernel {
-    parts::kernel(format!("combine_grad_{}_k{num}_x{lanes}_{}", dtype_name(dtype), team.name()), move |k| {
+    parts::kernel(format!("combine_grad_{}_k{num}_x{lanes}_{}", dtype.name(), team.name()), move |k| {
         let (dy, rows, weights, slots) =
             (k.pointer("dy"), k.pointer("rows"), k.pointer("weights"), k.pointer("row_of_slot"));
         let (drows, dweights, t, groups) = (k.pointer("drows"), k.pointer("dweights"), k.u32("t"), k.u32("g"));

@@ -9,7 +9,6 @@
 use super::{
     Arg, Kernel, Launch,
     asm::{Assembler, B32, B64, F32, Pred, Reg},
-    dtype_name,
     fold::{Fold, Team},
     golden::Variant,
     parts::{
@@ -133,7 +132,7 @@ pub(super) fn store_by_first(
 }
 
 fn forward_kernel(dtype: DType, team: Team, lanes: usize) -> Kernel {
-    let name = format!("rms_norm_forward_{}_{}_x{lanes}", dtype_name(dtype), team.name());
+    let name = format!("rms_norm_forward_{}_{}_x{lanes}", dtype.name(), team.name());
     parts::kernel(name, move |k| {
         let (x, w, y, rstd) = (k.pointer("x"), k.pointer("w"), k.pointer("y"), k.pointer("rstd"));
         let (rows, c, d, eps) = (k.u32("rows"), k.u32("c"), k.u32("d"), k.f32("eps"));
@@ -161,7 +160,7 @@ fn forward_kernel(dtype: DType, team: Team, lanes: usize) -> Kernel {
 
 fn input_grad_kernel(dtype: DType, team: Team, lanes: usize, onto: bool) -> Kernel {
     let what = if onto { "input_grad_onto" } else { "input_grad" };
-    parts::kernel(format!("rms_norm_{what}_{}_{}_x{lanes}", dtype_name(dtype), team.name()), move |k| {
+    parts::kernel(format!("rms_norm_{what}_{}_{}_x{lanes}", dtype.name(), team.name()), move |k| {
         let (x, w, rstd) = (k.pointer("x"), k.pointer("w"), k.pointer("rstd"));
         let dy = k.pointer("dy");
         let residual = onto.then(|| k.pointer("residual"));
@@ -218,7 +217,7 @@ fn input_grad_kernel(dtype: DType, team: Team, lanes: usize, onto: bool) -> Kern
 }
 
 fn partial_kernel(dtype: DType, lanes: usize) -> Kernel {
-    parts::kernel(format!("rms_norm_weight_grad_{}_x{lanes}", dtype_name(dtype)), move |k| {
+    parts::kernel(format!("rms_norm_weight_grad_{}_x{lanes}", dtype.name()), move |k| {
         let (x, rstd, dy, partial) = (k.pointer("x"), k.pointer("rstd"), k.pointer("dy"), k.pointer("partial"));
         let (rows, c, d) = (k.u32("rows"), k.u32("c"), k.u32("d"));
         let (column, block) = (parts::global_index(k), special(k, "%ctaid.y"));
@@ -261,7 +260,7 @@ fn partial_kernel(dtype: DType, lanes: usize) -> Kernel {
 
 fn column_sums_kernel(dtype: DType, lanes: usize) -> Kernel {
     let num_warps = BLOCK / 32;
-    parts::kernel(format!("column_sums_{}_x{lanes}", dtype_name(dtype)), move |k| {
+    parts::kernel(format!("column_sums_{}_x{lanes}", dtype.name()), move |k| {
         let (partial, n, d, dw) = (k.pointer("partial"), k.u32("n"), k.u32("d"), k.pointer("dw"));
         let shared = k.shared(16, "sums", (BLOCK as usize) * lanes * 4);
         let (tid, column) = (special(k, "%tid.x"), special(k, "%ctaid.x"));

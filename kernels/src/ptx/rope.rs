@@ -8,7 +8,6 @@
 use super::{
     Arg, Kernel, Launch,
     asm::{Assembler, B32, B64, F32, Pred, Reg},
-    dtype_name,
     fault::{Fault, Report},
     golden::Variant,
     parts::{self, count, div_rem, element, f32_op, flat, flat_grid, load_u32, load_vector, row, store_vector},
@@ -103,7 +102,7 @@ pub(super) fn turn(k: &mut Assembler, a: Reg<F32>, b: Reg<F32>, cos: Reg<F32>, s
 }
 
 fn rotate_kernel(dtype: DType, pairs: Pairs, at_once: usize) -> Kernel {
-    let name = format!("rope_{}_{}_x{at_once}", dtype_name(dtype), pairs_name(pairs));
+    let name = format!("rope_{}_{}_x{at_once}", dtype.name(), pairs_name(pairs));
     parts::kernel(name, move |k| {
         let [x, positions, cos, sin] = ["x", "positions", "cos", "sin"].map(|name| k.pointer(name));
         let (n, per_token, per_head) = (k.u32("n"), k.u32("per_token"), k.u32("per_head"));

@@ -20,7 +20,6 @@ use rand::RngExt as _;
 use super::{
     Arg, Kernel, Launch,
     asm::{Assembler, B32, B64, F32, F64, Pred, Reg, f64_literal},
-    dtype_name,
     fault::{Fault, Report},
     golden::Variant,
     parts::{count, element, kernel_of, load_f64, special},
@@ -62,7 +61,7 @@ pub fn forward(logits: Tensor, rows: &[Sampling], tokens: Tensor) -> Vec<Launch>
 }
 
 fn forward_kernel(dtype: DType, block: u32) -> Kernel {
-    kernel_of(format!("sampling_{}_{block}", dtype_name(dtype)), block, move |k| {
+    kernel_of(format!("sampling_{}_{block}", dtype.name()), block, move |k| {
         let [logits, draws, tokens] = ["logits", "draws", "tokens"].map(|n| k.pointer(n));
         let (v, index_bits, fault) = (k.u32("v"), k.u32("index_bits"), Report::param(k));
         let (tid, n, chosen) = (special(k, "%tid.x"), special(k, "%ctaid.x"), k.reg::<B32>());

@@ -6,7 +6,6 @@
 use super::{
     Arg, Kernel, Launch,
     asm::{Assembler, B32, B64, F32, Reg, f32_literal},
-    dtype_name,
     golden::Variant,
     parts::{self, count, div_rem, f32_op, flat, flat_grid, load_vector, sigmoid, store_vector},
 };
@@ -64,7 +63,7 @@ pub(super) fn value(k: &mut Assembler, g: Reg<F32>, u: Reg<F32>) -> Reg<F32> {
 }
 
 fn forward_kernel(dtype: DType, lanes: usize) -> Kernel {
-    parts::kernel(format!("swiglu_forward_{}_x{lanes}", dtype_name(dtype)), move |k| {
+    parts::kernel(format!("swiglu_forward_{}_x{lanes}", dtype.name()), move |k| {
         let (h, a) = (k.pointer("h"), k.pointer("a"));
         let (n, sizes) = (k.u32("n"), ["per_row", "f"].map(|name| k.u32(name)));
         flat(k, n, 1, |k, i, _| {
@@ -91,7 +90,7 @@ fn gradient(k: &mut Assembler, g: Reg<F32>, u: Reg<F32>, da: Reg<F32>) -> (Reg<F
 }
 
 fn input_grad_kernel(dtype: DType, lanes: usize) -> Kernel {
-    parts::kernel(format!("swiglu_input_grad_{}_x{lanes}", dtype_name(dtype)), move |k| {
+    parts::kernel(format!("swiglu_input_grad_{}_x{lanes}", dtype.name()), move |k| {
         let (h, da, dh) = (k.pointer("h"), k.pointer("da"), k.pointer("dh"));
         let (n, sizes) = (k.u32("n"), ["per_row", "f"].map(|name| k.u32(name)));
         flat(k, n, 1, |k, i, _| {

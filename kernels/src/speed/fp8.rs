@@ -62,7 +62,7 @@ impl<F: FnMut(&Speed)> Bench<F> {
                 let name = ("fp8_gemm::product", U8);
                 self.measure_beside(name, format!("[{rows}, {k}] x [{n}, {k}]"), &tensors, published, &|s, x| {
                     let (a, b) = operands(x);
-                    fp8_gemm::product(s, a, b, x[4], false)
+                    fp8_gemm::product(s, a, b, None, x[4])
                 })?;
             }
         }

@@ -16,7 +16,7 @@ use kernels::{
 use super::{AttentionSizes, Rotary};
 use crate::{
     generate::CachedTokens,
-    linear::{NarrowOutput, Rows, Workspace},
+    linear::{NarrowOutput, Rows, Workspace, weight_grads},
     lower::{Lowering, Saved},
     microbatch::Inputs,
     model::Weight,
@@ -251,11 +251,9 @@ pub(crate) fn gqa_weight_grad(In(id): In<Entity>, mut launch: Launch<GqaTask>) -
     let (_, &task, s) = launch.get(id)?;
     let (a, gqa) = (&task.acts, &task.gqa);
     let (Some(g), room) = (task.grads, task.room) else { return Ok(()) };
-    gqa.out.weight_grad(s, g.d_out, Rows::High(flat(a.o)), room, None)?;
-    for ((w, bias), dy) in [(gqa.query, g.dq), (gqa.key, g.dk), (gqa.value, g.dv)] {
-        w.weight_grad(s, flat(dy), a.normed, room, bias.and_then(|b| b.grad))?;
-    }
-    Ok(())
+    gqa.out.weight_grad(s, g.d_out, Rows::High(flat(a.o)), room)?;
+    let projections = [(gqa.query, g.dq), (gqa.key, g.dk), (gqa.value, g.dv)];
+    weight_grads(s, a.normed, room, &projections.map(|((w, bias), dy)| (w, flat(dy), bias.and_then(|b| b.grad))))
 }
 
 /// [t, h, w] as [t, h w].

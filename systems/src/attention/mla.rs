@@ -15,7 +15,7 @@ use kernels::{
 use super::{AttentionSizes, Rotary};
 use crate::{
     generate::CachedTokens,
-    linear::{NarrowOutput, Rows, Workspace},
+    linear::{NarrowOutput, Rows, Workspace, weight_grads},
     lower::{Lowering, Saved},
     microbatch::Inputs,
     model::Weight,
@@ -392,18 +392,17 @@ pub(crate) fn mla_weight_grad(In(id): In<Entity>, mut launch: Launch<MlaTask>) -
     let (_, &task, s) = launch.get(id)?;
     let (a, mla) = (&task.acts, &task.mla);
     let (Some(g), room) = (task.grads, task.room) else { return Ok(()) };
-    mla.out.weight_grad(s, g.d_out, Rows::High(flat(a.o)), room, None)?;
-    mla.kv_up.weight_grad(s, g.dkv, a.kv_normed, room, None)?;
-    mla.kv_down.weight_grad(s, g.d_kv_latent, a.normed, room, None)?;
+    mla.out.weight_grad(s, g.d_out, Rows::High(flat(a.o)), room)?;
+    mla.kv_up.weight_grad(s, g.dkv, a.kv_normed, room)?;
+    let kv_down = (mla.kv_down, g.d_kv_latent, None);
     match (mla.query, a.latent_query, g.d_query) {
         (MlaQuery::LowRank { down, up, .. }, Some(q), Some((_, d_latent))) => {
-            up.weight_grad(s, flat(g.dq), q.normed, room, None)?;
-            down.weight_grad(s, d_latent, a.normed, room, None)?;
+            up.weight_grad(s, flat(g.dq), q.normed, room)?;
+            weight_grads(s, a.normed, room, &[kv_down, (down, d_latent, None)])
         }
-        (MlaQuery::Full(w), ..) => w.weight_grad(s, flat(g.dq), a.normed, room, None)?,
-        _ => {}
+        (MlaQuery::Full(w), ..) => weight_grads(s, a.normed, room, &[kv_down, (w, flat(g.dq), None)]),
+        _ => Ok(()),
     }
-    Ok(())
 }
 
 /// [t, h, w] as [t, h w].

@@ -1,6 +1,9 @@
 //! FP8 as DeepSeek's checkpoints store it: E4M3 codes with one f32 factor per block, `w = code * scale_inv`.
 
-use kernels::fp8::{E4M3, MIN_AMAX, Scaling, TILE, encode_scaled};
+use kernels::{
+    fp8::{E4M3, Scaling, TILE},
+    ops::quantize::encode_blocks,
+};
 
 /// Rows and columns that share a factor in what is written.
 pub const BLOCK: [usize; 2] = [TILE, TILE];
@@ -53,22 +56,10 @@ pub fn quantize(values: &[f32], [rows, columns]: [usize; 2]) -> Result<(Vec<u8>,
     if let Some(at) = values.iter().position(|value| !value.is_finite()) {
         return Err(at);
     }
-    let [_, across] = scale_shape([rows, columns], BLOCK);
-    let (mut codes, mut scales) = (Vec::with_capacity(values.len()), Vec::new());
-    for rows in values.chunks(BLOCK[0] * columns.max(1)) {
-        let mut amax = vec![MIN_AMAX; across];
-        for row in rows.chunks(columns) {
-            for (amax, values) in amax.iter_mut().zip(row.chunks(BLOCK[1])) {
-                *amax = values.iter().fold(*amax, |most, value| most.max(value.abs()));
-            }
-        }
-        let of_rows: Vec<f32> = amax.into_iter().map(|amax| Scaling::Real.scale(amax)).collect();
-        for row in rows.chunks(columns) {
-            for (scale, values) in of_rows.iter().zip(row.chunks(BLOCK[1])) {
-                codes.extend(values.iter().map(|&value| encode_scaled(value, scale.recip())));
-            }
-        }
-        scales.extend(of_rows);
+    let num_scales = scale_shape([rows, columns], BLOCK).iter().product();
+    let (mut codes, mut scales) = (vec![0; values.len()], vec![0.0; num_scales]);
+    if !values.is_empty() {
+        encode_blocks(values, rows, columns, Scaling::Real, (&mut codes, &mut scales));
     }
     Ok((codes, scales))
 }

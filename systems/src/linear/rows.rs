@@ -7,7 +7,7 @@ use kernels::{
     dtype::DType,
     error::Result as OpResult,
     fp8::{Scaling, TILE, Tiles},
-    ops::{e5m6, elementwise, permute, quantize, rms_norm, swiglu},
+    ops::{dequantize, e5m6, elementwise, permute, quantize, rms_norm, swiglu},
     stream::Stream,
     tensor::Tensor,
 };
@@ -45,15 +45,27 @@ impl Rows {
         }
     }
 
-    /// Assigns SwiGLU of `h` [t, 2 i].
+    /// Assigns SwiGLU of `h` [t, 2 i], and `kept` what h waits as for the backward pass, if it is that.
     ///
     /// # Errors
     /// If shapes differ.
-    pub fn swiglu(self, s: &mut Stream, h: Tensor) -> OpResult<()> {
+    pub fn swiglu(self, s: &mut Stream, h: Tensor, kept: Option<NarrowInput>) -> OpResult<()> {
         match self {
-            Rows::High(a) => swiglu::forward(s, h, a),
-            Rows::Fp8(q, scaling) => swiglu::forward_tiles(s, h, q, scaling),
+            Rows::High(a) => swiglu::forward(s, h, a)?,
+            Rows::Fp8(q, scaling) => swiglu::forward_tiles(s, h, q, scaling)?,
         }
+        kept.map_or(Ok(()), |NarrowInput(q, scaling)| quantize::tiles(s, h, q, scaling))
+    }
+
+    /// For the backward pass: assigns `h` from what it waited as, and SwiGLU of it again if that was not kept.
+    ///
+    /// # Errors
+    /// If shapes differ.
+    pub fn swiglu_again(self, s: &mut Stream, h: Tensor, kept: Option<NarrowInput>, recompute: bool) -> OpResult<()> {
+        if let Some(NarrowInput(q, _)) = kept {
+            dequantize::tiles(s, q, h)?;
+        }
+        if recompute || kept.is_some() { self.swiglu(s, h, None) } else { Ok(()) }
     }
 
     /// Assigns rows of `x` in the order of experts.
@@ -79,6 +91,10 @@ impl Rows {
         }
     }
 }
+
+/// SwiGLU's input in E4M3 (DeepSeek-V3 report, section 3.3.3).
+#[derive(Clone, Copy, Debug)]
+pub struct NarrowInput(Tiles, Scaling);
 
 /// Attention's output in E5M6 with powers of two as scales (DeepSeek-V3 report, section 3.3.3).
 #[derive(Clone, Copy, Debug)]
@@ -110,7 +126,7 @@ impl NarrowOutput {
 pub struct Workspace {
     codes: Tensor,
     scales: Tensor,
-    pub(super) scaling: Scaling,
+    scaling: Scaling,
 }
 
 /// Shapes of the operands that a pass of a layer rounds to 8 bits.
@@ -135,6 +151,14 @@ impl Workspace {
         }
     }
 
+    /// Rounds rows [t, c] with tiles along tokens, into `q` [c, t]; with offsets, each group's tokens padded.
+    pub(super) fn along_tokens(self, s: &mut Stream, rows: Rows, offsets: Option<Tensor>, q: Tiles) -> OpResult<()> {
+        match rows {
+            Rows::High(x) => quantize::columns(s, x, offsets, q, self.scaling),
+            Rows::Fp8(x, _) => quantize::retile(s, x, offsets, q, self.scaling),
+        }
+    }
+
     /// Elements of codes and of scales.
     fn len([a, b]: Operands) -> (usize, usize) {
         let scales = |[rows, columns]: [usize; 2]| Tiles::scale_shape(rows, columns).iter().product::<usize>();
@@ -153,7 +177,7 @@ impl Lowering<'_> {
     }
 
     /// Tiles [r, c] of 8 bits.
-    pub fn alloc_tiles(&mut self, name: &'static str, dims: [usize; 2]) -> Tiles {
+    fn alloc_tiles(&mut self, name: &'static str, dims: [usize; 2]) -> Tiles {
         Tiles {
             codes: self.alloc_as(name, DType::U8, &dims),
             scales: self.alloc_as("scales", DType::F32, &Tiles::scale_shape(dims[0], dims[1])),
@@ -201,13 +225,14 @@ impl Lowering<'_> {
     }
 
     /// Room for SwiGLU's input in 8 bits, if it is to wait as that for the backward pass; `gate_up` is the weight that makes it.
-    pub fn alloc_narrow_swiglu(&mut self, gate_up: Weight, dims: [usize; 2]) -> Option<Tiles> {
-        let narrow = self.fp8.as_ref().is_some_and(|fp8| fp8.narrow_swiglu_input);
-        (self.training && narrow && gate_up.fp8.is_some()).then(|| self.alloc_tiles("gate_up in 8 bits", dims))
+    pub fn alloc_narrow_swiglu(&mut self, gate_up: Weight, dims: [usize; 2]) -> Option<NarrowInput> {
+        let narrow = self.training && self.fp8.as_ref().is_some_and(|fp8| fp8.narrow_swiglu_input);
+        let fp8 = gate_up.fp8.filter(|_| narrow)?;
+        Some(NarrowInput(self.alloc_tiles("gate_up in 8 bits", dims), fp8.scaling))
     }
 
     /// Gives back what of SwiGLU the backward pass computes again: the output `a`, and the input `h` if that is `kept` in 8 bits.
-    pub fn drop_swiglu(&mut self, kept: Option<Tiles>, h: Tensor, a: Rows) {
+    pub fn drop_swiglu(&mut self, kept: Option<NarrowInput>, h: Tensor, a: Rows) {
         if kept.is_some() {
             self.release(h);
             self.release_rows(a);
@@ -217,7 +242,7 @@ impl Lowering<'_> {
     }
 
     /// Room for what [`Lowering::drop_swiglu`] gave back.
-    pub fn alloc_swiglu_again(&mut self, kept: Option<Tiles>, h: Tensor, a: Rows) -> (Tensor, Rows) {
+    pub fn alloc_swiglu_again(&mut self, kept: Option<NarrowInput>, h: Tensor, a: Rows) -> (Tensor, Rows) {
         match kept {
             Some(_) => (self.alloc_like("recomputed", h), self.alloc_rows_like("recomputed", a)),
             None => (h, self.alloc_rows_again(Saved::Swiglu, a)),

@@ -63,7 +63,7 @@ pub fn install(folder: &Path) -> io::Result<PathBuf> {
 /// # Errors
 /// Those of [`install`], and of starting a process.
 pub fn run_ignored(test: &str, settings: &[(&str, &str)]) -> io::Result<Output> {
-    let folder = std::env::temp_dir().join(format!("ptxsim-{}-{test}", std::process::id()));
+    let folder = std::env::temp_dir().join(format!("ptxsim-{}-{}", std::process::id(), test.replace("::", "-")));
     std::fs::create_dir_all(&folder)?;
     let output = Command::new(std::env::current_exe()?)
         .args([test, "--exact", "--ignored", "--nocapture", "--test-threads=1"])

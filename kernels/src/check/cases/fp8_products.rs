@@ -41,12 +41,14 @@ pub(super) fn add(list: &mut List, z: Sizes) {
     let wide = Tolerance::product(F32);
     for dtype in [F32, Bf16] {
         let near = Tolerance::product(dtype);
-        for (accumulate, fill) in [(false, Poison), (true, Random)] {
-            let tensors = [&tiles(z.t, i, |_| true)[..], &blocks(&[o, i]), &[t(dtype, &[z.t, o], fill)]].concat();
+        // Onto nothing, and onto another matrix.
+        for onto in [false, true] {
+            let matrices = [Poison, Random].map(|fill| t(dtype, &[z.t, o], fill));
+            let tensors = [&tiles(z.t, i, |_| true)[..], &blocks(&[o, i]), &matrices].concat();
             let shape = format!("[{}, {i}] x [{o}, {i}]", z.t);
             list.add(("fp8_gemm::product", dtype, near), shape, tensors, move |s, x| {
                 let (a, b) = (Tiles { codes: x[0], scales: x[1] }, Blocks { codes: x[2], scales: x[3] });
-                fp8_gemm::product(s, a, b, x[4], accumulate)
+                fp8_gemm::product(s, a, b, onto.then_some(x[5]), x[4])
             });
         }
         let more = [u32s(offsets(z)), t(dtype, &[n, o], Poison)];

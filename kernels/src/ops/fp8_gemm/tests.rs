@@ -76,7 +76,7 @@ impl Case {
             Op::Product => {
                 let b = Blocks::alloc(&m, &[n, k]);
                 quantize::blocks(&mut s, ws, b, None, scaling).unwrap();
-                product(&mut s, a, b, y, false).unwrap();
+                product(&mut s, a, b, None, y).unwrap();
                 s.synchronize().unwrap();
                 let (scales, across) = (m.download::<f32>(b.scales), k.div_ceil(TILE));
                 let by_row = (0..across * n).map(|j| scales[j % n / TILE * across + j / n]).collect();
@@ -230,13 +230,17 @@ fn results_are_rounded_once_after_what_was_there_is_added() {
         let (a, b) = (some_tiles(&mut s, t, k, 1), some_blocks(&mut s, &[n, k], 2));
         let old = random_bf16(t * n, 3);
         let (sums, y) = (m.from_slice(&[t, n], &vec![f32::NAN; t * n]), m.from_slice(&[t, n], &old));
-        product(&mut s, a, b, sums, false).unwrap();
-        product(&mut s, a, b, y, true).unwrap();
+        product(&mut s, a, b, None, sums).unwrap();
+        product(&mut s, a, b, Some(y), y).unwrap();
         s.synchronize().unwrap();
         let sums = m.download::<f32>(sums);
         let want: Vec<bf16> = sums.iter().zip(&old).map(|(sum, old)| bf16::from_f32(old.to_f32() + sum)).collect();
         assert_eq!(m.download::<bf16>(y), want, "{t} x {n} x {k}");
-        product(&mut s, a, b, y, false).unwrap();
+        let elsewhere = m.from_slice(&[t, n], &old);
+        product(&mut s, a, b, Some(elsewhere), y).unwrap();
+        s.synchronize().unwrap();
+        assert_eq!(m.download::<bf16>(y), want, "{t} x {n} x {k}, from elsewhere");
+        product(&mut s, a, b, None, y).unwrap();
         s.synchronize().unwrap();
         let want: Vec<bf16> = sums.iter().map(|sum| bf16::from_f32(*sum)).collect();
         assert_eq!(m.download::<bf16>(y), want, "{t} x {n} x {k}");
@@ -251,7 +255,7 @@ fn a_row_has_the_same_bits_beside_other_rows_and_on_any_number_of_threads() {
         let mut s = Stream::with_threads("test", &memory, &Arc::default(), threads).unwrap();
         let (a, b, bt) = (some_tiles(&mut s, t, k, 1), some_blocks(&mut s, &[n, k], 2), some_tiles(&mut s, n, k, 2));
         let (y, dw) = (memory.alloc(DType::F32, &[t, n]), memory.from_slice(&[t, n], &vec![1f32; t * n]));
-        product(&mut s, a, b, y, false).unwrap();
+        product(&mut s, a, b, None, y).unwrap();
         weight_grad(&mut s, a, bt, dw).unwrap();
         s.synchronize().unwrap();
         [y, dw].map(|y| memory.download::<f32>(y))
@@ -289,8 +293,8 @@ fn the_passes_of_a_layer_are_those_in_f64_within_the_noise_of_quantization() {
         quantize::blocks(&mut s, ws, wq, Some(wt), scaling).unwrap();
         quantize::columns(&mut s, xs, None, xt, scaling).unwrap();
         quantize::columns(&mut s, dys, None, dyt, scaling).unwrap();
-        product(&mut s, xq, wq, got_y, false).unwrap();
-        product(&mut s, dyq, wt, got_dx, false).unwrap();
+        product(&mut s, xq, wq, None, got_y).unwrap();
+        product(&mut s, dyq, wt, None, got_dx).unwrap();
         weight_grad(&mut s, dyt, xt, got_dw).unwrap();
         s.synchronize().unwrap();
         for (pass, got, want) in [("F", got_y, &y), ("I", got_dx, &dx), ("W", got_dw, &dw)] {
@@ -307,9 +311,9 @@ fn tensors_of_other_shapes_are_refused() {
     let (a, b, y) = (Tiles::alloc(&m, 4, 8), Blocks::alloc(&m, &[5, 8]), m.alloc(DType::F32, &[4, 5]));
     let said = |result: Result<()>| result.unwrap_err().to_string();
     let other = Blocks::alloc(&m, &[5, 9]);
-    assert!(said(product(&mut s, a, other, y, false)).contains("`b` should be U8 of [5, 8]"));
+    assert!(said(product(&mut s, a, other, None, y)).contains("`b` should be U8 of [5, 8]"));
     let wide = m.alloc(DType::F64, &[4, 5]);
-    assert!(said(product(&mut s, a, b, wide, false)).contains("`y` should be Bf16 or F32 of [4, 5]"));
+    assert!(said(product(&mut s, a, b, None, wide)).contains("`y` should be Bf16 or F32 of [4, 5]"));
     let xt = Tiles::alloc(&m, 5, 7);
     assert!(said(weight_grad(&mut s, a, xt, y)).contains("`xt` should be U8 of [5, 8]"));
     let (xt, dw) = (Tiles::alloc(&m, 5, 8), m.alloc(DType::Bf16, &[4, 5]));

@@ -82,8 +82,8 @@ impl Layer {
             let places = [row * o..(row + count) * o, row * i..(row + count) * i, expert * o * i..(expert + 1) * o * i];
             let dims = [[count, o], [count, i], [o, i]];
             let [y, dx, dw] = [0, 1, 2].map(|j| m.from_slice(&dims[j], &old[j][places[j].clone()]));
-            fp8_gemm::product(&mut s, xq, wq, y, false).unwrap();
-            fp8_gemm::product(&mut s, dyq, wt, dx, false).unwrap();
+            fp8_gemm::product(&mut s, xq, wq, None, y).unwrap();
+            fp8_gemm::product(&mut s, dyq, wt, None, dx).unwrap();
             fp8_gemm::weight_grad(&mut s, dyt, xt, dw).unwrap();
             s.synchronize().unwrap();
             for (j, tensor) in [y, dx, dw].into_iter().enumerate() {

@@ -24,7 +24,6 @@ use crate::{
     ptx::{
         Arg, Kernel, Launch,
         asm::{Assembler, B32, B64, F32, Pred, Reg, f32_literal},
-        dtype_name,
         fold::{Fold, Team},
         golden::Variant,
         parts::{self, count, element, load_vector, special, strided},
@@ -77,7 +76,7 @@ pub(super) fn input_grad(n: Sizes, x: Inputs, o: Tensor, lse: Tensor, d_o: Tenso
 
 fn delta_kernel(elements: Elements) -> Kernel {
     let Elements { dtype, lanes } = elements;
-    parts::kernel(format!("attention_delta_{}_x{lanes}", dtype_name(dtype)), move |k| {
+    parts::kernel(format!("attention_delta_{}_x{lanes}", dtype.name()), move |k| {
         let (d_o, o, delta) = (k.pointer("do"), k.pointer("o"), k.pointer("delta"));
         let (n, groups) = (k.u32("n"), k.u32("g"));
         let (row, lane) = Team::Warp.place(k, n);

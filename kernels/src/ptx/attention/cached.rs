@@ -20,7 +20,7 @@ use crate::{
     ptx::{
         Arg, Kernel, Launch,
         asm::{Assembler, B32, B64, F32, Reg},
-        dtype_name, elementwise,
+        elementwise,
         fold::Team,
         golden::Variant,
         parts::{self, count, element, special, strided},
@@ -119,7 +119,7 @@ pub(in crate::ptx) fn attend(
 }
 
 fn merge_kernel(dtype: DType) -> Kernel {
-    parts::kernel(format!("attention_merge_{}", dtype_name(dtype)), move |k| {
+    parts::kernel(format!("attention_merge_{}", dtype.name()), move |k| {
         let (o_parts, lse_parts, o) = (k.pointer("o_parts"), k.pointer("lse_parts"), k.pointer("o"));
         let (n, width, num_parts) = (k.u32("n"), k.u32("v"), k.u32("parts"));
         let (row, lane) = Team::Warp.place(k, n);

@@ -72,7 +72,7 @@ impl Elements {
     }
 
     pub(super) fn name(self) -> String {
-        format!("{}x{}", ptx::dtype_name(self.dtype), self.lanes)
+        format!("{}x{}", self.dtype.name(), self.lanes)
     }
 }
 

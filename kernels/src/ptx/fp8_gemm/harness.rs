@@ -10,15 +10,11 @@ use crate::{
     memory::Memory,
     ops::testing::random,
     ptx::{
-        Arch, Launch,
-        gemm::{Groups, Target},
+        Launch,
+        gemm::{Groups, Target, harness::How},
         testing,
     },
 };
-
-/// Few multiprocessors, so that blocks have more than one tile.
-pub(super) const AMPERE: Target = Target { arch: Arch::Sm80, num_sms: 4 };
-pub(super) const HOPPER: Target = Target { arch: Arch::Sm90a, num_sms: 2 };
 
 /// What numbers are multiplied.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -31,15 +27,6 @@ pub(super) enum Numbers {
     Positive,
 }
 
-/// Where groups are.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) enum How {
-    One,
-    /// Rows, or padded k if B has tiles.
-    Offsets,
-    Counts(usize),
-}
-
 /// A product with its sizes and what is odd about it.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Case<'a> {
@@ -49,6 +36,7 @@ pub(super) struct Case<'a> {
     pub n: usize,
     pub k: usize,
     pub counts: &'a [usize],
+    /// Offsets are of rows, or of padded k if B has tiles.
     pub how: How,
     pub accumulate: bool,
     pub output: DType,
@@ -233,7 +221,7 @@ impl Case<'_> {
             _ => memory.from_slice(&[c_rows, n], &old.iter().map(|&x| x as f32).collect::<Vec<_>>()),
         };
         let problem = Problem::new([m, n, inner], a_tiles, (b_codes, scale_b), c_t)
-            .accumulating(self.accumulate)
+            .onto(self.accumulate.then_some(c_t))
             .grouped(self.groups(&memory));
         testing::run_with(&memory, seed, &launches(&problem), |machine| machine.set_fp8_sum_bits(sum_bits))?;
         let got: Vec<f64> = match self.output {

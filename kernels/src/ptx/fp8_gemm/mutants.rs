@@ -2,7 +2,7 @@
 
 use super::{
     Problem, ScaleB,
-    harness::{AMPERE, Case, DENSE, HOPPER, How, Numbers},
+    harness::{Case, DENSE, Numbers},
     launch, mma,
     wgmma::{self, Tile},
 };
@@ -10,7 +10,10 @@ use crate::{
     dtype::DType,
     ptx::{
         Launch,
-        gemm::mutants::{Mistake, each_is_noticed},
+        gemm::{
+            harness::{AMPERE, HOPPER, How},
+            mutants::{Mistake, each_is_noticed},
+        },
     },
 };
 

@@ -1,10 +1,18 @@
 //! Every kernel in every form and raggedness; numbers that are hard; the rule that chooses.
 
 use super::{
-    harness::{AMPERE, Case, DENSE, HOPPER, How, Numbers},
+    harness::{Case, DENSE, Numbers},
     *,
 };
-use crate::{device::Device, dtype::DType, memory::Memory, ptx::Arch};
+use crate::{
+    device::Device,
+    dtype::DType,
+    memory::Memory,
+    ptx::{
+        Arch,
+        gemm::harness::{AMPERE, HOPPER, How},
+    },
+};
 
 const ALL_NUMBERS: [Numbers; 3] = [Numbers::Gaussian, Numbers::Outliers, Numbers::Positive];
 
@@ -106,7 +114,7 @@ fn first_rows(on: Target, rows: usize) -> Vec<u8> {
         memory.upload(scales, &x);
     }
     let y = memory.alloc(DType::F32, &[rows, n]);
-    crate::ptx::testing::run(&memory, 1, &product(on, a, b, y, false)).unwrap_or_else(|e| panic!("{e}"));
+    crate::ptx::testing::run(&memory, 1, &product(on, a, b, None, y)).unwrap_or_else(|e| panic!("{e}"));
     memory.download::<f32>(y)[..3 * n].iter().flat_map(|x| x.to_bits().to_le_bytes()).collect()
 }
 
@@ -132,7 +140,7 @@ fn every_code_is_multiplied_as_its_value() {
         memory.upload(a.scales, &[2f32; 256]);
         memory.upload(b.scales, &[0.25f32]);
         let y = memory.alloc(DType::F32, &[256, 16]);
-        crate::ptx::testing::run(&memory, 1, &product(on, a, b, y, false)).unwrap_or_else(|e| panic!("{e}"));
+        crate::ptx::testing::run(&memory, 1, &product(on, a, b, None, y)).unwrap_or_else(|e| panic!("{e}"));
         let y: Vec<f32> = memory.download(y);
         for code in 0..256 {
             let (got, want) = (y[code * 16 + code % 16], crate::fp8::decode_e4m3(code as u8) / 2.0);
@@ -173,11 +181,14 @@ fn passes_are_those_of_the_cpu() {
     let weight = |x: &[Tensor]| Blocks { codes: x[2], scales: x[3] };
     let second = |x: &[Tensor]| Tiles { codes: x[2], scales: x[3] };
     for on in [AMPERE, HOPPER] {
-        for accumulate in [false, true] {
-            let y = if accumulate { random(&[t, n]) } else { Data::poison(DType::F32, &[t, n]) };
-            Op::new(&[&tiles(t, k, &all, 1)[..], &blocks(&[n, k], 2), &[y]].concat())
-                .cpu(|s, x| ops::fp8_gemm::product(s, first(x), weight(x), x[4], accumulate))
-                .ptx(|x| product(on, first(x), weight(x), x[4], accumulate))
+        // Onto nothing, what is there, and another matrix.
+        let poison = || Data::poison(DType::F32, &[t, n]);
+        for more in [vec![poison()], vec![random(&[t, n])], vec![poison(), random(&[t, n])]] {
+            let is_onto = more[0].2.iter().all(|x| !x.is_nan());
+            let residual = |x: &[Tensor]| x.get(5).copied().or(is_onto.then_some(x[4]));
+            Op::new(&[&tiles(t, k, &all, 1)[..], &blocks(&[n, k], 2), &more].concat())
+                .cpu(|s, x| ops::fp8_gemm::product(s, first(x), weight(x), residual(x), x[4]))
+                .ptx(|x| product(on, first(x), weight(x), residual(x), x[4]))
                 .close(1e-5);
         }
         Op::new(&[&tiles(n, t, &all, 1)[..], &tiles(k, t, &all, 2), &[random(&[n, k])]].concat())

@@ -8,7 +8,6 @@
 use super::super::{
     Arg, Kernel, Launch,
     asm::{Assembler, B32, B64, F32, Pred},
-    dtype_name,
     parts::{self, element, load, row, special, store},
 };
 use crate::{dtype::DType, ptx, tensor::Tensor};
@@ -28,7 +27,7 @@ pub(super) fn add(x: Tensor, rows: usize, cols: usize, sum: Tensor) -> Option<La
 
 /// The kernel of a type.
 pub(super) fn kernel(dtype: DType) -> Kernel {
-    parts::kernel_of(format!("column_sum_{}", dtype_name(dtype)), COLS * LINES, move |k| emit(k, dtype))
+    parts::kernel_of(format!("column_sum_{}", dtype.name()), COLS * LINES, move |k| emit(k, dtype))
 }
 
 fn emit(k: &mut Assembler, dtype: DType) {

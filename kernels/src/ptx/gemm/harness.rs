@@ -13,12 +13,12 @@ use crate::{
 };
 
 /// Few multiprocessors, so that blocks have more than one tile.
-pub(super) const AMPERE: Target = Target { arch: Arch::Sm80, num_sms: 4 };
-pub(super) const HOPPER: Target = Target { arch: Arch::Sm90a, num_sms: 2 };
+pub(in crate::ptx) const AMPERE: Target = Target { arch: Arch::Sm80, num_sms: 4 };
+pub(in crate::ptx) const HOPPER: Target = Target { arch: Arch::Sm90a, num_sms: 2 };
 
 /// How a case's groups are given.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) enum How {
+pub(in crate::ptx) enum How {
     One,
     Offsets,
     Counts(usize),

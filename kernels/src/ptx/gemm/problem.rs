@@ -1,6 +1,6 @@
 //! What a product is, and what of it a kernel's text depends on: shared by all kernels of [`super`].
 
-use super::super::{Arg, Kernel, Launch, dtype_name};
+use super::super::{Arg, Kernel, Launch};
 use crate::{dtype::DType, tensor::Tensor};
 
 /// How the operands of C_mn = A_mk B_kn lie.
@@ -277,7 +277,7 @@ pub(in crate::ptx) struct Spec {
 impl Spec {
     /// `bf16_nt_rows_f32_add_bias_w101`, say: input, layout, groups, output if it is another, how it is written, what is wide.
     pub fn name(&self) -> String {
-        let mut name = format!("{}_{}", dtype_name(self.input), format!("{:?}", self.layout).to_lowercase());
+        let mut name = format!("{}_{}", self.input.name(), format!("{:?}", self.layout).to_lowercase());
         name += match self.kind {
             Kind::One => "",
             Kind::Rows { masked: false } => "_rows",
@@ -287,7 +287,7 @@ impl Spec {
             Kind::PaddedInner => "_paddedinner",
         };
         if self.output != self.input {
-            name += &format!("_{}", dtype_name(self.output));
+            name += &format!("_{}", self.output.name());
         }
         name += if self.addend { "_add" } else { "" };
         name += if self.bias { "_bias" } else { "" };

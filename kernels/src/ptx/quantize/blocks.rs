@@ -18,7 +18,6 @@ use crate::{
     ptx::{
         Kernel,
         asm::{Assembler, B32, B64, F32, Pred, Reg, vector},
-        dtype_name,
         fold::{self, Fold},
         parts::{BLOCK, element, special},
     },
@@ -29,7 +28,7 @@ const WIDTH: usize = 16;
 
 /// `wide`: whether rows of the input and the codes are aligned, and those of the transposed codes.
 pub(super) fn kernel(dtype: DType, [wide, wide_out]: [bool; 2], transposed: bool, recipe: Recipe) -> Kernel {
-    let mut name = format!("quantize_blocks_{}_x{}", dtype_name(dtype), if wide { 16 } else { 1 });
+    let mut name = format!("quantize_blocks_{}_x{}", dtype.name(), if wide { 16 } else { 1 });
     if transposed {
         name += &format!("_t{}", if wide_out { 16 } else { 1 });
     }

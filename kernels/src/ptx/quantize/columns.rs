@@ -22,7 +22,6 @@ use crate::{
     ptx::{
         Kernel,
         asm::{Assembler, B32, B64, F32, Pred, Reg, vector},
-        dtype_name,
         fold::exclusive_scan,
         parts::{BLOCK, element, f32_op, row, special},
     },
@@ -78,7 +77,7 @@ pub(super) fn kernel(form: Form, recipe: Recipe) -> Kernel {
     let Form { dtype, grouped, wide_in, wide_out } = form;
     let groups = if grouped { "_grouped" } else { "" };
     let [from, to] = [(wide_in, form.width()), (wide_out, 16)].map(|(wide, n)| if wide { n } else { 1 });
-    let name = format!("quantize_columns{groups}_{}_x{from}_x{to}", dtype_name(dtype));
+    let name = format!("quantize_columns{groups}_{}_x{from}_x{to}", dtype.name());
     recipe.kernel(&name, move |k| {
         let x = k.pointer("x");
         let from_scales = (dtype == DType::U8).then(|| (k.pointer("x_scales"), k.u32("x_pitch")));

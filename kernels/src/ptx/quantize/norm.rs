@@ -16,7 +16,6 @@ use crate::{
     ptx::{
         Kernel,
         asm::{B32, F32, Pred, Reg},
-        dtype_name,
         fold::Team,
         parts::{element, f32_op, row, strided},
         rms_norm,
@@ -26,7 +25,7 @@ use crate::{
 /// `lanes` neighbours at a time for the sum of squares, as many as [`rms_norm::forward`] takes.
 pub(super) fn kernel(dtype: DType, team: Team, lanes: usize, wide: bool, recipe: Recipe) -> Kernel {
     let columns = if wide { COLUMNS } else { 1 };
-    let name = format!("quantize_rms_norm_{}_{}_x{lanes}_x{columns}", dtype_name(dtype), team.name());
+    let name = format!("quantize_rms_norm_{}_{}_x{lanes}_x{columns}", dtype.name(), team.name());
     recipe.kernel(&name, move |k| {
         let (x, w, codes) = (k.pointer("x"), k.pointer("w"), k.pointer("codes"));
         let (scales, rstd) = (k.pointer("scales"), k.pointer("rstd"));

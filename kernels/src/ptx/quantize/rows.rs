@@ -15,8 +15,7 @@ use crate::{
     ptx::{
         Kernel,
         asm::{Assembler, B32, B64, Class, F32, Pred, Reg, vector},
-        dtype_name,
-        parts::{div_rem, element, return_past, row, special},
+        parts::{div_rem, element, return_past, row, special, store, store_vector},
         swiglu,
     },
 };
@@ -111,6 +110,21 @@ impl Slot {
         scale
     }
 
+    /// Stores the columns of the row at `row`, of neighbours of which the first is there.
+    pub fn store(&self, k: &mut Assembler, row: Reg<B64>, values: Vec<Reg<F32>>, dtype: DType) {
+        let to = element(k, row, self.first, dtype);
+        if self.wide {
+            return store_vector(k, to, &values, dtype);
+        }
+        for (j, value) in values.into_iter().enumerate() {
+            let (there, at, skip) = (self.there(k, j), k.reg::<B64>(), k.label("skip"));
+            ptx!(k, "@!{there} bra {skip};");
+            ptx!(k, "add.u64 {at}, {to}, {};", j * dtype.size_bytes());
+            store(k, at, value, dtype);
+            k.place(&skip);
+        }
+    }
+
     /// Stores what a tile has once, by its first lane.
     pub fn store_scale<C: Class>(&self, k: &mut Assembler, at: Reg<B64>, scale: Reg<C>, ty: &str) {
         let first = k.reg::<Pred>();
@@ -146,7 +160,7 @@ pub(super) fn kernel(source: Source, dtype: DType, wide: bool, recipe: Recipe) -
         Source::Swiglu => "_swiglu",
     };
     let lanes = if wide { COLUMNS } else { 1 };
-    let name = format!("quantize_tiles{what}_{}_x{lanes}", dtype_name(dtype));
+    let name = format!("quantize_tiles{what}_{}_x{lanes}", dtype.name());
     recipe.kernel(&name, move |k| {
         let x = k.pointer("x");
         let tokens = (source == Source::Permuted).then(|| k.pointer("token_of_row"));
