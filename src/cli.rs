@@ -9,7 +9,9 @@ use std::path::{Path, PathBuf};
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use systems::{hf::write::SaveDtype, scene::Compute};
 
-pub use bench::{Bench, BenchArgs, BenchHardwareArgs, BenchKernelsArgs, BenchSchedulesArgs, BenchTrainArgs};
+pub use bench::{
+    Bench, BenchArgs, BenchHardwareArgs, BenchKernelsArgs, BenchOverlapArgs, BenchSchedulesArgs, BenchTrainArgs,
+};
 #[cfg(feature = "editor")]
 pub use editor::{EditorArgs, EditorTheme};
 
@@ -76,6 +78,7 @@ impl Verb {
             Verb::Bench(BenchArgs { what: Bench::Train(args) }) => &args.json,
             Verb::Bench(BenchArgs { what: Bench::Hardware(args) }) => &args.json,
             Verb::Bench(BenchArgs { what: Bench::Kernels(args) }) => &args.json,
+            Verb::Bench(BenchArgs { what: Bench::Overlap(args) }) => &args.json,
             Verb::Bench(BenchArgs { what: Bench::Schedules(args) }) => &args.json,
         };
         json.json.as_deref()

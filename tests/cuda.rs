@@ -215,3 +215,97 @@ fn bench_kernels_measures_each_op_beside_ceilings() {
     assert!(launch["host_secs_per_launch"].as_f64() > Some(0.0), "{launch}");
     assert!(launch["host_secs_per_launch_in_graph"].as_f64() > Some(0.0), "{launch}");
 }
+
+#[test]
+fn tiles_are_measured_into_a_table_that_only_this_gpu_takes() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("tiles.ron");
+    let file = path.to_str().expect("UTF-8");
+    let bench = ["bench", "kernels", "--device", "cuda:0", "--shrink", "256", "--runs", "1", "--json", "-"];
+    // Eight multiprocessors: one is for communication, and each product is measured on eight and on seven.
+    let eight = [("PTXSIM_SMS", "8")];
+    let (code, stdout, stderr) = hadal(folder.path(), &[&bench[..], &["--tune", file]].concat(), &eight);
+    assert_eq!(code, 0, "{stdout}{stderr}");
+    let document: Value = serde_json::from_str(&stdout).expect("JSON");
+    let rows = document["rows"].as_array().expect("rows");
+    for of in ["bf16 NT into bf16", "bf16 NN into bf16", "bf16 TN into f32", "by rows of", "by k of", "fp8 NT into f32"]
+    {
+        for sms in ["on 8 SMs", "on 7 SMs"] {
+            let has =
+                |row: &&Value| row["product"].as_str().is_some_and(|name| name.contains(of) && name.ends_with(sms));
+            assert!(rows.iter().any(|row| has(&row)), "{of} {sms}");
+        }
+    }
+    let is_quickest = |row: &Value| row["secs"].as_f64() <= row["model_secs"].as_f64();
+    assert!(rows.iter().all(is_quickest), "the model's tile is one of those measured: {stdout}");
+    let text = fs::read_to_string(&path).expect("the table");
+    assert_eq!(text.lines().filter(|line| line.contains("product: ")).count(), rows.len(), "a row a line: {text}");
+
+    let with_table = [&bench[..], &["--tuning", file]].concat();
+    let (code, stdout, stderr) = hadal(folder.path(), &with_table, &eight);
+    assert_eq!(code, 0, "{stdout}{stderr}");
+    let (code, _, stderr) = hadal(folder.path(), &with_table, &[("PTXSIM_SMS", "9")]);
+    assert_eq!(code, 1, "{stderr}");
+    let expected = "cuda:0 cannot be used: expected a tuning table measured on ";
+    assert!(stderr.contains(expected) && stderr.contains(" with 9 multiprocessors, found one of "), "{stderr}");
+
+    // A scene takes it too, and refuses what is none, or has a tile that is not known.
+    let tuned = format!("tuning={file:?}");
+    let sets = ["device=Cuda(0)", "precision.compute=Bf16", &tuned];
+    let (code, output) = train(folder.path(), "tuned", &sets, &eight);
+    assert_eq!(code, 0, "{output}");
+    let (code, output) = train(folder.path(), "plain", &sets[..2], &eight);
+    assert_eq!(code, 0, "{output}");
+    assert_eq!(figures(folder.path(), "tuned"), figures(folder.path(), "plain"), "tiles change no bit");
+    let (code, output) = train(folder.path(), "other", &sets, &[]);
+    assert_eq!(code, 2, "{output}");
+    assert!(
+        output.contains("with 4 multiprocessors, found one of ") && output.contains(" with 8; measure"),
+        "{output}"
+    );
+    let tile = rows[0]["tile"].as_str().expect("a name");
+    fs::write(&path, text.replacen(&format!("tile: \"{tile}\""), "tile: \"round\"", 1)).expect("written");
+    let (code, output) = train(folder.path(), "round", &sets, &eight);
+    assert_eq!(code, 2, "{output}");
+    assert!(output.contains("tiles.ron: row 1 (") && output.contains("found `round`"), "{output}");
+}
+
+#[test]
+fn multiprocessors_set_apart_for_communication_change_no_bit() {
+    let folder = tempfile::tempdir().expect("a folder");
+    // Two ranks have two of fourteen for communication unless the scene says otherwise.
+    let sets = ["device=Cuda(0)", "batch.num_microbatches=2", "mesh.dp=2"];
+    let sms = [("PTXSIM_SMS", "14")];
+    for (name, more) in [("apart", &[][..]), ("shared", &["comm_sms=0"])] {
+        let (code, output) = train(folder.path(), name, &[&sets[..], more].concat(), &sms);
+        assert_eq!(code, 0, "{output}");
+    }
+    let (apart, shared) = (figures(folder.path(), "apart"), figures(folder.path(), "shared"));
+    assert_eq!((apart.len(), apart), (15, shared));
+    let (code, output) = train(folder.path(), "none_left", &[&sets[..], &["comm_sms=14"]].concat(), &sms);
+    assert_eq!(code, 2, "{output}");
+    assert!(output.contains("expected less than the device's 14, found 14; set it to 2, or leave it out"), "{output}");
+}
+
+#[test]
+fn bench_overlap_runs_a_layer_beside_copies_on_their_own_multiprocessors() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let args = ["bench", "overlap", "--device", "cuda:0", "--shrink", "256", "--runs", "1", "--json", "-"];
+    let (code, stdout, stderr) = hadal(folder.path(), &args, &[("PTXSIM_SMS", "14")]);
+    assert_eq!(code, 0, "{stdout}{stderr}");
+    let document: Value = serde_json::from_str(&stdout).expect("JSON");
+    let number = |key: &str| document[key].as_f64().expect("a number");
+    assert_eq!((number("num_sms"), number("comm_sms"), number("ops_on_host")), (14.0, 2.0, 0.0));
+    for key in ["compute_on_all_secs", "compute_secs", "comm_secs", "both_secs", "compute_tflops_per_sec"] {
+        assert!(number(key) > 0.0, "{key}");
+    }
+    let hidden = (number("compute_secs") + number("comm_secs") - number("both_secs")) / number("comm_secs");
+    assert!((number("hidden_share") - hidden).abs() < 1e-9, "{stdout}");
+    assert!(document["notes"][0].as_str().is_some_and(|note| note.starts_with("sizes are divided")), "{stdout}");
+
+    let (code, _, stderr) = hadal(folder.path(), &[&args[..], &["--comm-sms", "4"]].concat(), &[]);
+    assert_eq!(code, 1, "{stderr}");
+    let expected =
+        "expected fewer multiprocessors for communication than its 4, found 4; use `--comm-sms 0`, or leave it out";
+    assert!(stderr.contains(expected), "{stderr}");
+}

@@ -1,9 +1,9 @@
 //! Streams as entities: a `Queue` owns one FIFO of one rank's device.
 
-use std::{num::NonZero, sync::Arc};
+use std::sync::Arc;
 
 use bevy_ecs::prelude::*;
-use kernels::stream::Stream;
+use kernels::stream::{Part, Stream};
 
 use crate::{error::Result, tensors::Tensors};
 
@@ -27,23 +27,20 @@ impl Queue {
     /// # Panics
     /// If the world has no [`Tensors`]: add the engine's plugin first.
     pub fn spawn(world: &mut World, rank: u32, name: &str) -> Result<Entity> {
-        Self::spawn_with_threads(world, rank, name, None)
+        Self::spawn_with_part(world, rank, name, Part::default())
     }
 
-    /// The same; with a number, its ops have so many threads of their own.
+    /// The same with a part of the device.
     ///
     /// # Errors
     /// If the operating system gives no thread.
     ///
     /// # Panics
     /// If the world has no [`Tensors`].
-    pub fn spawn_with_threads(world: &mut World, rank: u32, name: &str, num_threads: Option<usize>) -> Result<Entity> {
+    pub fn spawn_with_part(world: &mut World, rank: u32, name: &str, part: Part) -> Result<Entity> {
         let tensors = world.resource::<Tensors>();
         let (memory, hazards) = (tensors.memory(), tensors.hazards());
-        let stream = match num_threads.and_then(NonZero::new) {
-            None => Stream::new(name, memory, hazards)?,
-            Some(num_threads) => Stream::with_threads(name, memory, hazards, num_threads)?,
-        };
+        let stream = Stream::with_part(name, memory, hazards, part)?;
         Ok(world.spawn((Name::new(name.to_owned()), Queue { stream, name: name.into(), rank })).id())
     }
 }

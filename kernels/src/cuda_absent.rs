@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use crate::{
-    device::{Device, Target},
+    device::{Device, Share, Target},
     error::{Error, Result},
     memory::Memory,
     ptx::{Item, Launch},
@@ -83,7 +83,7 @@ impl Gpu {
 }
 
 impl Lane {
-    pub(crate) fn new(gpu: &Arc<Gpu>, _name: &str) -> Result<Self> {
+    pub(crate) fn new(gpu: &Arc<Gpu>, _name: &str, _share: Share) -> Result<Self> {
         match **gpu {}
     }
     pub(crate) fn has_fault(&self) -> bool {

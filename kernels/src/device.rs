@@ -1,10 +1,10 @@
 //! Devices a run can be placed on.
 
-use std::{fmt, str::FromStr};
+use std::{fmt, str::FromStr, sync::Arc};
 
 use crate::{
     error::Error,
-    ptx::{Arch, Kernel},
+    ptx::{Arch, Kernel, tuning::Table},
 };
 
 /// Where tensors live and ops run.
@@ -44,7 +44,7 @@ impl FromStr for Device {
 }
 
 /// What kernels are chosen by.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Target {
     /// Compute capability, major and minor.
     pub compute: (u32, u32),
@@ -52,6 +52,32 @@ pub struct Target {
     pub num_sms: u32,
     /// Shared memory that a block may have, in bytes.
     pub shared_bytes: u32,
+    /// Which multiprocessors the launches may occupy.
+    pub share: Share,
+    /// Tiles of products that were measured on the device, if any were.
+    pub tuning: Option<Arc<Table>>,
+}
+
+/// Which multiprocessors a stream's launches may occupy, so that communication runs beside computation and not after it.
+///
+/// A GPU has no way to say so; this works by numbers of blocks. Products on Hopper are persistent, one block a multiprocessor that stays
+/// until all tiles are made: if they are fewer than there are multiprocessors, what another stream launches finds the rest free.
+/// Kernels with a block for each part of their work need no such bound: a multiprocessor is free again as soon as one of these ends.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Share {
+    /// All.
+    #[default]
+    All,
+    /// All but so many, which another stream has: for computation.
+    AllBut(u32),
+    /// So many: for communication. Kernels that take any grid ([`Kernel::any_grid`]) have at most so many blocks.
+    Only(u32),
+}
+
+/// Multiprocessors that communication is given where it runs beside computation: 20 of 132 (DeepSeek-V3 report, section 3.2.2), in
+/// proportion; none of fewer than 7.
+pub fn default_comm_sms(num_sms: u32) -> u32 {
+    num_sms * 20 / 132
 }
 
 /// What is known of a GPU before it is used.
@@ -82,16 +108,30 @@ impl Target {
         }
     }
 
+    /// Multiprocessors of its share.
+    pub fn sms_of_share(&self) -> u32 {
+        match self.share {
+            Share::All => self.num_sms,
+            Share::AllBut(others) => self.num_sms.saturating_sub(others).max(1),
+            Share::Only(sms) => sms.clamp(1, self.num_sms.max(1)),
+        }
+    }
+
+    /// Blocks that a kernel may have, of those that take any grid.
+    pub fn most_blocks(&self) -> Option<u32> {
+        matches!(self.share, Share::Only(_)).then(|| self.sms_of_share())
+    }
+
     /// Whether it has what the kernel needs.
     pub fn fits(&self, kernel: &Kernel) -> bool {
         self.runs(kernel.arch) && kernel.shared_bytes <= self.shared_bytes
     }
 }
 
-impl From<&Target> for crate::ptx::gemm::Target {
-    fn from(target: &Target) -> Self {
+impl<'a> From<&'a Target> for crate::ptx::gemm::Target<'a> {
+    fn from(target: &'a Target) -> Self {
         let arch = [Arch::Sm90a, Arch::Sm90].into_iter().find(|arch| target.runs(*arch)).unwrap_or(Arch::Sm80);
-        crate::ptx::gemm::Target { arch, num_sms: target.num_sms }
+        crate::ptx::gemm::Target { arch, num_sms: target.sms_of_share(), tuning: target.tuning.as_deref() }
     }
 }
 
@@ -109,5 +149,24 @@ mod tests {
         for wrong in ["gpu", "cuda:", "cuda:x", "meta"] {
             assert!(wrong.parse::<Device>().unwrap_err().contains(wrong));
         }
+    }
+
+    #[test]
+    fn shares_of_multiprocessors_are_never_empty_and_never_more_than_there_are() {
+        let of = |num_sms, share| {
+            let target = Target { compute: (9, 0), num_sms, shared_bytes: 0, share, tuning: None };
+            (target.sms_of_share(), target.most_blocks())
+        };
+        assert_eq!(of(132, Share::All), (132, None));
+        assert_eq!(of(132, Share::AllBut(20)), (112, None));
+        assert_eq!(of(132, Share::Only(20)), (20, Some(20)));
+        assert_eq!(of(4, Share::AllBut(4)), (1, None));
+        assert_eq!(of(4, Share::Only(0)), (1, Some(1)));
+        assert_eq!(of(4, Share::Only(9)), (4, Some(4)));
+    }
+
+    #[test]
+    fn communication_is_given_what_deepseek_gives_it_in_proportion() {
+        assert_eq!([132, 108, 148, 7, 6, 4].map(default_comm_sms), [20, 16, 22, 1, 0, 0]);
     }
 }

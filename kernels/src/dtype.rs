@@ -5,9 +5,10 @@
 
 use half::bf16;
 use num_traits::NumAssign;
+use serde::{Deserialize, Serialize};
 
 /// Element type of a tensor.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum DType {
     /// IEEE binary64; gradient checks.
     F64,

@@ -17,6 +17,7 @@ pub mod fp8;
 pub mod memory;
 pub mod mmap;
 pub mod ops;
+pub mod overlap;
 pub mod ptx;
 pub mod simd;
 pub mod speed;

@@ -5,7 +5,11 @@
 //! over, as weights that come from memory once a step would find it. Operations and bytes are what the op's cost says.
 
 mod fp8;
+mod products;
 mod quantize;
+mod tune;
+
+pub use tune::tune;
 
 use std::sync::Arc;
 
@@ -14,12 +18,13 @@ use rand::{RngExt as _, SeedableRng};
 
 use crate::{
     cost::Cost,
-    device::Device,
+    device::{Device, Share},
     dtype::DType::{self, Bf16, F32, F64, U8, U32},
     error::Result,
     fp8::encode_e4m3,
     memory::Memory,
-    ops::{adamw, attention, cross_entropy, elementwise, gemm, gemv, grouped_gemm, permute, rms_norm, swiglu},
+    ops::{adamw, attention, cross_entropy, elementwise, permute, rms_norm, swiglu},
+    ptx::tuning::{Product, Row, Table},
     stream::Stream,
     tensor::Tensor,
 };
@@ -88,7 +93,7 @@ pub fn launch_cost(device: Device) -> Result<LaunchCost> {
         let in_graph = Err("processors have none".to_owned());
         return Ok(LaunchCost { enqueue_secs, host_secs: enqueue_secs, in_graph });
     };
-    let mut lane = crate::cuda::Lane::new(gpu, "bench")?;
+    let mut lane = crate::cuda::Lane::new(gpu, "bench", Share::All)?;
     let launches: Vec<_> = (0..LAUNCHES).flat_map(|_| crate::ptx::elementwise::zero(x)).collect();
     let task = Arc::from("bench");
     lane.launch(&memory, &task, &launches)?;
@@ -112,7 +117,7 @@ pub fn launch_cost(device: Device) -> Result<LaunchCost> {
 }
 
 /// What to measure.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Request {
     /// On what.
     pub device: Device,
@@ -120,12 +125,21 @@ pub struct Request {
     pub runs: usize,
     /// All sizes over this, and no cache written over: 1, but for a device that is an interpreter.
     pub shrink: usize,
+    /// Tiles that products are to have.
+    pub tuning: Option<Arc<Table>>,
 }
 
-struct Bench<F> {
+struct Bench<'a> {
     request: Request,
-    tell: F,
-    all: Vec<Speed>,
+    found: Found<'a>,
+}
+
+/// What is measured, and who is told of each as soon as it is there.
+enum Found<'a> {
+    /// Ops.
+    Speeds(Vec<Speed>, &'a mut dyn FnMut(&Speed)),
+    /// The tiles of products.
+    Tiles(Vec<Row>, &'a mut dyn FnMut(&Row)),
 }
 
 /// A tensor: type, extents, and its numbers, if these matter.
@@ -133,27 +147,37 @@ type Given = (DType, Vec<usize>, Option<Vec<u32>>);
 
 type Run<'a> = &'a dyn Fn(&mut Stream, &[Tensor]) -> Result<()>;
 
+/// The product that an op is.
+type ProductOf<'a> = &'a dyn Fn(&[Tensor]) -> Product;
+
 /// Measures each op; `tell` sees each when it is there. The copy is first, and the products follow: they are the device's ceilings.
 ///
 /// # Errors
 /// The device's.
-pub fn run(request: Request, tell: impl FnMut(&Speed)) -> Result<Vec<Speed>> {
-    let mut bench = Bench { request, tell, all: Vec::new() };
+pub fn run(request: Request, mut tell: impl FnMut(&Speed)) -> Result<Vec<Speed>> {
+    let mut bench = Bench { request, found: Found::Speeds(Vec::new(), &mut tell) };
     bench.moves()?;
-    bench.products()?;
-    bench.experts()?;
-    bench.fp8_products()?;
-    bench.fp8_experts()?;
+    bench.all_products()?;
     bench.quantizers()?;
     bench.others()?;
-    Ok(bench.all)
+    match bench.found {
+        Found::Speeds(all, _) => Ok(all),
+        Found::Tiles(..) => Ok(Vec::new()),
+    }
 }
 
 /// (N, K) of DeepGEMM's tests.
 const PRODUCTS: [(usize, usize); 7] =
     [(2112, 7168), (576, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048)];
 
-impl<F: FnMut(&Speed)> Bench<F> {
+impl Bench<'_> {
+    fn all_products(&mut self) -> Result<()> {
+        self.products()?;
+        self.experts()?;
+        self.fp8_products()?;
+        self.fp8_experts()
+    }
+
     /// A size of a layer, as this request has it.
     fn size(&self, n: usize) -> usize {
         (n / self.request.shrink).max(8).next_multiple_of(8).min(n)
@@ -181,7 +205,22 @@ impl<F: FnMut(&Speed)> Bench<F> {
         self.measure_beside((op, dtype), shape, tensors, None, run)
     }
 
-    /// The same beside what is published of another.
+    /// The same for a product, of which the tiles may be asked for, and beside what is published of another.
+    fn measure_product(
+        &mut self,
+        name: (&'static str, DType),
+        shape: String,
+        tensors: &[Given],
+        published_flops_per_sec: Option<f64>,
+        product: ProductOf<'_>,
+        run: Run<'_>,
+    ) -> Result<()> {
+        match self.found {
+            Found::Speeds(..) => self.measure_beside(name, shape, tensors, published_flops_per_sec, run),
+            Found::Tiles(..) => self.measure_tiles(tensors, product),
+        }
+    }
+
     fn measure_beside(
         &mut self,
         (op, dtype): (&'static str, DType),
@@ -190,40 +229,21 @@ impl<F: FnMut(&Speed)> Bench<F> {
         published_flops_per_sec: Option<f64>,
         run: Run<'_>,
     ) -> Result<()> {
-        let memory = Memory::open(self.request.device)?;
+        let Found::Speeds(all, tell) = &mut self.found else { return Ok(()) };
+        let Setting { memory, tensors, flush } = Setting::new(&self.request, tensors)?;
         let mut stream = Stream::new("bench", &memory, &Arc::default())?;
-        let tensors: Vec<Tensor> = tensors
-            .iter()
-            .map(|(dtype, dims, numbers)| match numbers {
-                Some(numbers) => memory.from_slice(dims, numbers),
-                None => filled(&memory, *dtype, dims),
-            })
-            .collect();
-        let flush = (self.request.shrink == 1).then(|| memory.alloc(F32, &[FLUSH_BYTES / 4]));
-        memory.failure()?;
+        if let Some(table) = &self.request.tuning {
+            stream.set_tuning(table)?;
+        }
         let cost = recorded(&mut stream, &tensors, run)?;
         let on_host = || memory.gpu().map_or(0, |gpu| gpu.host_ops().values().sum::<u64>());
         let before = on_host();
-        let mut nanos = Vec::new();
-        for i in 0..self.request.runs + 2 {
-            if let Some(flush) = flush {
-                elementwise::zero(&mut stream, flush);
-            }
-            let start = stream.record();
-            run(&mut stream, &tensors)?;
-            let end = stream.record();
-            stream.synchronize()?;
-            if i >= 2 {
-                nanos.push(end.synchronize().saturating_sub(start.synchronize()));
-            }
-        }
-        nanos.sort_unstable();
-        let secs = nanos[nanos.len() / 2] as f64 * 1e-9;
+        let secs = median(&mut stream, self.request.runs, flush, &mut |s| run(s, &tensors))?;
         let bytes = cost.read_bytes + cost.written_bytes;
         let (on_host, flops) = (on_host() > before, cost.flops());
         let speed = Speed { op, dtype, shape, on_host, secs, flops, bytes, published_flops_per_sec };
-        (self.tell)(&speed);
-        self.all.push(speed);
+        tell(&speed);
+        all.push(speed);
         Ok(())
     }
 
@@ -235,69 +255,6 @@ impl<F: FnMut(&Speed)> Bench<F> {
             self.measure(("elementwise::copy", F32), format!("[{n}]"), &tensors, &|s, x| {
                 elementwise::copy(s, x[0], x[1])
             })?;
-        }
-        Ok(())
-    }
-
-    fn products(&mut self) -> Result<()> {
-        for m in [4096, 128] {
-            for (n, k) in PRODUCTS {
-                let [m, n, k] = [m, n, k].map(|size| self.size(size));
-                let tensors = [(Bf16, vec![m, k]), (Bf16, vec![n, k]), (Bf16, vec![m, n])];
-                self.measure(("gemm::forward", Bf16), format!("[{m}, {k}] x [{n}, {k}]"), &tensors, &|s, x| {
-                    gemm::forward(s, x[0], x[1], None, x[2])
-                })?;
-            }
-        }
-        for (n, k) in [(4096, 7168), (7168, 2048)] {
-            let [m, n, k] = [4096, n, k].map(|size| self.size(size));
-            let shape = || format!("[{m}, {n}] x [{n}, {k}]");
-            let tensors = [(Bf16, vec![m, n]), (Bf16, vec![n, k]), (Bf16, vec![m, k])];
-            self.measure(("gemm::input_grad", Bf16), shape(), &tensors, &|s, x| {
-                gemm::input_grad(s, x[0], x[1], x[2], false)
-            })?;
-            let tensors = [(Bf16, vec![m, n]), (Bf16, vec![m, k]), (F32, vec![n, k])];
-            self.measure(("gemm::weight_grad", Bf16), format!("{} into F32", shape()), &tensors, &|s, x| {
-                gemm::weight_grad(s, x[0], x[1], x[2], None)
-            })?;
-            let tensors = [(Bf16, vec![m, k]), (Bf16, vec![n, k]), (Bf16, vec![m, n]), (Bf16, vec![m, n])];
-            self.measure(("gemm::forward_onto", Bf16), format!("[{m}, {k}] x [{n}, {k}]"), &tensors, &|s, x| {
-                gemm::forward_onto(s, x[0], x[1], x[2], x[3])
-            })?;
-            let tensors = [(F32, vec![m, k]), (F32, vec![n, k]), (F32, vec![m, n])];
-            self.measure(("gemm::forward", F32), format!("[{m}, {k}] x [{n}, {k}]"), &tensors, &|s, x| {
-                gemm::forward(s, x[0], x[1], None, x[2])
-            })?;
-            let tensors = [(Bf16, vec![1, k]), (Bf16, vec![n, k]), (Bf16, vec![1, n])];
-            self.measure(("gemv::forward", Bf16), format!("[1, {k}] x [{n}, {k}]"), &tensors, &|s, x| {
-                gemv::forward(s, x[0], x[1], None, x[2])
-            })?;
-        }
-        Ok(())
-    }
-
-    fn experts(&mut self) -> Result<()> {
-        for (e, rows) in [(4, 8192), (8, 4096)] {
-            for (o, i) in [(4096, 7168), (7168, 2048)] {
-                let [rows, o, i] = [rows, o, i].map(|size| self.size(size));
-                let offsets = offsets(e, rows);
-                let n = offsets[e] as usize;
-                let shape = || format!("{e} x about [{rows}, {i}] x [{o}, {i}]");
-                let table = || (U32, vec![e + 1], Some(offsets.clone()));
-                let m = |dtype, dims: &[usize]| (dtype, dims.to_vec(), None);
-                let tensors = [m(Bf16, &[n, i]), table(), m(Bf16, &[e, o, i]), m(Bf16, &[n, o])];
-                self.measure_on(("grouped_gemm::forward", Bf16), shape(), &tensors, &|s, x| {
-                    grouped_gemm::forward(s, x[0], x[1], x[2], x[3])
-                })?;
-                let tensors = [m(Bf16, &[n, o]), table(), m(Bf16, &[e, o, i]), m(Bf16, &[n, i])];
-                self.measure_on(("grouped_gemm::input_grad", Bf16), shape(), &tensors, &|s, x| {
-                    grouped_gemm::input_grad(s, x[0], x[1], x[2], x[3])
-                })?;
-                let tensors = [m(Bf16, &[n, o]), m(Bf16, &[n, i]), table(), m(Bf16, &[e, o, i])];
-                self.measure_on(("grouped_gemm::weight_grad", Bf16), shape(), &tensors, &|s, x| {
-                    grouped_gemm::weight_grad(s, x[0], x[1], x[2], x[3])
-                })?;
-            }
         }
         Ok(())
     }
@@ -393,6 +350,54 @@ impl<F: FnMut(&Speed)> Bench<F> {
     }
 }
 
+/// Where something is measured.
+struct Setting {
+    memory: Memory,
+    tensors: Vec<Tensor>,
+    /// What is written over between runs.
+    flush: Option<Tensor>,
+}
+
+impl Setting {
+    fn new(request: &Request, tensors: &[Given]) -> Result<Self> {
+        let memory = Memory::open(request.device)?;
+        let tensors = tensors
+            .iter()
+            .map(|(dtype, dims, numbers)| match numbers {
+                Some(numbers) => memory.from_slice(dims, numbers),
+                None => filled(&memory, *dtype, dims),
+            })
+            .collect();
+        let flush = (request.shrink == 1).then(|| memory.alloc(F32, &[FLUSH_BYTES / 4]));
+        memory.failure()?;
+        Ok(Setting { memory, tensors, flush })
+    }
+}
+
+/// Seconds between the events around what `run` launches: the median of so many runs, after two.
+fn median(
+    stream: &mut Stream,
+    runs: usize,
+    flush: Option<Tensor>,
+    run: &mut dyn FnMut(&mut Stream) -> Result<()>,
+) -> Result<f64> {
+    let mut nanos = Vec::new();
+    for i in 0..runs + 2 {
+        if let Some(flush) = flush {
+            elementwise::zero(stream, flush);
+        }
+        let start = stream.record();
+        run(stream)?;
+        let end = stream.record();
+        stream.synchronize()?;
+        if i >= 2 {
+            nanos.push(end.synchronize().saturating_sub(start.synchronize()));
+        }
+    }
+    nanos.sort_unstable();
+    Ok(nanos[nanos.len() / 2] as f64 * 1e-9)
+}
+
 /// Rows of `e` experts, each 0.7 to 1.3 of `rows`.
 fn offsets(e: usize, rows: usize) -> Vec<u32> {
     let mut offsets = vec![0];
@@ -410,7 +415,7 @@ fn recorded(stream: &mut Stream, tensors: &[Tensor], run: Run<'_>) -> Result<Cos
 }
 
 /// Values in (-1, 1), over and over: products of zeros take less power, and are faster.
-fn filled(memory: &Memory, dtype: DType, dims: &[usize]) -> Tensor {
+pub(crate) fn filled(memory: &Memory, dtype: DType, dims: &[usize]) -> Tensor {
     let mut random = rand_chacha::ChaCha8Rng::seed_from_u64(1);
     let some: Vec<f32> = (0..65_521).map(|_| random.random_range(-1.0..1.0)).collect();
     let values = some.iter().copied().cycle().take(dims.iter().product());

@@ -28,10 +28,10 @@ use worker::{Worker, own_pool};
 use crate::{
     cost::Cost,
     cuda::Lane,
-    device::{Device, Target},
+    device::{Device, Share, Target},
     error::{Error, Result},
     memory::Memory,
-    ptx::Launch,
+    ptx::{Launch, tuning::Table},
     tensor::Tensor,
 };
 
@@ -120,6 +120,16 @@ pub enum Rendezvous {
     },
 }
 
+/// What of its device a stream's ops run on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Part {
+    /// Parallel loops run on so many threads of the stream's own, its worker among them: several ranks on one machine then have cores of
+    /// their own. Without a number they share the process' pool.
+    pub num_threads: Option<NonZeroUsize>,
+    /// Multiprocessors of a GPU that its launches may occupy. A stream that has some for itself goes before others.
+    pub share: Share,
+}
+
 enum Backend {
     Thread {
         sender: Option<mpsc::SyncSender<Message>>,
@@ -141,25 +151,15 @@ impl Stream {
     /// A stream over `memory`; streams that share `hazards` are checked against each other in debug builds. Parallel loops of
     /// its ops run on the process' pool of threads.
     pub fn new(name: &str, memory: &Memory, hazards: &Arc<Hazards>) -> Result<Self> {
-        Self::build(name, memory, hazards, None)
+        Self::with_part(name, memory, hazards, Part::default())
     }
 
-    /// The same, but parallel loops of its ops run on `num_threads` threads of the stream's own, its worker among them: several
-    /// ranks on one machine then have cores of their own. Results do not depend on the number.
-    pub fn with_threads(
-        name: &str,
-        memory: &Memory,
-        hazards: &Arc<Hazards>,
-        num_threads: NonZeroUsize,
-    ) -> Result<Self> {
-        Self::build(name, memory, hazards, Some(num_threads))
-    }
-
-    fn build(name: &str, memory: &Memory, hazards: &Arc<Hazards>, num_threads: Option<NonZeroUsize>) -> Result<Self> {
+    /// The same with a part of the device. Results do not depend on it.
+    pub fn with_part(name: &str, memory: &Memory, hazards: &Arc<Hazards>, part: Part) -> Result<Self> {
         let index = hazards.add_stream();
         let backend = match memory.device() {
             Device::Meta => Backend::Meta,
-            Device::Cpu | Device::Cuda(_) => Self::spawn(name, memory, num_threads)?,
+            Device::Cpu | Device::Cuda(_) => Self::spawn(name, memory, part)?,
         };
         Ok(Stream {
             name: name.to_owned(),
@@ -174,7 +174,7 @@ impl Stream {
         })
     }
 
-    fn spawn(name: &str, memory: &Memory, num_threads: Option<NonZeroUsize>) -> Result<Backend> {
+    fn spawn(name: &str, memory: &Memory, Part { num_threads, share }: Part) -> Result<Backend> {
         let (sender, receiver) = mpsc::sync_channel::<Message>(QUEUE_LEN);
         let failure = Arc::new(Mutex::new(None));
         let no_thread = |e: &dyn std::fmt::Display| Error::Task {
@@ -187,10 +187,10 @@ impl Stream {
             memory: memory.clone(),
             failure: failure.clone(),
             waited: Waited::default(),
-            lane: memory.gpu().map(|gpu| Lane::new(gpu, name)).transpose()?,
+            lane: memory.gpu().map(|gpu| Lane::new(gpu, name, share)).transpose()?,
             repeats: Repeats::default(),
         };
-        let target = memory.gpu().map(|gpu| gpu.target());
+        let target = memory.gpu().map(|gpu| Target { share, ..gpu.target() });
         let (started, pool) = mpsc::sync_channel(1);
         let run = move || match own_pool(&worker.name, num_threads) {
             Ok(pool) => {
@@ -217,6 +217,20 @@ impl Stream {
     /// The memory its ops work on.
     pub fn memory(&self) -> &Memory {
         &self.memory
+    }
+
+    /// Products launched from here on have the tiles of `table` where it has their sizes; elsewhere than on a GPU this says nothing.
+    ///
+    /// # Errors
+    /// If the table was measured on another device.
+    pub fn set_tuning(&mut self, table: &Arc<Table>) -> Result<()> {
+        if let Some(gpu) = self.memory.gpu() {
+            table.check(gpu.info())?;
+        }
+        if let Backend::Thread { target: Some(target), .. } = &mut self.backend {
+            target.tuning = Some(table.clone());
+        }
+        Ok(())
     }
 
     /// Ops launched from here on belong to `task`; errors name it.
@@ -258,7 +272,7 @@ impl Stream {
             Backend::Thread { target, .. } => target.as_ref(),
             Backend::Meta => None,
         };
-        let launches = target.and_then(|on| kernels(on).filter(|all| all.iter().all(|launch| on.fits(&launch.kernel))));
+        let launches = target.and_then(|on| kernels(on).and_then(|launches| within(on, launches)));
         match launches {
             Some(launches) => self.send(Message::Launch { task: self.task.clone(), launches }),
             None => self.run(op_name::<F>(), move |memory| {
@@ -403,6 +417,15 @@ impl Drop for Stream {
             }
         }
     }
+}
+
+/// Launches as a stream of that target has them, if its device has what they need.
+fn within(on: &Target, launches: Vec<Launch>) -> Option<Vec<Launch>> {
+    if !launches.iter().all(|launch| on.fits(&launch.kernel)) {
+        return None;
+    }
+    let most = on.most_blocks().unwrap_or(u32::MAX);
+    Some(launches.into_iter().map(|launch| launch.of_at_most(most)).collect())
 }
 
 /// How an op is called where it is told of: the function that made the job, below `ops`.

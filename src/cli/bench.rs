@@ -23,6 +23,8 @@ pub enum Bench {
     Hardware(BenchHardwareArgs),
     /// Ops on one device at DeepSeek's shapes, beside the fastest copy and the fastest product there
     Kernels(BenchKernelsArgs),
+    /// How much of its communication a layer hides behind its computation on one device, with copies in place of sending
+    Overlap(BenchOverlapArgs),
     /// Steps under each pipeline schedule on local ranks, beside what a plan predicts that was calibrated on one of them
     Schedules(BenchSchedulesArgs),
 }
@@ -31,7 +33,9 @@ pub enum Bench {
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
-  hadal bench kernels --device cuda:0 --json -")]
+  hadal bench kernels --device cuda:0 --json -
+  hadal bench kernels --device cuda:0 --tune h200.ron
+  hadal bench kernels --device cuda:0 --tuning h200.ron")]
 pub struct BenchKernelsArgs {
     /// Device: cpu, cuda:0
     #[arg(long, value_name = "DEVICE", default_value = "cuda:0")]
@@ -42,6 +46,38 @@ pub struct BenchKernelsArgs {
     /// Divide all sizes by this: for interpreters, whose times mean nothing
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = at_least::<1>)]
     pub shrink: usize,
+    /// Time every tile of every product instead, and write which is the quickest of each
+    #[arg(long, value_name = "FILE", conflicts_with = "tuning")]
+    pub tune: Option<PathBuf>,
+    /// Give products the tiles of such a file
+    #[arg(long, value_name = "FILE")]
+    pub tuning: Option<PathBuf>,
+    #[command(flatten)]
+    pub json: Json,
+}
+
+/// Arguments of `bench overlap`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  hadal bench overlap --device cuda:0 --json overlap.json
+  hadal bench overlap --device cuda:0 --comm-sms 24")]
+pub struct BenchOverlapArgs {
+    /// Device: cpu, cuda:0
+    #[arg(long, value_name = "DEVICE", default_value = "cuda:0")]
+    pub device: kernels::device::Device,
+    /// Pairs whose median is taken, after two that are not counted
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = at_least::<1>)]
+    pub runs: usize,
+    /// Divide all sizes by this: for interpreters, whose times mean nothing
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = at_least::<1>)]
+    pub shrink: usize,
+    /// Multiprocessors for communication; without it 20 of 132, in proportion
+    #[arg(long, value_name = "N")]
+    pub comm_sms: Option<u32>,
+    /// Give products the tiles of a file that `bench kernels --tune` wrote
+    #[arg(long, value_name = "FILE")]
+    pub tuning: Option<PathBuf>,
     #[command(flatten)]
     pub json: Json,
 }

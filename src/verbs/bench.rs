@@ -1,6 +1,8 @@
 //! `hadal bench`: how fast this machine trains and generates, where the time goes, and what its processors could do.
 
 mod kernels;
+mod overlap;
+mod tune;
 
 use std::{
     fs,
@@ -9,6 +11,7 @@ use std::{
 };
 
 pub use kernels::kernels;
+pub use overlap::overlap;
 use systems::{
     api::{BenchReport, BenchRequest},
     bench::bench,

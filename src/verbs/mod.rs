@@ -40,6 +40,7 @@ pub fn perform(verb: Verb, output: &Output) -> Result<ExitCode, Failure> {
         Verb::Bench(BenchArgs { what: Bench::Train(args) }) => bench::train(args, output),
         Verb::Bench(BenchArgs { what: Bench::Hardware(args) }) => bench::hardware(args, output),
         Verb::Bench(BenchArgs { what: Bench::Kernels(args) }) => bench::kernels(&args, output),
+        Verb::Bench(BenchArgs { what: Bench::Overlap(args) }) => bench::overlap(&args, output),
         Verb::Bench(BenchArgs { what: Bench::Schedules(args) }) => bench::schedules(&args, output),
     }
 }

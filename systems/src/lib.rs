@@ -28,6 +28,7 @@ pub mod model;
 pub mod model_config;
 pub mod mtp;
 pub mod observe;
+pub mod on_gpu;
 pub mod optimizer;
 pub mod params;
 pub mod pipeline;

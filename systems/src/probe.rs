@@ -25,6 +25,7 @@ use crate::{
     lower::Lowering,
     microbatch::Inputs,
     model::Model,
+    on_gpu::OnGpu,
     optimizer,
     pipeline::{
         action::{Action, Cell, Schedule, Work as Pass},
@@ -76,6 +77,7 @@ impl Checkpoint {
             ranks: Ranks::solo(model.config.num_hidden_layers),
             num_threads: None,
             device,
+            on_gpu: OnGpu::default(),
             clock: Clock::Wall,
         };
         let app = app_with_model(setup, |spec| folder.read_param(spec).map_err(SessionError::input))?;

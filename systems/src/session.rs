@@ -1,11 +1,11 @@
 //! A model in an app: the parts that training, evaluation and generation share, and the loading of weights into them.
 
-use std::sync::Arc;
+use std::{num::NonZero, sync::Arc};
 
 use bevy_app::prelude::*;
 use bevy_ecs::prelude::*;
 use engine::prelude::*;
-use kernels::{device::Device, dtype::DType, memory::Memory};
+use kernels::{device::Device, dtype::DType, memory::Memory, stream::Part};
 
 use crate::{
     api::Progress,
@@ -23,6 +23,7 @@ use crate::{
     model_config::ModelConfig,
     mtp,
     observe::Rank,
+    on_gpu::OnGpu,
     optimizer,
     params::ParamSpec,
     pipeline::{stage, transfer},
@@ -183,6 +184,8 @@ pub struct ModelSetup<'a> {
     pub num_threads: Option<usize>,
     /// What it is on, under the wall's time.
     pub device: Device,
+    /// What a scene says of the device, if that is a GPU.
+    pub on_gpu: OnGpu,
     /// The wall's time; or a computed one, and then no weights.
     pub clock: Clock,
 }
@@ -203,12 +206,32 @@ pub fn app_with_model(
     let world = app.world_mut();
     let memory = world.resource::<Tensors>().memory().clone();
     let ModelSetup {
-        config, formats, max_positions, trainable, recompute, progress, ranks, num_threads, clock, ..
+        config,
+        formats,
+        max_positions,
+        trainable,
+        recompute,
+        progress,
+        ranks,
+        num_threads,
+        on_gpu,
+        clock,
+        ..
     } = setup;
     let rank = ranks.layout.rank;
-    let mut stream =
-        |name, threads| Queue::spawn_with_threads(world, rank, name, threads).map_err(SessionError::runtime);
-    let streams = Streams { compute: stream("compute", num_threads)?, comm: stream("comm", Some(1))? };
+    let shares = on_gpu.shares(&memory, ranks.layout.mesh.num_ranks())?;
+    let mut stream = |name, num_threads: Option<usize>, share| {
+        let part = Part { num_threads: num_threads.and_then(NonZero::new), share };
+        let entity = Queue::spawn_with_part(world, rank, name, part).map_err(SessionError::runtime)?;
+        if let (Some(table), Some(mut queue)) = (&shares.tuning, world.get_mut::<Queue>(entity)) {
+            queue.stream.set_tuning(table).map_err(SessionError::input)?;
+        }
+        Ok::<_, SessionError>(entity)
+    };
+    let streams = Streams {
+        compute: stream("compute", num_threads, shares.compute)?,
+        comm: stream("comm", Some(1), shares.comm)?,
+    };
     let Coordinates { pp, dp, ep } = ranks.layout.mesh.coordinates(rank);
     let rank = world.spawn((Rank { rank, pp, dp, ep }, Name::new(format!("rank {rank}")))).id();
     world.entity_mut(rank).add_children(&[streams.compute, streams.comm]);

@@ -27,6 +27,7 @@ use crate::{
     microbatch::{Inputs, MAX_MTP},
     model::{Parameters, initial_values},
     model_config::ModelConfig,
+    on_gpu::OnGpu,
     optimizer::OptimizerState,
     ranks::Ranks,
     routing::RoutingState,
@@ -187,6 +188,7 @@ pub fn set_up_rank(
         ranks,
         num_threads,
         device: scene.device.into(),
+        on_gpu: OnGpu::of(&scene),
         clock: Clock::Wall,
     };
     let mut app = app_with_model(setup, |spec| match &folder {

@@ -78,6 +78,7 @@ impl Probe {
             ranks: Ranks::solo(config.num_hidden_layers),
             num_threads: None,
             device: kernels::device::Device::Cpu,
+            on_gpu: Default::default(),
             clock: Clock::Wall,
         };
         let mut app = app_with_model(setup, |spec| {

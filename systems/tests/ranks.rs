@@ -153,6 +153,7 @@ fn app(case: &Case, config: &ModelConfig, ranks: Ranks) -> App {
         ranks,
         num_threads: Some(1),
         device: kernels::device::Device::Cpu,
+        on_gpu: Default::default(),
         clock: Clock::Wall,
     };
     let mut app = app_with_model(setup, |spec| Ok(initial_values(spec, config, 3))).unwrap();

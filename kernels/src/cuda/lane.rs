@@ -13,6 +13,7 @@ use cudarc::driver::{
 
 use super::{Gpu, bytes::Pieces, fault::Faults, words};
 use crate::{
+    device::Share,
     dtype::DType,
     error::{Error, Result},
     memory::Memory,
@@ -75,9 +76,12 @@ impl Value {
 }
 
 impl Lane {
-    /// A new stream, ordered with others by events only; `name` is for errors.
-    pub(crate) fn new(gpu: &Arc<Gpu>, name: &str) -> Result<Self> {
-        let stream = gpu.context.new_stream().map_err(gpu.failed("making a stream"))?;
+    /// A new stream, ordered with others by events only; `name` is for errors. Where one that has multiprocessors for itself and another
+    /// have blocks waiting, its go first: without that they would wait until the last block of the other's kernel has begun.
+    pub(crate) fn new(gpu: &Arc<Gpu>, name: &str, share: Share) -> Result<Self> {
+        // Lower is earlier, and 0 is the default.
+        let priority = if matches!(share, Share::Only(_)) { -1 } else { 0 };
+        let stream = gpu.context.new_stream_with_priority(priority).map_err(gpu.failed("making a stream"))?;
         let faults = Arc::new(Faults::new(gpu, name)?);
         let (scratch, maps) = (BTreeMap::new(), BTreeMap::new());
         Ok(Lane { gpu: gpu.clone(), stream, scratch, scratch_version: 0, maps, bytes: Pieces::default(), faults })

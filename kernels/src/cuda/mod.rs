@@ -31,7 +31,7 @@ pub use lane::Lane;
 pub use crate::device::GpuInfo;
 
 use crate::{
-    device::{Device, Target},
+    device::{Device, Share, Target},
     error::{Error, Result},
 };
 
@@ -130,6 +130,8 @@ fn look(ordinal: u32, driver_version: i32) -> std::result::Result<GpuInfo, Drive
             compute,
             num_sms: number(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
             shared_bytes: number(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
+            share: Share::All,
+            tuning: None,
         },
         // SAFETY: as above.
         memory_bytes: unsafe { result::device::total_mem(device) }? as u64,
@@ -197,7 +199,7 @@ impl Gpu {
 
     /// What kernels are chosen by.
     pub fn target(&self) -> Target {
-        self.info.target
+        self.info.target.clone()
     }
 
     /// Ops that ran on the host for want of a kernel, and how often, by name.

@@ -1,4 +1,4 @@
-//! Zero, copy, add: what only moves bytes. Flat, 16 bytes a thread and tensor; add in f32 (f64 for f64), rounded once on store.
+//! Zero, copy, add: what only moves bytes. Flat, for any grid, 16 bytes a thread and tensor; add in f32 (f64 for f64), rounded once on store.
 //!
 //! Signatures: zero (y, n: u32); copy, add_acc (x, y, n: u32); copy_columns (x, y, n: u32 groups, groups a row: u32,
 //! c, from, e, to: u32 elements). Time: bytes moved over memory bandwidth.
@@ -8,7 +8,8 @@ use super::{
     asm::{Assembler, B32, B64, F64, Reg},
     golden::Variant,
     parts::{
-        self, copy_bits, count, div_rem, element, flat, flat_grid, load, load_f64, load_vector, store, store_vector,
+        self, copy_bits, count, div_rem, element, flat_grid, flat_over_grid, load, load_f64, load_vector, store,
+        store_vector,
     },
 };
 use crate::{dtype::DType, ptx, tensor::Tensor};
@@ -56,11 +57,16 @@ fn launch(kernel: Kernel, n: usize, lanes: usize, args: Vec<Arg>) -> Vec<Launch>
     if n == 0 { vec![] } else { vec![Launch { kernel, grid: flat_grid(n, lanes), args }] }
 }
 
+/// A kernel for any grid: on a communication stream it has that stream's share of the device.
+fn moving(name: String, emit: impl Fn(&mut Assembler) + Send + 'static) -> Kernel {
+    parts::kernel(name, emit).for_any_grid()
+}
+
 fn zero_kernel(elem_bytes: usize, lanes: usize) -> Kernel {
-    parts::kernel(format!("zero_b{}_x{lanes}", 8 * elem_bytes), move |k| {
+    moving(format!("zero_b{}_x{lanes}", 8 * elem_bytes), move |k| {
         let (y, n) = (k.pointer("y"), k.u32("n"));
         let zero = parts::special(k, "0");
-        flat(k, n, lanes, |k, i, lanes| {
+        flat_over_grid(k, n, lanes, |k, i, lanes| {
             let at = k.reg::<B64>();
             ptx!(k, "mad.wide.u32 {at}, {i}, {elem_bytes}, {y};");
             match elem_bytes * lanes {
@@ -82,9 +88,9 @@ fn copy_kernel(from: DType, to: DType, lanes: usize) -> Kernel {
         }
         _ => panic!("no kernel copies {from:?} to {to:?}"),
     };
-    parts::kernel(name, move |k| {
+    moving(name, move |k| {
         let (x, y, n) = (k.pointer("x"), k.pointer("y"), k.u32("n"));
-        flat(k, n, lanes, |k, i, lanes| {
+        flat_over_grid(k, n, lanes, |k, i, lanes| {
             let (at_x, at_y) = (element(k, x, i, from), element(k, y, i, to));
             if from == to {
                 return copy_bits(k, at_x, at_y, bytes, lanes);
@@ -97,9 +103,9 @@ fn copy_kernel(from: DType, to: DType, lanes: usize) -> Kernel {
 
 fn add_acc_kernel(from: DType, to: DType, lanes: usize) -> Kernel {
     let name = format!("add_acc_{}_{}_x{lanes}", from.name(), to.name());
-    parts::kernel(name, move |k| {
+    moving(name, move |k| {
         let (x, y, n) = (k.pointer("x"), k.pointer("y"), k.u32("n"));
-        flat(k, n, lanes, |k, i, lanes| {
+        flat_over_grid(k, n, lanes, |k, i, lanes| {
             let (at_x, at_y) = (element(k, x, i, from), element(k, y, i, to));
             if to == DType::F64 {
                 let (a, b, sum) = (load_f64(k, at_x, from), load_f64(k, at_y, to), k.reg::<F64>());
@@ -126,10 +132,10 @@ fn copy_columns_kernel(dtype: DType, lanes: usize, accumulate: bool) -> Kernel {
         true => format!("add_columns_{}_x{lanes}", dtype.name()),
         false => format!("copy_columns_b{}_x{lanes}", 8 * dtype.size_bytes()),
     };
-    parts::kernel(name, move |k| {
+    moving(name, move |k| {
         let (x, y, n, per_row) = (k.pointer("x"), k.pointer("y"), k.u32("n"), k.u32("per_row"));
         let (c, from, e, to) = (k.u32("c"), k.u32("from"), k.u32("e"), k.u32("to"));
-        flat(k, n, 1, |k, i, _| {
+        flat_over_grid(k, n, 1, |k, i, _| {
             let (row, group) = div_rem(k, i, per_row);
             let place = |k: &mut Assembler, base, cols, first| {
                 let (at, column) = (parts::row(k, base, row, cols, dtype), k.reg::<B32>());
@@ -208,6 +214,23 @@ mod tests {
         }
         let counts = [Data::u32(&[7], &[9; 7]), Data::u32(&[7], &[1; 7])];
         Case::new(&counts).cpu(|s, t| cpu::copy(s, t[0], t[1])).ptx(|t| copy(t[0], t[1])).equal();
+    }
+
+    #[test]
+    fn few_blocks_reach_every_element_and_none_twice() {
+        // The last group is whole, or a part of one; the last round of blocks is whole, or not.
+        for (n, most) in [(4096 + 5, 1), (4096 + 5, 2), (6144, 1), (6144, 2), (7000, 3), (12, 1)] {
+            for (from, to) in [(DType::F32, DType::F32), (DType::Bf16, DType::Bf16), (DType::F32, DType::F64)] {
+                let few = |launches: Vec<Launch>| -> Vec<Launch> {
+                    let few: Vec<Launch> = launches.into_iter().map(|launch| launch.of_at_most(most)).collect();
+                    assert!(few.iter().all(|launch| launch.grid[0] <= most), "the grid is any");
+                    few
+                };
+                let inputs = [Data::random(from, &[n], 1), Data::random(to, &[n], 2)];
+                Case::new(&inputs).cpu(|s, t| cpu::add_acc(s, t[0], t[1])).ptx(|t| few(add_acc(t[0], t[1]))).close(0.0);
+                Case::new(&inputs).cpu(|s, t| cpu::copy(s, t[0], t[1])).ptx(|t| few(copy(t[0], t[1]))).equal();
+            }
+        }
     }
 
     #[test]

@@ -198,6 +198,15 @@ impl Team {
         (row, lane)
     }
 
+    /// `body(k, row, number in the team)` for each of `rows` rows, whatever the grid is: with one of [`Team::grid`] a team has one row,
+    /// with fewer blocks it goes on with the rows that lie as many further as the grid has teams. A body may not return.
+    pub fn each_row(self, k: &mut Assembler, rows: Reg<B32>, body: impl FnOnce(&mut Assembler, Reg<B32>, Reg<B32>)) {
+        let (row, thread) = self.place(k, rows);
+        let (step, end) = (super::parts::of_grid(k, self.rows_per_block()), k.label("end"));
+        super::parts::over_grid(k, (row, rows), step, &end, |k, row| body(k, row, thread));
+        k.place(&end);
+    }
+
     /// Folds over the team, whose threads all get the result.
     pub fn fold<C: Number>(self, k: &mut Assembler, x: Reg<C>, fold: Fold) {
         match self {

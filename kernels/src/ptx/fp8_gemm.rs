@@ -76,6 +76,31 @@ impl Problem {
         Problem { product: gemm::Problem::new(Layout::Nt, sizes, operands), scale_a: a.scales, scale_b }
     }
 
+    /// F or I, assigned; see [`product`].
+    pub fn product(a: Tiles, b: Blocks, y: Tensor) -> Self {
+        let (n, k) = (b.codes.dim(0), b.codes.dim(1));
+        Problem::new([y.len() / n.max(1), n, k], a, (b.codes, ScaleB::Blocks(b.scales)), y)
+    }
+
+    /// W; see [`weight_grad`].
+    pub fn weight_grad(dyt: Tiles, xt: Tiles, dw: Tensor) -> Self {
+        let sizes = [dw.dim(0), dw.dim(1), dyt.codes.dim(1)];
+        Problem::new(sizes, dyt, (xt.codes, ScaleB::Tiles(xt.scales)), dw).onto(Some(dw))
+    }
+
+    /// F or I of each expert, b [e, m, k]; see [`super::fp8_grouped_gemm::product`].
+    pub fn grouped_product(a: Tiles, groups: Groups, b: Blocks, y: Tensor) -> Self {
+        let sizes = [y.rows(), b.codes.dim(1), b.codes.dim(2)];
+        Problem::new(sizes, a, (b.codes, ScaleB::Blocks(b.scales)), y).grouped(groups)
+    }
+
+    /// W of each expert, over its part of the padded tokens; see [`super::fp8_grouped_gemm::weight_grad`].
+    pub fn grouped_weight_grad(dyt: Tiles, xt: Tiles, offsets: Tensor, dw: Tensor) -> Self {
+        let sizes = [dw.dim(1), dw.dim(2), dyt.codes.dim(1)];
+        let groups = Groups::PaddedInner { offsets, num: dw.dim(0) as u32 };
+        Problem::new(sizes, dyt, (xt.codes, ScaleB::Tiles(xt.scales)), dw).onto(Some(dw)).grouped(groups)
+    }
+
     /// Onto another matrix, or what is in C.
     fn onto(mut self, addend: Option<Tensor>) -> Self {
         self.product.addend = addend;
@@ -100,29 +125,12 @@ fn pitch(rows: u32) -> u32 {
 
 /// F with b = W, I with a = dy and b = W transposed: `y_tn = residual_tn + a_tk b_nk^T`; y is bf16 or f32.
 pub fn product(on: Target, a: Tiles, b: Blocks, residual: Option<Tensor>, y: Tensor) -> Vec<Launch> {
-    let (n, k) = (b.codes.dim(0), b.codes.dim(1));
-    let sizes = [y.len() / n.max(1), n, k];
-    launch(on, &Problem::new(sizes, a, (b.codes, ScaleB::Blocks(b.scales)), y).onto(residual))
+    launch(on, &Problem::product(a, b, y).onto(residual))
 }
 
 /// W: `dw_oi += dyt_ot xt_it^T` from gradients and activations by columns; dw is f32.
 pub fn weight_grad(on: Target, dyt: Tiles, xt: Tiles, dw: Tensor) -> Vec<Launch> {
-    let sizes = [dw.dim(0), dw.dim(1), dyt.codes.dim(1)];
-    launch(on, &Problem::new(sizes, dyt, (xt.codes, ScaleB::Tiles(xt.scales)), dw).onto(Some(dw)))
-}
-
-/// W of each expert: `dw_e += dyt xt^T` over its part of the padded tokens; see [`super::fp8_grouped_gemm::weight_grad`].
-pub(super) fn grouped_weight_grad(on: Target, dyt: Tiles, xt: Tiles, offsets: Tensor, dw: Tensor) -> Vec<Launch> {
-    let sizes = [dw.dim(1), dw.dim(2), dyt.codes.dim(1)];
-    let groups = Groups::PaddedInner { offsets, num: dw.dim(0) as u32 };
-    let problem = Problem::new(sizes, dyt, (xt.codes, ScaleB::Tiles(xt.scales)), dw);
-    launch(on, &problem.onto(Some(dw)).grouped(groups))
-}
-
-/// F or I of each expert: b [e, m, k]; see [`super::fp8_grouped_gemm::product`].
-pub(super) fn grouped_product(on: Target, a: Tiles, groups: Groups, b: Blocks, y: Tensor) -> Vec<Launch> {
-    let sizes = [y.rows(), b.codes.dim(1), b.codes.dim(2)];
-    launch(on, &Problem::new(sizes, a, (b.codes, ScaleB::Blocks(b.scales)), y).grouped(groups))
+    launch(on, &Problem::weight_grad(dyt, xt, dw))
 }
 
 /// The kernels there are.
@@ -134,9 +142,48 @@ pub enum Choice {
     Wgmma(wgmma::Tile),
 }
 
-/// Which kernel solves a problem on a device: decided by shapes, types and alignment alone.
+impl Choice {
+    /// As kernels and tables say it: `wgmma_256x128_s4_c2`.
+    pub fn name(&self) -> String {
+        match self {
+            Choice::Mma => "mma".into(),
+            Choice::Wgmma(tile) => format!("wgmma_{}", tile.name()),
+        }
+    }
+
+    /// All that there are.
+    pub(super) fn all() -> impl Iterator<Item = Choice> {
+        let wgmma = wgmma::FOR_BLOCKS.iter().chain(&wgmma::FOR_TILES).map(|tile| Choice::Wgmma(*tile));
+        std::iter::once(Choice::Mma).chain(wgmma)
+    }
+
+    /// One product by it; it is among [`candidates`].
+    pub(super) fn launch(self, on: Target, problem: &Problem) -> Launch {
+        match self {
+            Choice::Mma => mma::launch(problem),
+            Choice::Wgmma(tile) => wgmma::launch(on, problem, tile),
+        }
+    }
+}
+
+/// Which kernel solves a problem on a device: that which was measured to be the quickest, or else [`by_model`]. Measurements change no
+/// bit of a result, as in [`gemm::choose`].
 pub fn choose(on: Target, problem: &Problem) -> Choice {
+    let measured = on.tuning.and_then(|table| table.fp8_product(on, problem));
+    measured.filter(|choice| candidates(on, problem).contains(choice)).unwrap_or_else(|| by_model(on, problem))
+}
+
+/// Which kernel should be the quickest: decided by shapes, types and alignment.
+pub(super) fn by_model(on: Target, problem: &Problem) -> Choice {
     wgmma::choose(on, problem).map_or(Choice::Mma, Choice::Wgmma)
+}
+
+/// The kernels that are to choose from.
+pub(super) fn candidates(on: Target, problem: &Problem) -> Vec<Choice> {
+    match wgmma::candidates(on, problem) {
+        [] => vec![Choice::Mma],
+        tiles => tiles.iter().map(|tile| Choice::Wgmma(*tile)).collect(),
+    }
 }
 
 /// The launches of one product; none if there is no element to write.
@@ -144,8 +191,5 @@ pub fn launch(on: Target, problem: &Problem) -> Vec<Launch> {
     if problem.product.is_empty() {
         return vec![];
     }
-    match choose(on, problem) {
-        Choice::Mma => vec![mma::launch(problem)],
-        Choice::Wgmma(tile) => vec![wgmma::launch(on, problem, tile)],
-    }
+    vec![choose(on, problem).launch(on, problem)]
 }

@@ -38,50 +38,41 @@ mod wgmma;
 pub use defaults::variants;
 pub use problem::{Groups, Layout, Matrix, Problem};
 
-use super::{Arch, Launch};
+use super::{Arch, Launch, tuning::Table};
 use crate::{dtype::DType, tensor::Tensor};
 
 /// What launches are made for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Target {
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Target<'a> {
     /// The newest that the device can.
     pub arch: Arch,
-    /// Its multiprocessors.
+    /// Multiprocessors that they may occupy.
     pub num_sms: u32,
+    /// Tiles that were measured on the device.
+    pub tuning: Option<&'a Table>,
 }
 
 /// F: `y_to = x_ti w_oi^T`, plus `bias_o` if given.
 pub fn forward(on: Target, x: Tensor, w: Tensor, bias: Option<Tensor>, y: Tensor) -> Vec<Launch> {
-    let (o, i) = (w.dim(0), w.dim(1));
-    let t = x.len() / i.max(1);
-    let operands = (Matrix::new(x, i), Matrix::new(w, i), Matrix::new(y, o));
-    launch(on, &Problem { bias, ..Problem::new(Layout::Nt, [t, o, i], operands) })
+    launch(on, &Problem { bias, ..Problem::forward(x, w, y) })
 }
 
 /// F onto a residual: `y_to = residual_to + x_ti w_oi^T`; `residual` may be y.
 pub fn forward_onto(on: Target, x: Tensor, w: Tensor, residual: Tensor, y: Tensor) -> Vec<Launch> {
-    let (o, i) = (w.dim(0), w.dim(1));
-    let t = x.len() / i.max(1);
-    let operands = (Matrix::new(x, i), Matrix::new(w, i), Matrix::new(y, o));
-    launch(on, &Problem { addend: Some(residual), ..Problem::new(Layout::Nt, [t, o, i], operands) })
+    launch(on, &Problem { addend: Some(residual), ..Problem::forward(x, w, y) })
 }
 
 /// I: `dx_ti = dy_to w_oi`, or `+=` if `accumulate`.
 pub fn input_grad(on: Target, dy: Tensor, w: Tensor, dx: Tensor, accumulate: bool) -> Vec<Launch> {
-    let (o, i) = (w.dim(0), w.dim(1));
-    let t = dx.len() / i.max(1);
-    let operands = (Matrix::new(dy, o), Matrix::new(w, i), Matrix::new(dx, i));
-    launch(on, &Problem { addend: accumulate.then_some(dx), ..Problem::new(Layout::Nn, [t, i, o], operands) })
+    launch(on, &Problem { addend: accumulate.then_some(dx), ..Problem::input_grad(dy, w, dx) })
 }
 
 /// W: `dw_oi += dy_to^T x_ti`, and `dbias_o += sum_t dy_to` if given. dw may be f32 where dy and x are bf16.
 pub fn weight_grad(on: Target, dy: Tensor, x: Tensor, dw: Tensor, dbias: Option<Tensor>) -> Vec<Launch> {
-    let (o, i) = (dw.dim(0), dw.dim(1));
-    let t = x.len() / i.max(1);
-    let operands = (Matrix::new(dy, o), Matrix::new(x, i), Matrix::new(dw, i));
-    let mut launches = launch(on, &Problem { addend: Some(dw), ..Problem::new(Layout::Tn, [o, i, t], operands) });
+    let problem = Problem::weight_grad(dy, x, dw);
+    let mut launches = launch(on, &problem);
     if let Some(dbias) = dbias {
-        launches.extend(column_sum::add(dy, t, o, dbias));
+        launches.extend(column_sum::add(dy, problem.k as usize, problem.m as usize, dbias));
     }
     launches
 }
@@ -97,11 +88,45 @@ pub enum Choice {
     Wgmma(wgmma::Tile),
 }
 
-/// Which kernel solves a problem on a device: decided by shapes, types and alignment alone.
+impl Choice {
+    /// As kernels and tables say it: `wgmma_128x256_s4`.
+    pub fn name(&self) -> String {
+        match self {
+            Choice::Simt(tile) => format!("simt_{}", tile.name()),
+            Choice::Mma(tile) => format!("mma_{}", tile.name()),
+            Choice::Wgmma(tile) => format!("wgmma_{}", tile.name()),
+        }
+    }
+
+    /// All that there are.
+    pub(super) fn all() -> impl Iterator<Item = Choice> {
+        let simt = [simt::LARGE, simt::SMALL].map(Choice::Simt);
+        let (mma, wgmma) = ([mma::LARGE, mma::SMALL].map(Choice::Mma), wgmma::TILES.map(Choice::Wgmma));
+        simt.into_iter().chain(mma).chain(wgmma)
+    }
+
+    /// One product by it; it is among [`candidates`].
+    pub(super) fn launch(self, on: Target, problem: &Problem) -> Launch {
+        match self {
+            Choice::Simt(tile) => simt::launch(problem, tile),
+            Choice::Mma(tile) => mma::launch(problem, tile),
+            Choice::Wgmma(tile) => wgmma::launch(on, problem, tile),
+        }
+    }
+}
+
+/// Which kernel solves a problem on a device: that which was measured to be the quickest, or else [`by_model`]. Which of mma and wgmma it
+/// is, alignment decides alone; their tiles have one order of each sum, so that measurements change no bit of a result.
 ///
 /// # Panics
 /// If the operands are neither f32 nor bf16.
 pub fn choose(on: Target, problem: &Problem) -> Choice {
+    let measured = on.tuning.and_then(|table| table.product(on, problem));
+    measured.filter(|choice| candidates(on, problem).contains(choice)).unwrap_or_else(|| by_model(on, problem))
+}
+
+/// Which kernel should be the quickest: decided by shapes, types and alignment.
+pub(super) fn by_model(on: Target, problem: &Problem) -> Choice {
     match problem.a.tensor.dtype {
         DType::F32 => Choice::Simt(simt::choose(problem)),
         DType::Bf16 => match wgmma::choose(on, problem) {
@@ -112,14 +137,16 @@ pub fn choose(on: Target, problem: &Problem) -> Choice {
     }
 }
 
+/// The kernels that are to choose from.
+pub(super) fn candidates(on: Target, problem: &Problem) -> Vec<Choice> {
+    let is_alike = |choice: &Choice| std::mem::discriminant(choice) == std::mem::discriminant(&by_model(on, problem));
+    Choice::all().filter(is_alike).collect()
+}
+
 /// The launches of one product; none if there is no element to write.
 pub fn launch(on: Target, problem: &Problem) -> Vec<Launch> {
     if problem.is_empty() {
         return vec![];
     }
-    match choose(on, problem) {
-        Choice::Simt(tile) => vec![simt::launch(problem, tile)],
-        Choice::Mma(tile) => vec![mma::launch(problem, tile)],
-        Choice::Wgmma(tile) => vec![wgmma::launch(on, problem, tile)],
-    }
+    vec![choose(on, problem).launch(on, problem)]
 }

@@ -24,20 +24,35 @@ pub enum Rows {
 
 /// F: `y_no = x_ni w_e^T` per expert, from x [n, i] and w [e, o, i].
 pub fn forward(on: Target, x: Tensor, rows: Rows, w: Tensor, y: Tensor) -> Vec<Launch> {
+    launch(on, &forward_problem(x, rows, w, y))
+}
+
+/// The product of [`forward`].
+pub fn forward_problem(x: Tensor, rows: Rows, w: Tensor, y: Tensor) -> Problem {
     let [n, e, o, i] = sizes(x, w);
     let operands = (Matrix::new(x, i), Matrix::new(w, i), Matrix::new(y, o));
-    launch(on, &Problem { groups: by_rows(rows, n, e), ..Problem::new(Layout::Nt, [n, o, i], operands) })
+    Problem { groups: by_rows(rows, n, e), ..Problem::new(Layout::Nt, [n, o, i], operands) }
 }
 
 /// I: `dx_ni = dy_no w_e` per expert, from dy [n, o] and w [e, o, i]; `dx` may be columns of a wider matrix.
 pub fn input_grad(on: Target, dy: Tensor, rows: Rows, w: Tensor, dx: Matrix) -> Vec<Launch> {
+    launch(on, &input_grad_problem(dy, rows, w, dx))
+}
+
+/// The product of [`input_grad`].
+pub fn input_grad_problem(dy: Tensor, rows: Rows, w: Tensor, dx: Matrix) -> Problem {
     let (n, e, o, i) = (dy.rows(), w.dim(0), w.dim(1), w.dim(2));
     let operands = (Matrix::new(dy, o), Matrix::new(w, i), dx);
-    launch(on, &Problem { groups: by_rows(rows, n, e), ..Problem::new(Layout::Nn, [n, i, o], operands) })
+    Problem { groups: by_rows(rows, n, e), ..Problem::new(Layout::Nn, [n, i, o], operands) }
 }
 
 /// W: `dw_eoi += dy_e^T x_e` per expert, from dy [n, o] and x [n, i]; dw may be f32 where they are bf16.
 pub fn weight_grad(on: Target, dy: Tensor, x: Tensor, rows: Rows, dw: Tensor) -> Vec<Launch> {
+    launch(on, &weight_grad_problem(dy, x, rows, dw))
+}
+
+/// The product of [`weight_grad`].
+pub fn weight_grad_problem(dy: Tensor, x: Tensor, rows: Rows, dw: Tensor) -> Problem {
     let [n, e, o, i] = sizes(x, dw);
     let num = e as u32;
     let groups = match rows {
@@ -45,7 +60,7 @@ pub fn weight_grad(on: Target, dy: Tensor, x: Tensor, rows: Rows, dw: Tensor) ->
         Rows::Counts(counts) => Groups::MaskedInner { counts, num, capacity: capacity(n, e) },
     };
     let operands = (Matrix::new(dy, o), Matrix::new(x, i), Matrix::new(dw, i));
-    launch(on, &Problem { addend: Some(dw), groups, ..Problem::new(Layout::Tn, [o, i, n], operands) })
+    Problem { addend: Some(dw), groups, ..Problem::new(Layout::Tn, [o, i, n], operands) }
 }
 
 fn sizes(x: Tensor, w: Tensor) -> [usize; 4] {

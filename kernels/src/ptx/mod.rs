@@ -37,6 +37,7 @@ pub mod sampling;
 pub mod swiglu;
 #[cfg(test)]
 pub(crate) mod testing;
+pub mod tuning;
 
 use std::sync::Arc;
 
@@ -79,6 +80,9 @@ pub struct Kernel {
     pub block: u32,
     /// Dynamic shared memory of a block, in bytes.
     pub shared_bytes: u32,
+    /// Whether it does all of its work with any number of blocks: then a stream may launch fewer, so that others have the rest of
+    /// the device ([`crate::device::Share`]).
+    pub any_grid: bool,
     /// Makes the text; called once per process and name.
     pub emit: Box<dyn Fn() -> String + Send>,
 }
@@ -138,7 +142,23 @@ pub struct Launch {
     pub args: Vec<Arg>,
 }
 
+impl Kernel {
+    /// The same, of which it is known that it does all of its work with any number of blocks.
+    #[must_use]
+    pub(crate) fn for_any_grid(self) -> Self {
+        Kernel { any_grid: true, ..self }
+    }
+}
+
 impl Launch {
+    /// The same with no more blocks than `most`, if the kernel takes any grid.
+    pub(crate) fn of_at_most(mut self, most: u32) -> Self {
+        if self.kernel.any_grid {
+            self.grid[0] = self.grid[0].min(most.max(1));
+        }
+        self
+    }
+
     /// Whether it may be the same another time: what comes with a launch is its own.
     pub(crate) fn repeats(&self) -> bool {
         !self.args.iter().any(|arg| matches!(arg, Arg::Bytes(_)))

@@ -10,7 +10,7 @@
 
 use super::{
     Arch, Kernel, VERSION,
-    asm::{Assembler, B16, B32, B64, Class, F32, F64, Pred, Reg, f32_literal, vector},
+    asm::{Assembler, B16, B32, B64, Class, F32, F64, Label, Pred, Reg, f32_literal, vector},
 };
 use crate::{dtype::DType, ptx, tensor::Tensor};
 
@@ -39,7 +39,7 @@ pub fn kernel_for(arch: Arch, name: String, block: u32, emit: impl Fn(&mut Assem
             k.finish(VERSION, arch.target())
         }
     };
-    Kernel { name, arch, block, shared_bytes: 0, emit: Box::new(text) }
+    Kernel { name, arch, block, shared_bytes: 0, any_grid: false, emit: Box::new(text) }
 }
 
 /// A count as kernels take it.
@@ -99,6 +99,33 @@ pub fn strided(
     k.place(&out);
 }
 
+/// `for i in (first..end).step_by(step)`, unsigned, for a thread's part of a grid's work: `first` is below `end`, and `step`, of all
+/// threads together, may be anything above 0. After the last the thread goes on at `out`.
+pub fn over_grid(
+    k: &mut Assembler,
+    (i, end): (Reg<B32>, Reg<B32>),
+    step: Reg<B32>,
+    out: &Label,
+    body: impl FnOnce(&mut Assembler, Reg<B32>),
+) {
+    let (left, last, top) = (k.reg::<B32>(), k.reg::<Pred>(), k.label("again"));
+    k.place(&top);
+    body(k, i);
+    // A sum of i and the step might be past 2^32.
+    ptx!(k, "sub.u32 {left}, {end}, {i};");
+    ptx!(k, "setp.le.u32 {last}, {left}, {step};");
+    ptx!(k, "@{last} bra {out};");
+    ptx!(k, "add.u32 {i}, {i}, {step};");
+    ptx!(k, "bra {top};");
+}
+
+/// `per_block` times the blocks of the grid.
+pub fn of_grid(k: &mut Assembler, per_block: u32) -> Reg<B32> {
+    let blocks = special(k, "%nctaid.x");
+    ptx!(k, "mul.lo.u32 {blocks}, {blocks}, {per_block};");
+    blocks
+}
+
 /// A flat tensor of `n` elements, `lanes` neighbours a thread: `body(k, first, lanes)` for whole groups, and with one lane for
 /// each element of the rest. The grid is [`flat_grid`].
 pub fn flat(k: &mut Assembler, n: Reg<B32>, lanes: usize, body: impl Fn(&mut Assembler, Reg<B32>, usize)) {
@@ -116,6 +143,32 @@ pub fn flat(k: &mut Assembler, n: Reg<B32>, lanes: usize, body: impl Fn(&mut Ass
     ptx!(k, "ret;");
     k.place(&tail);
     strided(k, i, n, 1, |k, i| body(k, i, 1));
+}
+
+/// [`flat`] for any grid: with fewer blocks a thread goes on with the groups that lie as many further as the grid has. A body may not
+/// return. For what communication launches; a loop costs registers, which a kernel that has all blocks need not spend.
+pub fn flat_over_grid(k: &mut Assembler, n: Reg<B32>, lanes: usize, body: impl Fn(&mut Assembler, Reg<B32>, usize)) {
+    let (i, end) = (global_index(k), k.label("end"));
+    if lanes == 1 {
+        return_past(k, i, n);
+        let step = of_grid(k, BLOCK);
+        over_grid(k, (i, n), step, &end, |k, i| body(k, i, 1));
+        return k.place(&end);
+    }
+    let (next, partial, tail) = (k.reg::<B32>(), k.reg::<Pred>(), k.label("tail"));
+    ptx!(k, "mul.lo.u32 {i}, {i}, {lanes};");
+    let step = of_grid(k, BLOCK * lanes as u32);
+    ptx!(k, "setp.ge.u32 {partial}, {i}, {n};");
+    ptx!(k, "@{partial} bra {end};");
+    over_grid(k, (i, n), step, &end, |k, i| {
+        ptx!(k, "add.u32 {next}, {i}, {lanes};");
+        ptx!(k, "setp.gt.u32 {partial}, {next}, {n};");
+        ptx!(k, "@{partial} bra {tail};");
+        body(k, i, lanes);
+    });
+    k.place(&tail);
+    strided(k, i, n, 1, |k, i| body(k, i, 1));
+    k.place(&end);
 }
 
 /// Blocks for [`flat`].

@@ -7,9 +7,9 @@
 //! - combine_grad (dy, rows, weights, row_of_slot, drows, dweights, t, g): a token's threads read dy once for its k rows; the products
 //!   are summed over the team by a fixed tree.
 //!
-//! A team is a warp for short rows and a block for long ones. k is part of the names: the k rows of a token are k loads in flight.
-//! Counts and offsets are never read on the host. Time: bytes over memory bandwidth (permute 2 n d elements, gather_sum (k + 1) t d,
-//! combine_grad (2 k + 1) t d; t d more for a residual).
+//! A team is a warp for short rows and a block for long ones; all but sort take any grid. k is part of the names: the k rows of a
+//! token are k loads in flight. Counts and offsets are never read on the host. Time: bytes over memory bandwidth (permute 2 n d
+//! elements, gather_sum (k + 1) t d, combine_grad (2 k + 1) t d; t d more for a residual).
 
 mod sort;
 
@@ -96,14 +96,17 @@ fn permute_kernel(dtype: DType, lanes: usize, team: Team) -> Kernel {
     parts::kernel(format!("permute_b{}_x{lanes}_{}", 8 * bytes, team.name()), move |k| {
         let (x, tokens, rows, n, groups) =
             (k.pointer("x"), k.pointer("token_of_row"), k.pointer("rows"), k.u32("n"), k.u32("g"));
-        let (r, first) = team.place(k, n);
-        let (token, d) = (load_u32(k, tokens, r), columns(k, groups, lanes));
-        let (from, to) = (row(k, x, token, d, dtype), row(k, rows, r, d, dtype));
-        strided(k, first, groups, team.threads(), |k, i| {
-            let (from, to) = (group(k, from, i, dtype, lanes), group(k, to, i, dtype, lanes));
-            copy_bits(k, from, to, bytes, lanes);
+        let d = columns(k, groups, lanes);
+        team.each_row(k, n, |k, r, first| {
+            let token = load_u32(k, tokens, r);
+            let (from, to) = (row(k, x, token, d, dtype), row(k, rows, r, d, dtype));
+            strided(k, first, groups, team.threads(), |k, i| {
+                let (from, to) = (group(k, from, i, dtype, lanes), group(k, to, i, dtype, lanes));
+                copy_bits(k, from, to, bytes, lanes);
+            });
         });
     })
+    .for_any_grid()
 }
 
 /// A row of a token: its address, its number, and its weight if there are any.
@@ -149,37 +152,39 @@ fn gather_sum_kernel(dtype: DType, lanes: usize, team: Team, num: usize, weighte
         let weights = weighted.then(|| k.pointer("weights"));
         let residual = onto.then(|| k.pointer("residual"));
         let (y, t, groups) = (k.pointer("y"), k.u32("t"), k.u32("g"));
-        let (token, first) = team.place(k, t);
         let d = columns(k, groups, lanes);
-        let (rows, y) = (rows_of(k, (rows, slots, weights), (token, d), num, dtype), row(k, y, token, d, dtype));
-        let residual = residual.map(|residual| row(k, residual, token, d, dtype));
-        strided(k, first, groups, team.threads(), |k, i| {
-            let to = group(k, y, i, dtype, lanes);
-            let sums = match residual {
-                Some(residual) => {
-                    let from = group(k, residual, i, dtype, lanes);
-                    load_vector(k, from, dtype, lanes)
-                }
-                None => (0..lanes).map(|_| parts::constant(k, 0.0)).collect(),
-            };
-            let values: Vec<_> = rows
-                .iter()
-                .map(|row| {
-                    let from = group(k, row.at, i, dtype, lanes);
-                    (load_vector(k, from, dtype, lanes), row.weight)
-                })
-                .collect();
-            for (values, weight) in values {
-                for (sum, x) in sums.iter().zip(values) {
-                    if let Some(weight) = weight {
-                        ptx!(k, "mul.rn.f32 {x}, {weight}, {x};");
+        team.each_row(k, t, |k, token, first| {
+            let (rows, y) = (rows_of(k, (rows, slots, weights), (token, d), num, dtype), row(k, y, token, d, dtype));
+            let residual = residual.map(|residual| row(k, residual, token, d, dtype));
+            strided(k, first, groups, team.threads(), |k, i| {
+                let to = group(k, y, i, dtype, lanes);
+                let sums = match residual {
+                    Some(residual) => {
+                        let from = group(k, residual, i, dtype, lanes);
+                        load_vector(k, from, dtype, lanes)
                     }
-                    ptx!(k, "add.rn.f32 {sum}, {sum}, {x};");
+                    None => (0..lanes).map(|_| parts::constant(k, 0.0)).collect(),
+                };
+                let values: Vec<_> = rows
+                    .iter()
+                    .map(|row| {
+                        let from = group(k, row.at, i, dtype, lanes);
+                        (load_vector(k, from, dtype, lanes), row.weight)
+                    })
+                    .collect();
+                for (values, weight) in values {
+                    for (sum, x) in sums.iter().zip(values) {
+                        if let Some(weight) = weight {
+                            ptx!(k, "mul.rn.f32 {x}, {weight}, {x};");
+                        }
+                        ptx!(k, "add.rn.f32 {sum}, {sum}, {x};");
+                    }
                 }
-            }
-            store_vector(k, to, &sums, dtype);
+                store_vector(k, to, &sums, dtype);
+            });
         });
     })
+    .for_any_grid()
 }
 
 fn combine_grad_kernel(dtype: DType, lanes: usize, team: Team, num: usize) -> Kernel {
@@ -187,40 +192,46 @@ fn combine_grad_kernel(dtype: DType, lanes: usize, team: Team, num: usize) -> Ke
         let (dy, rows, weights, slots) =
             (k.pointer("dy"), k.pointer("rows"), k.pointer("weights"), k.pointer("row_of_slot"));
         let (drows, dweights, t, groups) = (k.pointer("drows"), k.pointer("dweights"), k.u32("t"), k.u32("g"));
-        let (token, first) = team.place(k, t);
         let d = columns(k, groups, lanes);
-        let dy = row(k, dy, token, d, dtype);
-        let from = rows_of(k, (rows, slots, Some(weights)), (token, d), num, dtype);
-        let to: Vec<Reg<B64>> = from.iter().map(|r| row(k, drows, r.number, d, dtype)).collect();
-        let sums: Vec<Reg<F32>> = (0..num).map(|_| parts::constant(k, 0.0)).collect();
-        strided(k, first, groups, team.threads(), |k, i| {
-            let at = group(k, dy, i, dtype, lanes);
-            let g = load_vector(k, at, dtype, lanes);
-            for ((row, &to), sum) in from.iter().zip(&to).zip(&sums) {
-                let (at, to) = (group(k, row.at, i, dtype, lanes), group(k, to, i, dtype, lanes));
-                let x = load_vector(k, at, dtype, lanes);
-                for (x, g) in x.iter().zip(&g) {
-                    ptx!(k, "fma.rn.f32 {sum}, {x}, {g}, {sum};");
+        team.each_row(k, t, |k, token, first| {
+            let dy = row(k, dy, token, d, dtype);
+            let from = rows_of(k, (rows, slots, Some(weights)), (token, d), num, dtype);
+            let to: Vec<Reg<B64>> = from.iter().map(|r| row(k, drows, r.number, d, dtype)).collect();
+            let sums: Vec<Reg<F32>> = (0..num).map(|_| parts::constant(k, 0.0)).collect();
+            strided(k, first, groups, team.threads(), |k, i| {
+                let at = group(k, dy, i, dtype, lanes);
+                let g = load_vector(k, at, dtype, lanes);
+                for ((row, &to), sum) in from.iter().zip(&to).zip(&sums) {
+                    let (at, to) = (group(k, row.at, i, dtype, lanes), group(k, to, i, dtype, lanes));
+                    let x = load_vector(k, at, dtype, lanes);
+                    for (x, g) in x.iter().zip(&g) {
+                        ptx!(k, "fma.rn.f32 {sum}, {x}, {g}, {sum};");
+                    }
+                    if let Some(weight) = row.weight {
+                        let scaled: Vec<Reg<F32>> = g.iter().map(|g| f32_op(k, "mul", weight, g)).collect();
+                        store_vector(k, to, &scaled, dtype);
+                    }
                 }
-                if let Some(weight) = row.weight {
-                    let scaled: Vec<Reg<F32>> = g.iter().map(|g| f32_op(k, "mul", weight, g)).collect();
-                    store_vector(k, to, &scaled, dtype);
-                }
+            });
+            for &sum in &sums {
+                team.fold(k, sum, Fold::Sum);
+            }
+            let (other, slot, end) = (k.reg::<Pred>(), k.reg::<B32>(), k.label("told"));
+            ptx!(k, "setp.ne.u32 {other}, {first}, 0;");
+            ptx!(k, "@{other} bra {end};");
+            ptx!(k, "mul.lo.u32 {slot}, {token}, {num};");
+            let at = element(k, dweights, slot, DType::F32);
+            for (j, sum) in sums.iter().enumerate() {
+                ptx!(k, "st.global.f32 [{at}+{}], {sum};", 4 * j);
+            }
+            k.place(&end);
+            if team == Team::Block && num == 1 {
+                // The next row's sum is written where this one's is read; more sums have barriers between these.
+                ptx!(k, "bar.sync 0;");
             }
         });
-        for &sum in &sums {
-            team.fold(k, sum, Fold::Sum);
-        }
-        let (other, slot, end) = (k.reg::<Pred>(), k.reg::<B32>(), k.label("end"));
-        ptx!(k, "setp.ne.u32 {other}, {first}, 0;");
-        ptx!(k, "@{other} bra {end};");
-        ptx!(k, "mul.lo.u32 {slot}, {token}, {num};");
-        let at = element(k, dweights, slot, DType::F32);
-        for (j, sum) in sums.iter().enumerate() {
-            ptx!(k, "st.global.f32 [{at}+{}], {sum};", 4 * j);
-        }
-        k.place(&end);
     })
+    .for_any_grid()
 }
 
 /// What is committed: DeepSeek-V3's 256 experts, eight a token.

@@ -1,12 +1,17 @@
 //! Products of FP8 codes at the shapes that DeepGEMM is measured at, beside what its first release says it reaches on an H800: the
 //! table of its README of 2025-02-25 (commit a6d97a1), TFLOP/s.
 
-use super::{Bench, Given, PRODUCTS, Speed, offsets};
+use super::{Bench, Given, PRODUCTS, offsets};
 use crate::{
     dtype::DType::{self, Bf16, F32, U8, U32},
     error::Result,
     fp8::{Blocks, Tiles, padded},
     ops::{fp8_gemm, fp8_grouped_gemm},
+    ptx::{
+        fp8_gemm::Problem,
+        gemm::Groups,
+        tuning::Product::{self, Fp8},
+    },
     tensor::Tensor,
 };
 
@@ -43,7 +48,7 @@ fn both_tiles(x: &[Tensor]) -> (Tiles, Tiles) {
     (Tiles { codes: x[0], scales: x[1] }, Tiles { codes: x[2], scales: x[3] })
 }
 
-impl<F: FnMut(&Speed)> Bench<F> {
+impl Bench<'_> {
     /// What is published is of the whole size.
     fn published(&self, tflops: f64) -> Option<f64> {
         (tflops > 0.0 && self.request.shrink == 1).then_some(tflops * 1e12)
@@ -60,7 +65,12 @@ impl<F: FnMut(&Speed)> Bench<F> {
                     _ => None,
                 };
                 let name = ("fp8_gemm::product", U8);
-                self.measure_beside(name, format!("[{rows}, {k}] x [{n}, {k}]"), &tensors, published, &|s, x| {
+                let shape = format!("[{rows}, {k}] x [{n}, {k}]");
+                let product = &|x: &[Tensor]| {
+                    let (a, b) = operands(x);
+                    Fp8(Problem::product(a, b, x[4]))
+                };
+                self.measure_product(name, shape, &tensors, published, product, &|s, x| {
                     let (a, b) = operands(x);
                     fp8_gemm::product(s, a, b, None, x[4])
                 })?;
@@ -70,7 +80,11 @@ impl<F: FnMut(&Speed)> Bench<F> {
             let [t, o, i] = [4096, o, i].map(|size| self.size(size));
             let tensors = [&tiles(o, t)[..], &tiles(i, t), &[m(F32, &[o, i])]].concat();
             let shape = format!("[{o}, {t}] x [{i}, {t}]");
-            self.measure_beside(("fp8_gemm::weight_grad", U8), shape, &tensors, None, &|s, x| {
+            let product = &|x: &[Tensor]| {
+                let (dyt, xt) = both_tiles(x);
+                Fp8(Problem::weight_grad(dyt, xt, x[4]))
+            };
+            self.measure_product(("fp8_gemm::weight_grad", U8), shape, &tensors, None, product, &|s, x| {
                 let (dyt, xt) = both_tiles(x);
                 fp8_gemm::weight_grad(s, dyt, xt, x[4])
             })?;
@@ -87,14 +101,23 @@ impl<F: FnMut(&Speed)> Bench<F> {
             let table = || (U32, vec![e + 1], Some(offsets.clone()));
             let tensors = [&tiles(n, i)[..], &blocks(&[e, o, i]), &[table(), m(Bf16, &[n, o])]].concat();
             let (name, published) = (("fp8_grouped_gemm::product", U8), self.published(tflops));
-            self.measure_beside(name, shape(), &tensors, published, &|s, x| {
+            let num = e as u32;
+            let product = &|x: &[Tensor]| {
+                let (a, b) = operands(x);
+                Fp8(Problem::grouped_product(a, Groups::Rows { offsets: x[4], num }, b, x[5]))
+            };
+            self.measure_product(name, shape(), &tensors, published, product, &|s, x| {
                 let (a, b) = operands(x);
                 fp8_grouped_gemm::product(s, a, x[4], b, x[5])
             })?;
             let columns = padded(n, e);
             let more = [table(), m(F32, &[e, o, i])];
             let tensors = [&tiles(o, columns)[..], &tiles(i, columns), &more].concat();
-            self.measure_beside(("fp8_grouped_gemm::weight_grad", U8), shape(), &tensors, None, &|s, x| {
+            let product = &|x: &[Tensor]| -> Product {
+                let (dyt, xt) = both_tiles(x);
+                Fp8(Problem::grouped_weight_grad(dyt, xt, x[4], x[5]))
+            };
+            self.measure_product(("fp8_grouped_gemm::weight_grad", U8), shape(), &tensors, None, product, &|s, x| {
                 let (dyt, xt) = both_tiles(x);
                 fp8_grouped_gemm::weight_grad(s, dyt, xt, x[4], x[5])
             })?;

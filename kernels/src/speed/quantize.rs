@@ -1,6 +1,6 @@
 //! Quantizers, which should be about as fast as the copy.
 
-use super::{Bench, Bf16, F32, Given, Speed, U8, U32, offsets};
+use super::{Bench, Bf16, F32, Given, U8, U32, offsets};
 use crate::{
     error::Result,
     fp8::{Blocks, Scaling, Tiles, padded},
@@ -24,7 +24,7 @@ fn as_blocks(x: &[Tensor]) -> Blocks {
     Blocks { codes: x[0], scales: x[1] }
 }
 
-impl<F: FnMut(&Speed)> Bench<F> {
+impl Bench<'_> {
     pub(super) fn quantizers(&mut self) -> Result<()> {
         const REAL: Scaling = Scaling::Real;
         let [t, d, f] = [4096, 7168, 2048].map(|size| self.size(size));

@@ -73,7 +73,8 @@ fn an_error_raised_in_a_job_is_the_streams_failure() {
 fn a_streams_own_threads_take_its_parallel_loops_and_matrix_products() {
     use rayon::prelude::*;
     let (memory, hazards) = (Memory::new(Device::Cpu), Arc::default());
-    let mut s = Stream::with_threads("own", &memory, &hazards, NonZeroUsize::new(3).unwrap()).unwrap();
+    let part = Part { num_threads: NonZeroUsize::new(3), ..Part::default() };
+    let mut s = Stream::with_part("own", &memory, &hazards, part).unwrap();
     let (seen, names) = mpsc::sync_channel(1);
     s.launch(&[], &[], move |_| {
         let barrier = std::sync::Barrier::new(3);
@@ -116,4 +117,37 @@ fn a_streams_own_threads_take_its_parallel_loops_and_matrix_products() {
         }
     });
     assert!(ended, "{} threads outlive their stream", left());
+}
+
+#[test]
+fn communication_has_few_blocks_and_persistent_products_leave_it_room() {
+    use crate::{
+        fp8::{Blocks, Tiles},
+        ptx,
+    };
+    let memory = Memory::new(Device::Cpu);
+    let bf16 = |dims: &[usize]| memory.alloc(DType::Bf16, dims);
+    let (x, w, y) = (bf16(&[4096, 64]), bf16(&[4096, 64]), bf16(&[4096, 4096]));
+    let (codes, weights) = (Tiles::alloc(&memory, 4096, 128), Blocks::alloc(&memory, &[4096, 128]));
+    let u32s = |n: usize| memory.alloc(DType::U32, &[n]);
+    let order = crate::ops::permute::Order { offsets: u32s(5), row_of_slot: u32s(8192), token_of_row: u32s(8192) };
+    let (rows, weights_tk) = (bf16(&[8192, 64]), memory.alloc(DType::F32, &[4096, 2]));
+    let grids = |share| {
+        let on = Target { compute: (9, 0), num_sms: 132, shared_bytes: 227 << 10, share, tuning: None };
+        let launches = vec![
+            ptx::gemm::forward((&on).into(), x, w, None, y),
+            ptx::fp8_gemm::product((&on).into(), codes, weights, None, y),
+            ptx::elementwise::copy(y, y),
+            ptx::permute::permute(x, order, rows),
+            ptx::permute::combine(rows, weights_tk, order, None, x),
+        ];
+        within(&on, launches.into_iter().flatten().collect())
+            .unwrap()
+            .iter()
+            .map(|launch| launch.grid[0])
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(grids(Share::All), [132, 132, 8192, 1024, 512]);
+    assert_eq!(grids(Share::AllBut(20)), [112, 112, 8192, 1024, 512]);
+    assert_eq!(grids(Share::Only(20)), [20; 5]);
 }

@@ -10,6 +10,7 @@ use kernels::{
 };
 use serde::Serialize;
 
+use super::tune::{table, tune};
 use crate::{
     cli::BenchKernelsArgs,
     failure::Failure,
@@ -89,6 +90,9 @@ impl Line {
 /// # Errors
 /// If the device cannot be used, an op fails, or the report cannot be written.
 pub fn kernels(args: &BenchKernelsArgs, output: &Output) -> Result<ExitCode, Failure> {
+    if let Some(to) = &args.tune {
+        return tune(args, to, output);
+    }
     let device = args.device;
     let mut head = Some(format!(
         "{device}, median of {}\n  {:29}  {:5}  {:40}  {:6}  {:>12}  {:>9}  {:>9}  {:>13}\n",
@@ -99,7 +103,8 @@ pub fn kernels(args: &BenchKernelsArgs, output: &Output) -> Result<ExitCode, Fai
             report::stream(&format!("{}{}\n", head.take().unwrap_or_default(), Line::of(speed).text()));
         }
     };
-    let request = Request { device, runs: args.runs, shrink: args.shrink };
+    let tuning = args.tuning.as_deref().map(table).transpose()?;
+    let request = Request { device, runs: args.runs, shrink: args.shrink, tuning };
     let speeds = speed::run(request, tell).map_err(Failure::runtime)?;
     let launch = speed::launch_cost(device).map_err(Failure::runtime)?;
     let most = |of: &dyn Fn(&Speed) -> Option<f64>| speeds.iter().filter_map(of).fold(0.0, f64::max);

@@ -9,6 +9,7 @@ use engine::{
 };
 use systems::{
     hardware::{HardwareRequest, measure},
+    on_gpu,
     placement::load::RoutingLoad,
     plan::{PlanReport, PlanRequest, Planned, plan as plan_scene},
     scene::{self, ScenePath},
@@ -35,6 +36,7 @@ pub fn plan(checked: &Checked, what_if: &WhatIf, machine: &Mutex<Option<DeviceSp
             this_machine(machine)?
         }
     };
+    on_gpu::plan_for(scene, &mut device)?;
     if let Some(occupied) = what_if.num_comm_multiprocessors {
         if occupied >= device.num_sms.value {
             return Err(format!("{} has {} multiprocessors: none would be left", device.name, device.num_sms.value));

@@ -4,6 +4,7 @@ use std::{fs::File, io::BufWriter, path::Path, process::ExitCode};
 
 use engine::{bubbles_table, calibrate, hardware::DeviceSpec, telemetry::Snapshot, trace::TraceWriter};
 use systems::{
+    on_gpu,
     placement::load::RoutingLoad,
     plan::{PlanReport, PlanRequest, Planned, plan, search},
     scene::{self, ScenePath},
@@ -92,6 +93,8 @@ fn device(args: &PlanArgs, named: Option<&ScenePath>, scene: &scene::Scene) -> R
         )
     })?;
     let mut device = scene::hardware::load(path, &[])?;
+    on_gpu::plan_for(scene, &mut device)
+        .map_err(|e| Failure::usage(e, "the hardware's own figure is used without `comm_sms`"))?;
     if let Some(trace) = &args.calibrate {
         let samples =
             calibrate::read_trace(trace).map_err(|e| Failure::usage(e, "trace_steps in a scene writes one"))?;

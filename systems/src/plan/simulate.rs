@@ -27,6 +27,7 @@ use crate::{
     microbatch::Inputs,
     model::Parameters,
     model_config::ModelConfig,
+    on_gpu::OnGpu,
     optimizer::OptimizerState,
     routing::{ROUTE_F, ROUTE_I, ROUTE_W},
     scene::{AdamW, Optimizer, Recompute},
@@ -174,6 +175,7 @@ fn lower(
         ranks,
         num_threads: None,
         device: kernels::device::Device::Meta,
+        on_gpu: OnGpu::default(),
         clock: Clock::Virtual { device: Box::new(work.device.clone()), format: work.format },
     };
     let mut app = app_with_model(setup, |_| Ok(Vec::new()))?;

@@ -120,6 +120,7 @@ impl Checks<'_> {
         self.expect(!scene.graphs || scene.device != Device::Cpu, "graphs", || {
             "is for GPUs, and the `device` is `Cpu`".into()
         });
+        self.on_gpu(scene);
         if let Recompute::Selective(ops) = &scene.recompute {
             self.expect(!ops.is_empty(), "recompute", || "selects no operation; `Off` says so".to_owned());
             for (index, op) in ops.iter().enumerate() {
@@ -127,6 +128,17 @@ impl Checks<'_> {
             }
         }
         self.observers(scene);
+    }
+
+    fn on_gpu(&mut self, scene: &Scene) {
+        let on_cpu = scene.device == Device::Cpu;
+        self.expect(scene.comm_sms.is_none() || !on_cpu || scene.plan.is_some(), "comm_sms", || {
+            "is for GPUs and plans, but the `device` is `Cpu` and there is no section `plan`".into()
+        });
+        if let Some(table) = &scene.tuning {
+            self.expect(!on_cpu, "tuning", || "is for GPUs, and the `device` is `Cpu`".into());
+            self.file("tuning", table);
+        }
     }
 
     fn needs(&mut self, scene: &Scene) {

@@ -99,6 +99,13 @@ pub struct Scene {
     /// long as it has not been measured.
     #[serde(default)]
     pub graphs: bool,
+    /// Multiprocessors of the GPU that communication has for itself while it runs beside computation; without a figure, what
+    /// [`crate::on_gpu`] says. Of hardware that is planned for, in place of its own `comm_sms`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub comm_sms: Option<u32>,
+    /// Tiles of products, as `hadal bench kernels --tune` found them on this GPU. They change no bit of a result.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tuning: Option<ScenePath>,
     /// Number formats.
     #[serde(default)]
     pub precision: Precision,

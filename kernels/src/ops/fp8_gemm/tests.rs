@@ -14,6 +14,7 @@ use crate::{
     fp8::{E4M3, Scaling},
     memory::Memory,
     ops::{quantize, testing::*},
+    stream::Part,
 };
 
 const BOUND: f64 = 1e-6;
@@ -252,7 +253,9 @@ fn a_row_has_the_same_bits_beside_other_rows_and_on_any_number_of_threads() {
     let results = |t: usize, n: usize, k: usize, threads: usize| {
         let memory = Memory::new(Device::Cpu);
         let threads = NonZeroUsize::new(threads).unwrap();
-        let mut s = Stream::with_threads("test", &memory, &Arc::default(), threads).unwrap();
+        let mut s =
+            Stream::with_part("test", &memory, &Arc::default(), Part { num_threads: Some(threads), ..Part::default() })
+                .unwrap();
         let (a, b, bt) = (some_tiles(&mut s, t, k, 1), some_blocks(&mut s, &[n, k], 2), some_tiles(&mut s, n, k, 2));
         let (y, dw) = (memory.alloc(DType::F32, &[t, n]), memory.from_slice(&[t, n], &vec![1f32; t * n]));
         product(&mut s, a, b, None, y).unwrap();

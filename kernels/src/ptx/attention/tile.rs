@@ -55,7 +55,14 @@ pub(super) fn kernel(
             k.finish(VERSION, Arch::Sm80.target())
         }
     };
-    Kernel { name, arch: Arch::Sm80, block: BLOCK, shared_bytes: shared_bytes as u32, emit: Box::new(text) }
+    Kernel {
+        name,
+        arch: Arch::Sm80,
+        block: BLOCK,
+        shared_bytes: shared_bytes as u32,
+        any_grid: false,
+        emit: Box::new(text),
+    }
 }
 
 /// How a tensor's elements are read and written.

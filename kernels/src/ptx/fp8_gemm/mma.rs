@@ -56,7 +56,7 @@ pub(super) fn kernel(spec: Spec) -> Kernel {
         move || emit(&name, &spec)
     };
     let shared_bytes = (2 * OPERAND_BYTES).max(output::tile_bytes(BM, BN));
-    Kernel { name, arch: Arch::Sm80, block: THREADS, shared_bytes, emit: Box::new(emit) }
+    Kernel { name, arch: Arch::Sm80, block: THREADS, shared_bytes, any_grid: false, emit: Box::new(emit) }
 }
 
 /// Sixteen codes that a thread carries to shared memory.

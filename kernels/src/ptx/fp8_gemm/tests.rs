@@ -80,7 +80,7 @@ fn every_tile_in_every_form() {
 #[test]
 fn the_kernel_follows_from_device_shape_and_alignment() {
     let memory = Memory::new(Device::Cpu);
-    let h200 = Target { arch: Arch::Sm90a, num_sms: 132 };
+    let h200 = Target { arch: Arch::Sm90a, num_sms: 132, tuning: None };
     let chosen = |on: Target, [m, n, k]: [usize; 3]| {
         let a = Tiles::alloc(&memory, m, k);
         let b = Blocks::alloc(&memory, &[n, k]);

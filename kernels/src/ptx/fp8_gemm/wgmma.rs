@@ -129,6 +129,12 @@ impl Tile {
         self.scales() + self.stages * self.scale_bytes(tiled)
     }
 
+    pub(super) fn name(self) -> String {
+        let Tile { bm, bn, stages, blocks } = self;
+        let cluster = if blocks > 1 { format!("_c{blocks}") } else { String::new() };
+        format!("{bm}x{bn}_s{stages}{cluster}")
+    }
+
     fn size(self) -> Size {
         Size { bm: self.bm, bn: self.bn, blocks: self.blocks }
     }
@@ -194,15 +200,20 @@ fn by_tma(spec: &Spec, tile: Tile) -> bool {
 
 /// The kernel of a spec.
 pub(super) fn kernel(spec: Spec, tile: Tile) -> Kernel {
-    let Tile { bm, bn, stages, blocks } = tile;
-    let cluster = if blocks > 1 { format!("_c{blocks}") } else { String::new() };
-    let name = format!("fp8_gemm_wgmma_{}_{bm}x{bn}_s{stages}{cluster}", spec.name());
+    let name = format!("fp8_gemm_wgmma_{}_{}", spec.name(), tile.name());
     let emit = {
         let name = name.clone();
         move || emit(&name, &spec, tile)
     };
-    let shared_bytes = tile.barriers(spec.tiled) + 16 * stages;
-    Kernel { name, arch: Arch::Sm90a, block: tile.consumer_threads() + 128, shared_bytes, emit: Box::new(emit) }
+    let shared_bytes = tile.barriers(spec.tiled) + 16 * tile.stages;
+    Kernel {
+        name,
+        arch: Arch::Sm90a,
+        block: tile.consumer_threads() + 128,
+        shared_bytes,
+        any_grid: false,
+        emit: Box::new(emit),
+    }
 }
 
 /// What producer and consumers have in common.

@@ -44,7 +44,7 @@ pub(super) fn kernel(e: usize, num: usize) -> Kernel {
             k.finish(VERSION, Arch::Sm80.target())
         }
     };
-    Kernel { name, arch: Arch::Sm80, block: THREADS as u32, shared_bytes: 0, emit: Box::new(emit) }
+    Kernel { name, arch: Arch::Sm80, block: THREADS as u32, shared_bytes: 0, any_grid: false, emit: Box::new(emit) }
 }
 
 fn emit(k: &mut Assembler, e: usize, num: usize) {

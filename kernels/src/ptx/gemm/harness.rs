@@ -13,8 +13,8 @@ use crate::{
 };
 
 /// Few multiprocessors, so that blocks have more than one tile.
-pub(in crate::ptx) const AMPERE: Target = Target { arch: Arch::Sm80, num_sms: 4 };
-pub(in crate::ptx) const HOPPER: Target = Target { arch: Arch::Sm90a, num_sms: 2 };
+pub(in crate::ptx) const AMPERE: Target = Target { arch: Arch::Sm80, num_sms: 4, tuning: None };
+pub(in crate::ptx) const HOPPER: Target = Target { arch: Arch::Sm90a, num_sms: 2, tuning: None };
 
 /// How a case's groups are given.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -1,10 +1,12 @@
 //! What a product is, and what of it a kernel's text depends on: shared by all kernels of [`super`].
 
+use serde::{Deserialize, Serialize};
+
 use super::super::{Arg, Kernel, Launch};
 use crate::{dtype::DType, tensor::Tensor};
 
 /// How the operands of C_mn = A_mk B_kn lie.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Layout {
     /// A [m, k], B [n, k].
     Nt,
@@ -96,7 +98,8 @@ pub enum Groups {
 }
 
 impl Groups {
-    fn num(&self) -> u32 {
+    /// How many; 1 of one product.
+    pub(in crate::ptx) fn num(&self) -> u32 {
         match *self {
             Groups::One => 1,
             Groups::Rows { num, .. }
@@ -120,7 +123,7 @@ impl Groups {
 }
 
 /// [`Groups`] as far as a kernel's text depends on it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub(in crate::ptx) enum Kind {
     One,
     Rows {
@@ -170,6 +173,27 @@ impl Problem {
     pub fn new(layout: Layout, [m, n, k]: [usize; 3], (a, b, c): (Matrix, Matrix, Matrix)) -> Self {
         let [m, n, k] = [m, n, k].map(|x| x as u32);
         Problem { layout, m, n, k, a, b, c, bias: None, addend: None, groups: Groups::One }
+    }
+
+    /// F of a layer, without what is added to it: `y_to = x_ti w_oi^T`.
+    pub fn forward(x: Tensor, w: Tensor, y: Tensor) -> Self {
+        let (o, i) = (w.dim(0), w.dim(1));
+        let operands = (Matrix::new(x, i), Matrix::new(w, i), Matrix::new(y, o));
+        Problem::new(Layout::Nt, [x.len() / i.max(1), o, i], operands)
+    }
+
+    /// I of a layer, assigned: `dx_ti = dy_to w_oi`.
+    pub fn input_grad(dy: Tensor, w: Tensor, dx: Tensor) -> Self {
+        let (o, i) = (w.dim(0), w.dim(1));
+        let operands = (Matrix::new(dy, o), Matrix::new(w, i), Matrix::new(dx, i));
+        Problem::new(Layout::Nn, [dx.len() / i.max(1), i, o], operands)
+    }
+
+    /// W of a layer: `dw_oi += dy_to^T x_ti`.
+    pub fn weight_grad(dy: Tensor, x: Tensor, dw: Tensor) -> Self {
+        let (o, i) = (dw.dim(0), dw.dim(1));
+        let operands = (Matrix::new(dy, o), Matrix::new(x, i), Matrix::new(dw, i));
+        Problem { addend: Some(dw), ..Problem::new(Layout::Tn, [o, i, x.len() / i.max(1)], operands) }
     }
 
     /// Whether there is nothing to do.

@@ -41,6 +41,10 @@ pub(super) const SMALL: Tile = Tile { bm: 64, bn: 64, tm: 8, tn: 4 };
 const BK: u32 = 16;
 
 impl Tile {
+    pub(super) fn name(self) -> String {
+        format!("{}x{}", self.bm, self.bn)
+    }
+
     fn threads(self) -> u32 {
         (self.bm / self.tm) * (self.bn / self.tn)
     }
@@ -58,12 +62,12 @@ pub(super) fn launch(problem: &Problem, tile: Tile) -> Launch {
 
 /// The kernel of a spec.
 pub(super) fn kernel(spec: Spec, tile: Tile) -> Kernel {
-    let name = format!("gemm_{}_{}x{}", spec.name(), tile.bm, tile.bn);
+    let name = format!("gemm_{}_{}", spec.name(), tile.name());
     let emit = {
         let name = name.clone();
         move || emit(&name, &spec, tile)
     };
-    Kernel { name, arch: Arch::Sm80, block: tile.threads(), shared_bytes: 0, emit: Box::new(emit) }
+    Kernel { name, arch: Arch::Sm80, block: tile.threads(), shared_bytes: 0, any_grid: false, emit: Box::new(emit) }
 }
 
 /// Four elements on their way from global to shared memory.

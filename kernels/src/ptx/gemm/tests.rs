@@ -199,7 +199,7 @@ fn the_kernel_follows_from_device_type_and_alignment() {
             (Matrix::new(tensor(m, stride), stride), Matrix::new(tensor(n, k), k), Matrix::new(tensor(m, n), n));
         choose(on, &Problem::new(Layout::Nt, [m, n, k], operands))
     };
-    let h200 = Target { arch: Arch::Sm90a, num_sms: 132 };
+    let h200 = Target { arch: Arch::Sm90a, num_sms: 132, tuning: None };
     assert_eq!(chosen(h200, DType::F32, [64, 64, 64], 64, 0), Choice::Simt(simt::SMALL));
     assert_eq!(chosen(h200, DType::F32, [2048, 2048, 64], 64, 0), Choice::Simt(simt::LARGE));
     assert_eq!(chosen(AMPERE, DType::Bf16, [64, 64, 64], 64, 0), Choice::Mma(mma::SMALL));

@@ -54,6 +54,8 @@ pub(super) const LARGE: Tile = Tile { bn: 256, stages: 4 };
 pub(super) const SMALL: Tile = Tile { bn: 128, stages: 6 };
 /// For few, where reading B is what takes long.
 pub(super) const NARROW: Tile = Tile { bn: 64, stages: 8 };
+/// All.
+pub(super) const TILES: [Tile; 3] = [LARGE, SMALL, NARROW];
 /// Rows of a tile: 64 a consumer.
 const BM: u32 = 128;
 /// Elements of k in a tile: 128 bytes.
@@ -66,6 +68,10 @@ const A_BYTES: u32 = BM * BK * 2;
 const WIDTH: u32 = 64;
 
 impl Tile {
+    pub(super) fn name(self) -> String {
+        format!("{BM}x{}_s{}", self.bn, self.stages)
+    }
+
     fn size(self) -> Size {
         Size { bm: BM, bn: self.bn, blocks: 1 }
     }
@@ -104,7 +110,7 @@ pub(super) fn choose(on: Target, problem: &Problem) -> Option<Tile> {
     if !can {
         return None;
     }
-    cost::quickest(on, problem, [LARGE, SMALL, NARROW].map(|tile| (tile, tile.size())))
+    cost::quickest(on, problem, TILES.map(|tile| (tile, tile.size())))
 }
 
 /// As many blocks as run at one time.
@@ -142,12 +148,19 @@ fn b_map(problem: &Problem, tile: Tile) -> TensorMap {
 
 /// The kernel of a spec.
 pub(super) fn kernel(spec: Spec, tile: Tile) -> Kernel {
-    let name = format!("gemm_wgmma_{}_{BM}x{}_s{}", spec.name(), tile.bn, tile.stages);
+    let name = format!("gemm_wgmma_{}_{}", spec.name(), tile.name());
     let emit = {
         let name = name.clone();
         move || emit(&name, &spec, tile)
     };
-    Kernel { name, arch: Arch::Sm90a, block: CONSUMERS + 128, shared_bytes: tile.shared_bytes(), emit: Box::new(emit) }
+    Kernel {
+        name,
+        arch: Arch::Sm90a,
+        block: CONSUMERS + 128,
+        shared_bytes: tile.shared_bytes(),
+        any_grid: false,
+        emit: Box::new(emit),
+    }
 }
 
 /// What producer and consumers have in common.

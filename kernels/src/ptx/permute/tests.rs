@@ -113,3 +113,39 @@ fn rows_move_and_sum_as_on_the_cpu() {
         }
     }
 }
+
+#[test]
+fn few_blocks_move_and_sum_all_rows() {
+    // Rows of a warp, and of a block with one sum and with several.
+    for (t, k, e, d) in [(21, 2, 4, 64), (4, 1, 2, 2056), (3, 3, 2, 2056)] {
+        let order = order(t, k, e, 3);
+        let (n, bf16) = (t * k, DType::Bf16);
+        for most in [1, 2] {
+            let few = |launches: Vec<Launch>| -> Vec<Launch> {
+                let few: Vec<Launch> = launches.into_iter().map(|launch| launch.of_at_most(most)).collect();
+                assert!(few.iter().all(|launch| launch.grid[0] <= most), "the grid is any");
+                few
+            };
+            let inputs = |more: &[Data]| -> Vec<Data> { order.iter().chain(more).cloned().collect() };
+            let (x, rows) = (Data::random(bf16, &[t, d], 1), Data::random(bf16, &[n, d], 2));
+            let weights = Data::random(DType::F32, &[t, k], 4);
+            Case::new(&inputs(&[x.clone(), Data::poison(bf16, &[n, d])]))
+                .cpu(|s, x| cpu::permute(s, x[3], order_of(x), x[4]))
+                .ptx(|x| few(permute(x[3], order_of(x), x[4])))
+                .equal();
+            Case::new(&inputs(&[rows.clone(), weights.clone(), x.clone(), Data::poison(bf16, &[t, d])]))
+                .cpu(|s, x| cpu::combine(s, x[3], x[4], order_of(x), Some(x[5]), x[6]))
+                .ptx(|x| few(combine(x[3], x[4], order_of(x), Some(x[5]), x[6])))
+                .equal();
+            let grads = [Data::poison(bf16, &[n, d]), Data::poison(DType::F32, &[t, k])];
+            let case = Case::new(&inputs(&[&[x, rows, weights][..], &grads].concat()));
+            let launches = |x: &[Tensor]| few(combine_grad(x[3], x[4], x[5], order_of(x), x[6], x[7]));
+            if k == 1 && most == 1 {
+                case.mutants("bar.sync", launches);
+            }
+            case.cpu(|s, x| cpu::combine_grad(s, x[3], x[4], x[5], order_of(x), x[6], x[7]))
+                .ptx(launches)
+                .close(2e-8 * (d as f64).max(50.0));
+        }
+    }
+}

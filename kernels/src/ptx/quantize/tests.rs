@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::{
-    device::Target,
+    device::{Share, Target},
     fp8::{E4M3, Scaling, padded},
     memory::Memory,
     ops::{permute::Order, quantize as cpu, rms_norm as cpu_norm, swiglu as cpu_swiglu, testing::random},
@@ -15,7 +15,13 @@ use DType::{Bf16, F32, U8, U32};
 
 /// Both scalings, by the instruction and by integers.
 fn recipes() -> Vec<(Scaling, Recipe)> {
-    let [hopper, ampere] = [(9, 0), (8, 0)].map(|compute| Target { compute, num_sms: 2, shared_bytes: 0 });
+    let [hopper, ampere] = [(9, 0), (8, 0)].map(|compute| Target {
+        compute,
+        num_sms: 2,
+        shared_bytes: 0,
+        share: Share::All,
+        tuning: None,
+    });
     let scalings = [Scaling::Real, Scaling::PowerOfTwo];
     let recipe = |scaling| [&hopper, &ampere].map(|on| (scaling, Recipe::new(on, scaling)));
     scalings.into_iter().flat_map(recipe).collect()

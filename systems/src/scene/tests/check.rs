@@ -46,6 +46,11 @@ fn values_are_checked() {
         ("schedule: Cosine(peak_lr: inf, final_lr_ratio: 1.5)", "schedule.peak_lr schedule.final_lr_ratio"),
         ("recompute: Selective([])", "recompute"),
         ("graphs: true", "graphs"),
+        ("comm_sms: 20", "comm_sms"),
+        ("device: Cuda(0), comm_sms: 20", ""),
+        ("plan: (), comm_sms: 20", ""),
+        ("tuning: \"missing.ron\"", "tuning tuning"),
+        ("device: Cuda(0), tuning: \"missing.ron\"", "tuning"),
         ("recompute: Selective([Norm, Norm])", "recompute"),
         ("checkpoint: (every_steps: 0, keep_last: 0)", "checkpoint.every_steps checkpoint.keep_last"),
         (
