@@ -270,7 +270,8 @@ pub struct GenerateArgs {
 /// Arguments of `convert`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Without --dtype every tensor keeps its format, except that FP8 becomes bf16.
+Without --dtype every tensor keeps its format, except that FP8 becomes bf16. With --dtype fp8, what is FP8 in blocks of
+128 x 128 keeps its codes.
 
 Examples:
   hadal convert runs/quickstart/latest quickstart-bf16 --dtype bf16

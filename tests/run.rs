@@ -297,3 +297,38 @@ fn eval_writes_the_logits_and_gradients_of_given_tokens() {
         assert!(norms == 0.0 || 1.0 - 2.0 * dot(&x, &y) / norms < 1e-8, "gradient of {name}");
     }
 }
+
+#[test]
+fn a_run_in_fp8_says_what_rounding_lost_and_its_checkpoint_is_multiplied_as_it_is_stored() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| dir.path().join(name).to_str().expect("UTF-8").to_owned();
+    let mut args =
+        run_args(dir.path(), &["precision=(compute: Fp8, watch_every_steps: 2)", "train.steps=17", "eval=None"]);
+    let (report_path, report) = (path("report.json"), |name: &str| json(&dir.path().join(name)));
+    args.extend(["--json".into(), report_path]);
+    let (code, stdout, stderr) = output(&strs(&args));
+    assert_eq!(code, 0, "{stderr}");
+    assert!(stdout.contains("lost by rounding to 8 bits in step 16, the worst 5 of 20"), "{stdout}");
+    let rounding = &report("report.json")["fp8_rounding"];
+    assert_eq!((rounding["step"].as_u64(), rounding["lost"].as_array().map(Vec::len)), (Some(16), Some(20)));
+
+    let (bf16, fp8) = (path("runs/tiny/latest"), path("fp8"));
+    let (code, _, stderr) = output(&["convert", &bf16, &fp8, "--dtype", "fp8"]);
+    assert_eq!(code, 0, "{stderr}");
+    let generate = ["generate", "--prompt", "Call me", "--max-new-tokens", "4", "--precision", "fp8", "--json"];
+    let weights = |checkpoint: &str, name: &str| {
+        let file = path(name);
+        let (code, _, stderr) = output(&[&generate[..], &[&file, checkpoint]].concat());
+        assert_eq!(code, 0, "{stderr}");
+        assert!(stderr.contains("weights in 8 bits: "), "{stderr}");
+        report(name)["weights"].clone()
+    };
+    let number =
+        |weights: &Value, key: &str| weights[key].as_u64().unwrap_or_else(|| panic!("no `{key}` in {weights}"));
+    let (stored, rounded) = (weights(&fp8, "stored.json"), weights(&bf16, "rounded.json"));
+    // Gate and up have 32 or 176 rows, and are packed; down and attention are stored as they are multiplied.
+    assert!(number(&stored, "num_fp8_as_stored") > number(&stored, "num_fp8_rounded"), "{stored}");
+    assert!(stored["first_fp8_rounded"].as_str().is_some_and(|why| why.contains("no multiple of 128")), "{stored}");
+    assert_eq!(number(&rounded, "num_fp8_as_stored"), 0);
+    assert_eq!(number(&stored, "bytes"), number(&rounded, "bytes"));
+}

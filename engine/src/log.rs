@@ -80,6 +80,14 @@ impl RunLog {
     /// # Errors
     /// If a file cannot be written.
     pub fn write(&mut self, snapshot: &Snapshot) -> Result<(), Error> {
+        self.write_with(snapshot, Map::new())
+    }
+
+    /// The same with further fields in the line, for what is neither a number nor a list of them; TensorBoard has no place for these.
+    ///
+    /// # Errors
+    /// If a file cannot be written.
+    pub fn write_with(&mut self, snapshot: &Snapshot, further: Map<String, Value>) -> Result<(), Error> {
         let unix_secs = unix_secs();
         let mut fields = Map::new();
         fields.insert("step".into(), snapshot.step.into());
@@ -90,6 +98,7 @@ impl RunLog {
         for (name, values) in &snapshot.histograms {
             fields.insert(name.clone(), values.clone().into());
         }
+        fields.extend(further);
         // One write per line: a run that is killed leaves at most one line cut off.
         let line = format!("{}\n", Value::Object(fields));
         self.file.write_all(line.as_bytes()).map_err(io_error("write", &self.path))?;
@@ -180,6 +189,9 @@ mod tests {
         assert_eq!(keys, ["step", "time_unix_secs", "step_secs", "bad", "h"]);
         assert_eq!((lines[1].scalar("step_secs"), lines[1].scalar("bad")), (Some(1.0), None));
         assert_eq!(fs::read_dir(run.join("tensorboard")).unwrap().count(), 1);
+        let rows = serde_json::json!([{ "of": "a", "share": 0.5 }]);
+        log.write_with(&snapshot(3), Map::from_iter([("rows".to_owned(), rows.clone())])).unwrap();
+        assert_eq!(read(&run.join("log.jsonl")).unwrap()[2].fields["rows"], rows);
     }
 
     #[test]

@@ -210,6 +210,15 @@ impl Memory {
         tensor
     }
 
+    /// A tensor with a shape and no bytes, for who only asks for sizes. To read or write it fails: on a GPU as a tensor without bytes,
+    /// elsewhere by a panic.
+    pub fn shape_only(&self, dtype: DType, dims: &[usize]) -> Tensor {
+        let mut inner = self.inner.write();
+        let buffer = BufferId(inner.buffers.len() as u32);
+        inner.buffers.push(Buffer { storage: Arc::new(RwLock::new(Storage::zeros(dtype, 0))), len: 0, address: 0 });
+        Tensor { buffer, offset: 0, dtype, shape: Shape::new(dims) }
+    }
+
     /// Gives the buffer back. The handle must not be used by anything launched later.
     ///
     /// # Panics
@@ -369,6 +378,16 @@ mod tests {
         let memory = Memory::new(Device::Meta);
         let t = memory.alloc(DType::Bf16, &[1 << 20, 1 << 10]);
         assert_eq!((t.size_bytes(), memory.peak_bytes()), (2 << 30, 2 << 30));
+    }
+
+    #[test]
+    fn a_shape_alone_takes_no_bytes() {
+        let memory = Memory::new(Device::Cpu);
+        let t = memory.shape_only(DType::Bf16, &[3, 4]);
+        assert_eq!((t.dim(1), t.size_bytes(), memory.live_bytes(), memory.reserved_bytes()), (4, 24, 0, 0));
+        let read = || memory.read::<half::bf16>(t).len();
+        assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(read)).is_err(), "there is nothing to read");
+        assert_ne!(memory.alloc(DType::Bf16, &[3, 4]).buffer, t.buffer);
     }
 
     #[test]

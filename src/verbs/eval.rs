@@ -37,6 +37,7 @@ pub fn eval(args: EvalArgs, output: &Output) -> Result<ExitCode, Failure> {
         .row("loss", progress::loss(report.loss_nats_per_token, report.bits_per_byte))
         .row("perplexity", format!("{:.3} per token", report.perplexity))
         .row("tokens", units::grouped(report.num_tokens))
+        .row("weights", units::bytes(report.weights.bytes))
         .maybe("logits", logits.map(|path| path.display().to_string()))
         .maybe("gradients", grads.map(|path| path.display().to_string()));
     output.result(&report, &table.render(&title))?;

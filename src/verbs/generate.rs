@@ -34,12 +34,13 @@ pub fn generate(args: GenerateArgs, output: &Output) -> Result<ExitCode, Failure
         report::to_stdout("\n")?;
     }
     eprintln!(
-        "{} prompt tokens, {} generated ({}); first after {}, then {:.1} tokens/s; cache {} per token",
+        "{} prompt tokens, {} generated ({}); first after {}, then {:.1} tokens/s; weights {}, cache {} per token",
         report.num_prompt_tokens,
         report.tokens.len(),
         report.finish_reason,
         units::duration(report.first_token_secs),
         report.tokens_per_sec,
+        units::bytes(report.weights.bytes),
         units::bytes(report.cache_bytes_per_token),
     );
     output.write_json(&report)?;

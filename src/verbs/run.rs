@@ -10,6 +10,7 @@ use std::{
 use systems::{
     api::{RunReport, RunRequest},
     measure::Links,
+    rounding::{Lost, RoundingReport},
     run as training,
     scene::Scene,
     traffic::Traffic,
@@ -44,7 +45,8 @@ pub fn run(args: &RunArgs, output: &Output) -> Result<ExitCode, Failure> {
     progress.finish();
     let report = report?;
     let idle = report.idle.as_ref().map(|idle| format!("\n{}{}", idle.table(), links(&idle.links))).unwrap_or_default();
-    output.result(&report, &format!("{}{idle}", summary(&name, has_experts, &report)))?;
+    let rounding = report.fp8_rounding.as_ref().map(rounding).unwrap_or_default();
+    output.result(&report, &format!("{}{idle}{rounding}", summary(&name, has_experts, &report)))?;
     if (1..=5).contains(&report.exit_code) {
         eprintln!("error: {}", report.exit_reason);
     }
@@ -64,6 +66,35 @@ fn links(links: &Links) -> String {
     };
     line("sent in its node", links.predicted_intra_node_bytes, links.measured_intra_node_bytes)
         + &line("sent to others", links.predicted_inter_node_bytes, links.measured_inter_node_bytes)
+}
+
+/// Rows of the table of what rounding lost; all of them are in the log.
+const WORST: usize = 5;
+
+/// What rounding to 8 bits lost, where it was most.
+fn rounding(report: &RoundingReport) -> String {
+    if report.lost.is_empty() {
+        return String::new();
+    }
+    let mut table = format!(
+        "\nlost by rounding to 8 bits in step {}, the worst {} of {}, of numbers that are not 0\n  layer  {:20}  {:>10}  {:>11}  {:>7}  scales\n",
+        report.step,
+        report.lost.len().min(WORST),
+        report.lost.len(),
+        "tensor",
+        "amax",
+        "become zero",
+        "cut off",
+    );
+    for lost in report.worst(WORST) {
+        let Lost { layer, tensor, amax, underflow_share, overflow_share, min_scale, max_scale } = lost;
+        let (zero, cut) = (100.0 * underflow_share, 100.0 * overflow_share);
+        table += &format!(
+            "  {layer:5}  {:20}  {amax:10.2e}  {zero:10.3}%  {cut:6.3}%  {min_scale:.1e} to {max_scale:.1e}\n",
+            tensor.name()
+        );
+    }
+    table
 }
 
 pub(super) fn run_dir(scene: &Scene) -> PathBuf {
@@ -143,6 +174,30 @@ fn traffic(traffic: &Traffic) -> String {
 mod tests {
     #![expect(clippy::unwrap_used, reason = "tests")]
     use super::*;
+    use systems::rounding::Operand;
+
+    #[test]
+    fn the_worst_roundings_come_first() {
+        let lost = |layer, tensor, underflow_share, overflow_share| Lost {
+            layer,
+            tensor,
+            amax: 0.25,
+            underflow_share,
+            overflow_share,
+            min_scale: 1e-6,
+            max_scale: 0.5,
+        };
+        let mut all: Vec<Lost> = (0..5).map(|layer| lost(layer, Operand::Weights, 1e-4, 0.0)).collect();
+        all.push(lost(7, Operand::Gradients, 0.125, 0.0));
+        all.push(lost(8, Operand::Activations, 0.0, 0.5));
+        let table = rounding(&RoundingReport { step: 30, lost: all });
+        let lines: Vec<Vec<&str>> = table.lines().skip(3).map(|line| line.split_whitespace().collect()).collect();
+        assert!(table.contains("in step 30, the worst 5 of 7"), "{table}");
+        assert_eq!(lines.len(), 5, "{table}");
+        assert_eq!(lines[0], ["8", "activations", "2.50e-1", "0.000%", "50.000%", "1.0e-6", "to", "5.0e-1"]);
+        assert_eq!(lines[1][..5], ["7", "gradients", "2.50e-1", "12.500%", "0.000%"]);
+        assert_eq!(rounding(&RoundingReport { step: 1, lost: vec![] }), "");
+    }
 
     #[test]
     fn an_earlier_run_is_never_lost() {

@@ -10,7 +10,10 @@ use std::{
 use engine::control::{ControlHandle, Inbox};
 use serde::Serialize;
 
-use crate::{evaluate::EvaluationResult, measure::Comparison, scene::Loaded, traffic::Traffic};
+use crate::{
+    evaluate::EvaluationResult, measure::Comparison, rounding::RoundingReport, scene::Loaded, traffic::Traffic,
+    weights::WeightsReport,
+};
 
 /// Where a run tells what it does. All calls come from the run's thread, between steps.
 pub trait Progress: Send + Sync {
@@ -101,6 +104,8 @@ pub struct RunReport {
     pub idle: Option<Comparison>,
     /// Memory traffic of the last step, all ranks together.
     pub traffic: Option<Traffic>,
+    /// What rounding to 8 bits lost in the last step that was watched.
+    pub fp8_rounding: Option<RoundingReport>,
     /// Most bytes of tensors live at once, on the rank of most.
     pub peak_tensor_bytes: u64,
     /// Text generated at the end.
@@ -156,6 +161,8 @@ pub struct EvalReport {
     pub bits_per_byte: Option<f64>,
     /// Targets.
     pub num_tokens: u64,
+    /// How the weights were read, and what they take.
+    pub weights: WeightsReport,
 }
 
 /// `hadal generate CHECKPOINT`.
@@ -201,6 +208,8 @@ pub struct GenerateReport {
     pub cache_bytes_per_token: u64,
     /// `length` or `stop`.
     pub finish_reason: String,
+    /// How the weights were read, and what they take.
+    pub weights: WeightsReport,
 }
 
 /// `hadal bench train --scene SCENE`.

@@ -159,12 +159,14 @@ impl Moe {
             route,
             arrived,
             input: match (arrived.rows, self.experts_gate_up.fp8) {
-                (Rows::High(_), Some(_)) => l.alloc_rows("expert rows in 8 bits", self.experts_gate_up, [n, d]),
+                (Rows::High(_), Some(_)) => {
+                    l.alloc_rows("expert rows in 8 bits", self.experts_gate_up, [n, d]).in_groups(arrived.offsets)
+                }
                 (rows, _) => rows,
             },
             h: l.alloc("experts gate_up", &[n, 2 * f]),
             kept: l.alloc_narrow_swiglu(self.experts_gate_up, [n, 2 * f]),
-            a: l.alloc_rows("experts swiglu", self.experts_down, [n, f]),
+            a: l.alloc_rows("experts swiglu", self.experts_down, [n, f]).in_groups(arrived.offsets),
             y,
             returned: if arrived.is_local() { y } else { l.alloc_wire("returned rows", route.num_rows(), d) },
             shared,

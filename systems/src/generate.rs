@@ -25,6 +25,7 @@ use crate::{
     probe::Checkpoint,
     ranks::Ranks,
     session::{Session, SessionError},
+    weights::WeightsReport,
     work::{Work, turn_of},
 };
 
@@ -211,7 +212,7 @@ impl Generation {
         self.pending.len().min(PROMPT_CHUNK)
     }
 
-    /// What the generation came to.
+    /// What the generation came to; how the weights were read, whoever did so knows.
     pub fn report(&self, caches: &Caches) -> GenerateReport {
         let secs = |nanos: u64| nanos as f64 * 1e-9;
         let (first, last) = (self.token_nanos.first().copied(), self.token_nanos.last().copied());
@@ -225,6 +226,7 @@ impl Generation {
             tokens_per_sec: if rest_secs > 0.0 { rest / rest_secs } else { 0.0 },
             cache_bytes_per_token: caches.bytes_per_token(self.capacity),
             finish_reason: self.finish_reason.to_owned(),
+            weights: WeightsReport::default(),
         }
     }
 
@@ -364,6 +366,7 @@ pub fn generate(request: GenerateRequest) -> Result<GenerateReport, SessionError
     let checkpoint =
         Checkpoint::load(&request.checkpoint, (request.compute, request.device), capacity, false, &request.progress)?;
     let tokenizer = Arc::new(checkpoint.tokenizer()?);
+    let weights = checkpoint.weights();
     let mut app = checkpoint.app;
     let sampler =
         Sampler { temperature: request.temperature, top_p: request.top_p, top_k: request.top_k, seed: request.seed };
@@ -374,7 +377,7 @@ pub fn generate(request: GenerateRequest) -> Result<GenerateReport, SessionError
     app.insert_resource(generation).insert_resource(Work::Generate).add_plugins(GeneratePlugin);
     run_to_rest(&mut app)?;
     let world = app.world();
-    Ok(world.resource::<Generation>().report(world.resource::<Caches>()))
+    Ok(GenerateReport { weights, ..world.resource::<Generation>().report(world.resource::<Caches>()) })
 }
 
 /// Runs an app until it is nobody's turn.

@@ -24,27 +24,30 @@ use kernels::{
 
 use crate::{
     model::{Parameters, Weight},
+    rounding::Operand,
     session::Session,
 };
 
-/// A weight's copies in 8 bits, made anew after each update.
+/// A weight's copies in 8 bits: a checkpoint's, or made of the weight; made anew after each update.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Fp8Weight {
     /// As the weight lies: [o, i] or [e, o, i].
     pub blocks: Blocks,
     /// Transposed, for the gradient of the input; `None` where nothing is trained.
     pub transposed: Option<Blocks>,
-    /// What numbers the scales are.
+    /// What numbers scales are that are made here.
     pub scaling: Scaling,
+    /// These are the weight: its value is a shape without bytes.
+    pub is_all: bool,
 }
 
 impl Fp8Weight {
-    /// Allocates the copies of a weight of shape `dims`.
-    pub fn alloc(memory: &Memory, dims: &[usize], trainable: bool, scaling: Scaling) -> Self {
+    /// Allocates the copies of a weight of shape `dims`, which are all of it if neither training nor anything else `needs_value`.
+    pub fn alloc(memory: &Memory, dims: &[usize], (trainable, needs_value): (bool, bool), scaling: Scaling) -> Self {
         let mut across = dims.to_vec();
         across[dims.len() - 2..].reverse();
         let transposed = trainable.then(|| Blocks::alloc(memory, &across));
-        Fp8Weight { blocks: Blocks::alloc(memory, dims), transposed, scaling }
+        Fp8Weight { blocks: Blocks::alloc(memory, dims), transposed, scaling, is_all: !trainable && !needs_value }
     }
 
     /// Bytes of the copies.
@@ -96,7 +99,7 @@ impl Weight {
     /// If shapes differ.
     pub fn quantize(&self, s: &mut Stream) -> OpResult<()> {
         match self.fp8 {
-            Some(Fp8Weight { blocks, transposed, scaling }) => {
+            Some(Fp8Weight { blocks, transposed, scaling, .. }) => {
                 quantize::blocks(s, self.value, blocks, transposed, scaling)
             }
             None => Ok(()),
@@ -111,7 +114,7 @@ impl Weight {
         match (self.fp8, x) {
             (None, x) => gemm::forward(s, x.high()?, self.value, bias, y)?,
             (Some(fp8), x) => {
-                let x = x.in_8_bits(s, room)?;
+                let x = x.in_8_bits(s, (Operand::Activations, None), room)?;
                 fp8_gemm::product(s, x, fp8.blocks, None, y)?;
             }
         }
@@ -133,7 +136,7 @@ impl Weight {
         match (self.fp8, x) {
             (None, x) => gemm::forward_onto(s, x.high()?, self.value, residual, y)?,
             (Some(fp8), x) => {
-                let x = x.in_8_bits(s, room)?;
+                let x = x.in_8_bits(s, (Operand::Activations, None), room)?;
                 fp8_gemm::product(s, x, fp8.blocks, Some(residual), y)?;
             }
         }
@@ -155,7 +158,7 @@ impl Weight {
         match self.fp8 {
             None => gemm::input_grad(s, dy, self.value, dx, accumulate)?,
             Some(fp8) => {
-                let dy = Rows::High(dy).in_8_bits(s, room)?;
+                let dy = Rows::High(dy).in_8_bits(s, (Operand::Gradients, None), room)?;
                 fp8_gemm::product(s, dy, fp8.across()?, accumulate.then_some(dx), dx)?;
             }
         }
@@ -178,7 +181,7 @@ impl Weight {
         match (self.fp8, x) {
             (None, x) => grouped_gemm::forward(s, x.high()?, offsets, self.value, y)?,
             (Some(fp8), x) => {
-                let x = x.in_8_bits(s, None)?;
+                let x = x.in_8_bits(s, (Operand::Activations, Some(offsets)), None)?;
                 fp8_grouped_gemm::product(s, x, offsets, fp8.blocks, y)?;
             }
         }
@@ -200,7 +203,7 @@ impl Weight {
         match self.fp8 {
             None => grouped_gemm::input_grad(s, dy, offsets, self.value, dx)?,
             Some(fp8) => {
-                let dy = Rows::High(dy).in_8_bits(s, room)?;
+                let dy = Rows::High(dy).in_8_bits(s, (Operand::Gradients, Some(offsets)), room)?;
                 fp8_grouped_gemm::product(s, dy, offsets, fp8.across()?, dx)?;
             }
         }
@@ -225,8 +228,8 @@ impl Weight {
             (Some(dw), Some(_)) => {
                 let room = needed(room)?;
                 let [to_x, to_dy] = room.pair(self.operands(Pass::WeightGrad, dy.rows()));
-                room.along_tokens(s, x, Some(offsets), to_x)?;
-                room.along_tokens(s, Rows::High(dy), Some(offsets), to_dy)?;
+                room.along_tokens(s, (Operand::ActivationsByToken, x), Some(offsets), to_x)?;
+                room.along_tokens(s, (Operand::GradientsByToken, Rows::High(dy)), Some(offsets), to_dy)?;
                 fp8_grouped_gemm::weight_grad(s, to_dy, to_x, offsets, dw)?;
             }
         }
@@ -255,9 +258,9 @@ pub fn weight_grads(
                 // x is first, and so in the same place for all.
                 let [to_x, to_dy] = room.pair(weight.operands(Pass::WeightGrad, dy.rows()));
                 if rounded.replace(to_x).is_none() {
-                    room.along_tokens(s, x, None, to_x)?;
+                    room.along_tokens(s, (Operand::ActivationsByToken, x), None, to_x)?;
                 }
-                room.along_tokens(s, Rows::High(dy), None, to_dy)?;
+                room.along_tokens(s, (Operand::GradientsByToken, Rows::High(dy)), None, to_dy)?;
                 fp8_gemm::weight_grad(s, to_dy, to_x, dw)?;
             }
         }

@@ -26,6 +26,7 @@ use crate::{
     generate::{Caches, LayerCache},
     layout::Layout,
     microbatch::Inputs,
+    rounding::{Counter, Counters},
     scene::{Recompute, RecomputeOp},
 };
 
@@ -70,6 +71,10 @@ pub struct Lowering<'w> {
     pub reduces_on_the_way: bool,
     /// Rows that come to this rank's experts, over those that would if each had its share; for plans. `None`: room for all.
     pub expert_load: Option<f64>,
+    /// Where what rounding loses is counted, in a step that is watched.
+    pub counters: Option<Counters>,
+    /// Room for numbers that ops round as they make them, by shape; used and done with within a task.
+    watched: BTreeMap<[usize; 2], Tensor>,
     recompute: Recompute,
     memory: Memory,
     streams: Streams,
@@ -156,6 +161,8 @@ impl<'w> Lowering<'w> {
             keeps_narrow: false,
             reduces_on_the_way: false,
             expert_load: None,
+            counters: None,
+            watched: BTreeMap::new(),
             recompute,
             memory,
             streams,
@@ -192,6 +199,24 @@ impl<'w> Lowering<'w> {
         self.live.activations += tensor.size_bytes();
         self.note_peak();
         tensor
+    }
+
+    /// Where this layer's roundings are counted, if they are: in a step that is watched, the first time that a task is emitted.
+    pub fn counter(&self) -> Option<Counter> {
+        let counters = self.counters.filter(|_| !self.repeating)?;
+        Some(counters.layer(self.layer?))
+    }
+
+    /// Room of the compute type for what is counted in a task.
+    pub fn watched_room(&mut self, dims: [usize; 2]) -> Tensor {
+        if let Some(room) = self.watched.get(&dims) {
+            return *room;
+        }
+        let room = self.memory.alloc(self.compute, &dims);
+        self.live.activations += room.size_bytes();
+        self.note_peak();
+        self.watched.insert(dims, room);
+        room
     }
 
     /// Rows [n, d] of the compute type that come from or go to other ranks.
@@ -427,6 +452,7 @@ impl<'w> Lowering<'w> {
     /// Ends the graph of a step, with what is known of it beside the tasks; not for one that is checked.
     pub fn finish_step(self) -> Result<Lowered> {
         let Lowering { peak, overlapped, bytes_by_task, .. } = self;
+        self.watched.values().for_each(|room| self.memory.release(*room));
         Ok(Lowered { graph: self.graph.build(self.world)?, peak, overlapped, bytes_by_task })
     }
 

@@ -19,6 +19,7 @@ use serde::Serialize;
 use crate::{
     observe::Sent,
     ranks::Ranks,
+    rounding::Rounding,
     session::SessionError,
     traffic::Traffic,
     work::{Work, turn_of},
@@ -49,7 +50,16 @@ struct StepOfRank {
     sent: LinkBytes,
 }
 
-fn keep(mut kept: ResMut<Kept>, telemetry: Res<Telemetry>, plans: Res<Plans>, sent: Res<Sent>) -> Result {
+fn keep(
+    mut kept: ResMut<Kept>,
+    telemetry: Res<Telemetry>,
+    plans: Res<Plans>,
+    (sent, rounding): (Res<Sent>, Option<Res<Rounding>>),
+) -> Result {
+    // A step that is watched does more than train.
+    if rounding.is_some_and(|rounding| rounding.is_watching) {
+        return Ok(());
+    }
     let (Some(graph), Some(snapshot)) = (plans.active_graph()?, telemetry.last()) else { return Ok(()) };
     if !kept.graph.as_ref().is_some_and(|known| Arc::ptr_eq(known, graph)) {
         (kept.graph, kept.steps) = (Some(graph.clone()), VecDeque::new());

@@ -21,6 +21,7 @@ use crate::{
     mtp::MtpModule,
     observe::Stage,
     params::{ParamKind, ParamSpec},
+    weights,
 };
 
 /// A parameter's handles.
@@ -28,7 +29,7 @@ use crate::{
 pub struct Weight {
     /// Its place in [`Parameters`].
     pub index: usize,
-    /// Value in the compute type.
+    /// Value in the compute type; without bytes where [`Fp8Weight::is_all`].
     pub value: Tensor,
     /// Gradient, in the compute type or in f32 beside 8 bits; `None` when nothing is trained.
     pub grad: Option<Tensor>,
@@ -77,11 +78,13 @@ impl Parameters {
         let mut weights = Vec::with_capacity(specs.len());
         for (index, spec) in specs.iter().enumerate() {
             let dtype = spec.kind.dtype(formats.compute);
-            let value = memory.alloc(dtype, &spec.shape);
             let bias = spec.name.strip_suffix(".weight").map(|stem| format!("{stem}.bias"));
             let has_bias = bias.is_some_and(|bias| by_name.contains_key(&bias));
             let fp8 = formats.fp8_of(spec).filter(|_| !has_bias);
-            let fp8 = fp8.map(|fp8| Fp8Weight::alloc(memory, &spec.shape, trainable, fp8.scaling));
+            // Generation multiplies this one into queries and outputs, in the high format.
+            let needs_value = spec.name.ends_with(".kv_b_proj.weight");
+            let fp8 = fp8.map(|fp8| Fp8Weight::alloc(memory, &spec.shape, (trainable, needs_value), fp8.scaling));
+            let value = weights::alloc_value(memory, dtype, &spec.shape, fp8);
             let summed = if fp8.is_some() { DType::F32 } else { dtype };
             let grad = (trainable && spec.kind.is_trained()).then(|| memory.alloc(summed, &spec.shape));
             weights.push(Weight { index, value, grad, fp8 });

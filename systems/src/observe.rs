@@ -19,6 +19,7 @@ use crate::{
     lower::{ActivationBytes, Lowered},
     model::{Layer, Model, Parameters, Weight},
     optimizer::OptimizerState,
+    rounding,
 };
 
 /// Classes of bytes, as they are called in scalars.
@@ -31,7 +32,7 @@ const BIAS: &str = "bias/";
 
 /// Whether a distribution belongs into `log.jsonl`.
 pub fn is_logged(histogram: &str) -> bool {
-    histogram != LIVE_BYTES && !histogram.starts_with(BIAS)
+    histogram != LIVE_BYTES && !histogram.starts_with(BIAS) && !histogram.starts_with(rounding::HISTOGRAMS)
 }
 
 /// What is known of the memory of each plan since it was lowered.

@@ -36,6 +36,7 @@ use crate::{
     save,
     scene::{Compute, Recompute},
     session::{ModelSetup, SessionError, app_with_model, run_plan},
+    weights::{Weights, WeightsReport},
     work::Work,
 };
 
@@ -80,8 +81,13 @@ impl Checkpoint {
             on_gpu: OnGpu::default(),
             clock: Clock::Wall,
         };
-        let app = app_with_model(setup, |spec| folder.read_param(spec).map_err(SessionError::input))?;
+        let app = app_with_model(setup, Weights::Folder(&folder))?;
         Ok(Checkpoint { app, folder })
+    }
+
+    /// How its weights were read.
+    pub fn weights(&self) -> WeightsReport {
+        self.app.world().resource::<WeightsReport>().clone()
     }
 
     /// The folder's tokenizer, checked against the model.
@@ -106,7 +112,7 @@ impl Checkpoint {
 /// # Errors
 /// If an input cannot be read, or a step fails.
 pub fn evaluate(request: EvalRequest) -> Result<EvalReport, SessionError> {
-    let result = match &request.input {
+    let (result, weights) = match &request.input {
         EvalInput::Data(path) => {
             if request.logits.is_some() || request.grads.is_some() {
                 return Err(SessionError::input("--logits and --grads need --tokens: a text has too many of both"));
@@ -120,6 +126,7 @@ pub fn evaluate(request: EvalRequest) -> Result<EvalReport, SessionError> {
         perplexity: result.loss_nats_per_token.exp(),
         bits_per_byte: result.bits_per_byte,
         num_tokens: result.num_tokens,
+        weights,
     })
 }
 
@@ -129,7 +136,7 @@ fn load(request: &EvalRequest, seq_len: usize, trainable: bool) -> Result<Checkp
     Checkpoint::load(&request.checkpoint, on, seq_len, trainable, &request.progress)
 }
 
-fn on_text(request: &EvalRequest, path: &Path) -> Result<EvaluationResult, SessionError> {
+fn on_text(request: &EvalRequest, path: &Path) -> Result<(EvaluationResult, WeightsReport), SessionError> {
     let mut checkpoint = load(request, request.seq_len, false)?;
     let tokenizer = checkpoint.tokenizer()?;
     let documents = source::read_documents(&[path.to_path_buf()]).map_err(SessionError::input)?;
@@ -146,7 +153,8 @@ fn on_text(request: &EvalRequest, path: &Path) -> Result<EvaluationResult, Sessi
     };
     let validation = Validation::new(corpus, packing).map_err(SessionError::input)?;
     let batches = validation.batches(ROWS_AT_A_TIME).collect();
-    run_batches(&mut checkpoint.app, batches, Some(validation.num_bytes()))
+    let result = run_batches(&mut checkpoint.app, batches, Some(validation.num_bytes()))?;
+    Ok((result, checkpoint.weights()))
 }
 
 fn run_batches(app: &mut App, batches: Vec<Batch>, num_bytes: Option<u64>) -> Result<EvaluationResult, SessionError> {
@@ -239,7 +247,7 @@ impl Probe {
     }
 }
 
-fn on_tokens(request: &EvalRequest, path: &Path) -> Result<EvaluationResult, SessionError> {
+fn on_tokens(request: &EvalRequest, path: &Path) -> Result<(EvaluationResult, WeightsReport), SessionError> {
     let folder = HfFolder::open(&request.checkpoint).map_err(SessionError::input)?;
     let vocab_size = folder.model().map_err(SessionError::input)?.config.vocab_size;
     let tokens = read_token_file(path, vocab_size).map_err(SessionError::input)?;
@@ -261,5 +269,6 @@ fn on_tokens(request: &EvalRequest, path: &Path) -> Result<EvaluationResult, Ses
         run_plan(app, &key)?;
         save::write_gradients(app.world(), out).map_err(SessionError::runtime)?;
     }
-    Ok(EvaluationResult { loss_nats_per_token: loss, bits_per_byte: None, num_tokens: probe.num_targets as u64 })
+    let num_tokens = probe.num_targets as u64;
+    Ok((EvaluationResult { loss_nats_per_token: loss, bits_per_byte: None, num_tokens }, checkpoint.weights()))
 }

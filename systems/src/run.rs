@@ -32,7 +32,9 @@ use crate::{
     observe,
     params::{num_activated_params, num_params},
     ranks::Ranks,
-    remote, save,
+    remote,
+    rounding::{Rounding, RoundingReport},
+    save,
     session::SessionError,
     setup::{Prepared, prepare, set_up_rank},
     traffic::Traffic,
@@ -256,7 +258,9 @@ fn keep(world: &mut World) -> Result {
         if was_training {
             let mut line = (*snapshot).clone();
             line.histograms.retain(|(name, _)| observe::is_logged(name));
-            run.write(&line)?;
+            let rounding = world.get_resource::<Rounding>().filter(|rounding| rounding.is_watching);
+            let fields = rounding.and_then(|rounding| rounding.last.as_ref()).map(RoundingReport::log_fields);
+            run.write_with(&line, fields.unwrap_or_default())?;
             if let (Some(range), Some(trace)) =
                 (scene.telemetry.as_ref().and_then(|t| t.trace_steps.clone()), &run.trace)
                 && (range.start..range.start + range.count).contains(&step)
@@ -312,7 +316,11 @@ fn keep(world: &mut World) -> Result {
 
 impl RunDir {
     fn write(&mut self, line: &Snapshot) -> Result {
-        Ok(self.log.as_mut().map_or(Ok(()), |log| log.write(line))?)
+        self.write_with(line, Default::default())
+    }
+
+    fn write_with(&mut self, line: &Snapshot, fields: serde_json::Map<String, serde_json::Value>) -> Result {
+        Ok(self.log.as_mut().map_or(Ok(()), |log| log.write_with(line, fields))?)
     }
 }
 
@@ -416,6 +424,7 @@ fn report(app: &App, config: &ModelConfig, reason: ExitReason) -> RunReport {
         overhead_share: training.overhead.get(),
         idle: None,
         traffic: None,
+        fp8_rounding: world.get_resource::<Rounding>().and_then(|rounding| rounding.last.clone()),
         peak_tensor_bytes: world.resource::<Tensors>().memory().peak_bytes(),
         sample: text.filter(|text| !text.is_empty()),
         run_dir: run.dir.clone(),

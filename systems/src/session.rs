@@ -15,7 +15,6 @@ use crate::{
     generate::CachedTokens,
     head,
     head::LossSums,
-    linear,
     lower::{self, Lowering, Streams},
     mesh::Coordinates,
     microbatch::Inputs,
@@ -25,11 +24,12 @@ use crate::{
     observe::Rank,
     on_gpu::OnGpu,
     optimizer,
-    params::ParamSpec,
     pipeline::{stage, transfer},
     ranks::Ranks,
+    rounding,
     routing::{self, ExpertCounts, RoutingState},
     scene::{Compute, Recompute},
+    weights::{self, Weights},
     work::{Turn, Work, begin_turn},
 };
 
@@ -136,7 +136,8 @@ impl Plugin for ModelPlugin {
             .on_task(optimizer::REDUCE_NORM, optimizer::reduce_norm)
             .on_task(optimizer::GATHER, optimizer::gather_weights)
             .on_task(optimizer::UPDATE, optimizer::optimizer_update)
-            .on_task(optimizer::QUANTIZE, optimizer::quantize_weights);
+            .on_task(optimizer::QUANTIZE, optimizer::quantize_weights)
+            .on_task(rounding::COUNT, rounding::count_weights);
     }
 }
 
@@ -190,14 +191,11 @@ pub struct ModelSetup<'a> {
     pub clock: Clock,
 }
 
-/// An app with this rank's part of a model, whose weights are `values` of each parameter in the list.
+/// An app with this rank's part of a model, whose weights come from `weights`.
 ///
 /// # Errors
-/// Those of `values`, the device's if it cannot be used or is full, and the operating system's if it gives no thread.
-pub fn app_with_model(
-    setup: ModelSetup,
-    mut values: impl FnMut(&ParamSpec) -> Result<Vec<f32>, SessionError>,
-) -> Result<App, SessionError> {
+/// Those of `weights`, the device's if it cannot be used or is full, and the operating system's if it gives no thread.
+pub fn app_with_model(setup: ModelSetup, weights: Weights) -> Result<App, SessionError> {
     let mut app = App::new();
     if setup.clock == Clock::Wall {
         app.insert_resource(Tensors::new(Memory::open(setup.device).map_err(SessionError::device)?));
@@ -239,9 +237,10 @@ pub fn app_with_model(
     let parameters = Parameters::allocate(specs, &memory, &formats, trainable);
     let compute = formats.compute;
     if clock == Clock::Wall {
-        for (spec, weight) in parameters.iter() {
-            model::upload(&memory, weight.value, &values(spec)?);
-        }
+        let is_folder = matches!(weights, Weights::Folder(_));
+        let report = weights::fill(&memory, &parameters, weights)?;
+        report.sentence().filter(|_| is_folder).into_iter().for_each(|told| progress.note(&told));
+        world.insert_resource(report);
     }
     let model = model::spawn(world, config, &ranks.layout, &parameters, compute, rank);
     world.insert_resource(Rotary::new(config, &memory, compute, max_positions));
@@ -251,9 +250,6 @@ pub fn app_with_model(
     world.insert_resource(model);
     world.insert_resource(ranks);
     world.insert_resource(Session { progress, streams, recompute, formats });
-    if clock == Clock::Wall {
-        linear::quantize_weights(world).map_err(SessionError::device)?;
-    }
     memory.failure().map_err(SessionError::device)?;
     Ok(app)
 }

@@ -30,10 +30,12 @@ use crate::{
     on_gpu::OnGpu,
     optimizer::OptimizerState,
     ranks::Ranks,
+    rounding::Rounding,
     routing::RoutingState,
     scene::{self, Loaded, Scene},
     session::{ModelSetup, SessionError, app_with_model},
     train::{TrainPlugin, Training},
+    weights::Weights,
     work::Work,
 };
 
@@ -191,10 +193,11 @@ pub fn set_up_rank(
         on_gpu: OnGpu::of(&scene),
         clock: Clock::Wall,
     };
-    let mut app = app_with_model(setup, |spec| match &folder {
-        Some(folder) => folder.read_param(spec).map_err(SessionError::input),
-        None => Ok(initial_values(spec, config, scene.seed)),
-    })?;
+    let weights = match &folder {
+        Some(folder) => Weights::Folder(folder),
+        None => Weights::of(|spec| Ok(initial_values(spec, config, scene.seed))),
+    };
+    let mut app = app_with_model(setup, weights)?;
     let world = app.world_mut();
     world.insert_resource(RepeatsTasks(scene.graphs));
     let memory = world.resource::<Tensors>().memory().clone();
@@ -211,6 +214,11 @@ pub fn set_up_rank(
     let allocate = |num_mtp| Inputs::allocate(&memory, sequences, data_section.seq_len, num_mtp);
     let microbatches = (0..most).map(|_| allocate(config.num_nextn_predict_layers)).collect();
     world.insert_resource(LossSums::allocate(&memory, most, config.num_nextn_predict_layers));
+    let every_steps = scene.precision.watch_every_steps;
+    if formats.fp8.is_some() && every_steps > 0 {
+        let num_layers = config.num_hidden_layers + config.num_nextn_predict_layers;
+        world.insert_resource(Rounding::new(&memory, every_steps, num_layers));
+    }
     let num_layers = 0..config.num_hidden_layers + config.num_nextn_predict_layers;
     let num_moe_layers = num_layers.filter(|&layer| config.is_moe_layer(layer)).count();
     let moe_layers = (num_moe_layers, config.moe.as_ref().map_or(0, |moe| moe.n_routed_experts));

@@ -23,6 +23,7 @@ use crate::{
     optimizer::{self, OptimizerState, UpdateScalars},
     pipeline::stage::Stages,
     ranks::Ranks,
+    rounding::{Counters, RankCounts, Rounding},
     routing::{self, ExpertCounts, RoutingState},
     scene::{self as sections, Scene},
     session::Session,
@@ -189,13 +190,21 @@ fn plan(world: &mut World) -> Result {
     let num_data_ranks = world.resource::<Ranks>().layout.mesh.num_data_ranks() as usize;
     let num_microbatches = training.num_microbatches() / num_data_ranks;
     let checking = world.resource::<Turn>().0 == Work::LocateNotFinite;
-    let checked = if checking { ", checked" } else { "" };
-    let key = PlanKey(format!("train {num_microbatches} microbatches{checked}"));
+    let step = world.resource::<Training>().step + 1;
+    let memory = world.resource::<Tensors>().memory().clone();
+    let mut rounding = world.get_resource_mut::<Rounding>().filter(|_| !checking);
+    let counters = rounding.as_mut().and_then(|rounding| rounding.begin(&memory, step));
+    let how = match (checking, counters) {
+        (true, _) => ", checked",
+        (false, Some(_)) => ", watched",
+        (false, None) => "",
+    };
+    let key = PlanKey(format!("train {num_microbatches} microbatches{how}"));
     if world.resource_mut::<Plans>().activate(&key) {
         return Ok(());
     }
     let inputs = world.resource::<Training>().microbatches[..num_microbatches].to_vec();
-    let lowered = lower_step(world, inputs, Options { checking, ..Options::default() })?;
+    let lowered = lower_step(world, inputs, Options { checking, counters, ..Options::default() })?;
     PlannedBytes::keep(world, &key, &lowered);
     world.resource_mut::<Plans>().insert(key, lowered.graph);
     Ok(())
@@ -206,6 +215,8 @@ fn plan(world: &mut World) -> Result {
 pub struct Options {
     /// Look for what is not finite behind every task; then nothing is updated.
     pub checking: bool,
+    /// As [`Lowering::counters`].
+    pub counters: Option<Counters>,
     /// As [`Lowering::expert_load`].
     pub expert_load: Option<f64>,
     /// As [`Lowering::keeps_narrow`].
@@ -225,6 +236,7 @@ pub fn lower_step(world: &mut World, inputs: Vec<Inputs>, options: Options) -> R
     let mut stages = Stages::new(model, ranks.layout.clone(), &schedule, ranks.chunk_order, inputs);
     let mut l = Lowering::for_session(world, first, true)?;
     (l.checking, l.expert_load, l.keeps_narrow) = (options.checking, options.expert_load, options.keeps_narrow);
+    l.counters = options.counters;
     l.reduces_on_the_way = ranks.reduces_on_the_way;
     optimizer::lower_zero(&mut l)?;
     for &action in &schedule.ranks[position] {
@@ -259,6 +271,7 @@ struct RankStep {
     step_secs: f64,
     overhead_share: f64,
     figures: Figures,
+    rounding: RankCounts,
 }
 
 impl RankStep {
@@ -289,6 +302,7 @@ impl RankStep {
             step_secs,
             overhead_share: world.resource::<Telemetry>().times().overhead_secs / step_secs.max(1e-9),
             figures: Figures::of(world, speaks_for),
+            rounding: world.get_resource::<Rounding>().map_or_else(Vec::new, |rounding| rounding.counts(memory)),
         }
     }
 }
@@ -377,6 +391,7 @@ pub(crate) fn record(world: &mut World) -> Result {
     }
     tell(&mut telemetry, &report);
     telemetry.scalar("bias_speed", bias_speed);
+    tell_rounding(world, step, &all);
     Figures::tell(world, &all.iter().map(|rank| &rank.figures).collect::<Vec<_>>());
     let mut loads = world.query::<(&ExpertKey, &mut ExpertLoad)>();
     for (key, mut load) in loads.iter_mut(world) {
@@ -386,6 +401,16 @@ pub(crate) fn record(world: &mut World) -> Result {
     }
     world.resource::<Session>().progress.step(&report);
     Ok(())
+}
+
+/// Of a watched step: what rounding lost.
+fn tell_rounding(world: &mut World, step: u64, all: &[RankStep]) {
+    let Some(mut rounding) = world.remove_resource::<Rounding>() else { return };
+    if rounding.is_watching {
+        rounding.take(step, all.iter().map(|rank| &rank.rounding));
+        rounding.last.iter().for_each(|report| report.tell(&mut world.resource_mut::<Telemetry>()));
+    }
+    world.insert_resource(rounding);
 }
 
 fn tell(telemetry: &mut Telemetry, report: &StepReport) {

@@ -28,6 +28,7 @@ use systems::{
     ranks::Ranks,
     scene::{Compute, Kept, Part, Precision, Recompute, RecomputeOp, Scales},
     session::{ModelSetup, app_with_model, run_plan},
+    weights::Weights,
 };
 
 struct Silent;
@@ -81,14 +82,14 @@ impl Probe {
             on_gpu: Default::default(),
             clock: Clock::Wall,
         };
-        let mut app = app_with_model(setup, |spec| {
+        let weights = Weights::of(|spec| {
             let mut values = initial_values(spec, &config, 3);
             if spec.kind == ParamKind::Norm {
                 values.iter_mut().enumerate().for_each(|(i, v)| *v += 0.05 * (i % 5) as f32);
             }
             Ok(values)
-        })
-        .unwrap();
+        });
+        let mut app = app_with_model(setup, weights).unwrap();
         let batch = batch(config.num_nextn_predict_layers);
         let world = app.world_mut();
         let memory = world.resource::<Tensors>().memory().clone();

@@ -36,6 +36,7 @@ use systems::{
     },
     session::{ModelSetup, SessionError, app_with_model, run_plan},
     train::{self, TrainPlugin},
+    weights::Weights,
 };
 
 const MTP_WEIGHT: f64 = 0.3;
@@ -156,7 +157,7 @@ fn app(case: &Case, config: &ModelConfig, ranks: Ranks) -> App {
         on_gpu: Default::default(),
         clock: Clock::Wall,
     };
-    let mut app = app_with_model(setup, |spec| Ok(initial_values(spec, config, 3))).unwrap();
+    let mut app = app_with_model(setup, Weights::of(|spec| Ok(initial_values(spec, config, 3)))).unwrap();
     app.add_plugins(TrainPlugin);
     let world = app.world_mut();
     let memory = world.resource::<Tensors>().memory().clone();

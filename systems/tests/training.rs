@@ -167,6 +167,54 @@ fn every_precision_and_routing_mode_trains() {
     }
 }
 
+/// A key of an object of the log, as a number.
+fn number(row: &serde_json::Value, key: &str) -> f64 {
+    row[key].as_f64().unwrap_or_else(|| panic!("no `{key}` in {row}"))
+}
+
+#[test]
+fn a_watched_run_has_the_bits_of_one_that_is_not() {
+    let narrow = "scales: PowerOfTwo, attention_output: Narrow, swiglu_input: Narrow";
+    let again = "recompute=Selective([Norm, Swiglu])";
+    let on_ranks = "mesh=(pp: 1, ep: 2, dp: 1)";
+    for (precision, set) in [("", "seed=1"), (narrow, "seed=1"), ("", again), ("", on_ranks), ("", "recompute=Layer")] {
+        let run = |watch: u64| {
+            let dir = tempfile::tempdir().unwrap();
+            let precision = format!("precision=(compute: Fp8, watch_every_steps: {watch}, {precision})");
+            let outcome = train(dir.path(), &["train.steps=6", &precision, set], false, 0);
+            assert_eq!(outcome.report.exit_code, 0, "{}", outcome.report.exit_reason);
+            (weights(&outcome), outcome, dir)
+        };
+        let (plain_weights, plain, _plain) = run(0);
+        let (watched_weights, watched, _watched) = run(3);
+        assert_eq!(plain.losses, watched.losses, "{precision} {set}");
+        assert!(plain_weights == watched_weights, "{precision} {set}: every weight, to the last bit");
+        assert!(plain.report.fp8_rounding.is_none());
+        let report = watched.report.fp8_rounding.unwrap();
+        assert_eq!(report.step, 6);
+        let log = engine::log::read(&watched.report.run_dir.join("log.jsonl")).unwrap();
+        let steps: Vec<u64> = log.iter().filter(|line| line.fields.contains_key("fp8")).map(|line| line.step).collect();
+        assert_eq!(steps, [3, 6]);
+        let last = log.iter().find(|line| line.step == 6).unwrap();
+        let rows = last.fields["fp8"].as_array().unwrap();
+        // Three layers and the module for the token after the next, each with five kinds of operands.
+        assert_eq!((rows.len(), report.lost.len()), (4 * 5, 4 * 5), "{rows:?}");
+        for row in rows {
+            let [underflow, overflow] = ["underflow_share", "overflow_share"].map(|key| number(row, key));
+            assert!((0.0..0.5).contains(&underflow) && overflow == 0.0, "{row}");
+            let [amax, least, most] = ["amax", "min_scale", "max_scale"].map(|key| number(row, key));
+            assert!(amax > 0.0 && 0.0 < least && least <= most, "{row}");
+            // The largest scale is that of the largest number: over 448, or up to twice that; or of the least that scales are made for.
+            let real = amax.max(1e-4) / 448.0;
+            assert!((real * 0.99..real * 2.02).contains(&most), "{row}");
+        }
+        let worst = rows.iter().filter(|row| row["tensor"] == "gradients").map(|row| number(row, "underflow_share"));
+        let worst = worst.fold(0.0, f64::max);
+        assert_eq!(last.scalar("fp8/underflow_share/gradients"), Some(worst));
+        assert!(!last.fields.keys().any(|key| key.starts_with("fp8_layers")), "the rows have them");
+    }
+}
+
 #[test]
 fn a_damaged_checkpoint_is_skipped_aloud() {
     let dir = tempfile::tempdir().unwrap();

@@ -94,7 +94,7 @@ fn folder(path: &Path) -> Result<Vec<Snapshot>, String> {
                     Value::Number(number) => {
                         number.as_f64().into_iter().for_each(|value| put(&mut step.scalars, &name, value));
                     }
-                    Value::Array(values) => {
+                    Value::Array(values) if !values.iter().any(Value::is_object) => {
                         put(&mut step.histograms, &name, values.iter().filter_map(Value::as_f64).collect());
                     }
                     _ => {}

@@ -29,6 +29,7 @@ pub mod permute;
 pub mod quantize;
 pub mod rms_norm;
 pub mod rope;
+pub mod rounding;
 pub mod sampling;
 pub mod swiglu;
 #[cfg(test)]

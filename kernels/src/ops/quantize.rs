@@ -383,8 +383,8 @@ pub fn encode_blocks<T: Float>(
     });
 }
 
-/// Matrices [o, i], one after the other, to [i, o].
-fn transpose<T: Copy + Default + Send + Sync>(from: &[T], o: usize, i: usize, to: &mut [T]) {
+/// Matrices [o, i], one after the other, to [i, o]; not empty.
+pub fn transpose<T: Copy + Default + Send + Sync>(from: &[T], o: usize, i: usize, to: &mut [T]) {
     let strips: Vec<_> = from
         .chunks(o * i)
         .zip(to.chunks_mut(o * i))

@@ -1,9 +1,11 @@
 //! Hugging Face folders in and out, so that a checkpoint of Hadal is one that every other tool reads.
 //!
 //! `config` and `resolve` turn config.json into a model and back; `read` and `write` move the weights between the names
-//! on disk and the packed parameters of [`crate::params`]; `fp8` is how DeepSeek's released weights are stored.
+//! on disk and the packed parameters of [`crate::params`]; `fp8` is how DeepSeek's released weights are stored, and `codes` reads them as
+//! they are.
 
 mod check;
+pub mod codes;
 pub mod config;
 mod files;
 pub mod fp8;
@@ -13,9 +15,10 @@ mod resolve;
 mod stored;
 pub mod write;
 
+use crate::params::ParamSpec;
 use read::{HfFolder, ReadError};
 use std::path::Path;
-use write::{Dtypes, SaveDtype, WriteError, WriteOptions, Written, write_folder};
+use write::{Dtypes, FolderWriter, SaveDtype, WriteError, WriteOptions, Written};
 
 /// Why a folder cannot be converted.
 #[derive(Debug, thiserror::Error)]
@@ -34,7 +37,8 @@ pub enum ConvertError {
 /// Reads the folder `source` and writes it to `destination`; returns what was written, and notes for the user.
 ///
 /// Without a `dtype`, every tensor keeps its type and its bytes, and config.json its text, except that FP8 weights become
-/// bf16. With one, all weights are stored in it, correction biases in f32; FP8 is for linear layers, beside bf16.
+/// bf16. With one, all weights are stored in it, correction biases in f32; FP8 is for linear layers, beside bf16, and
+/// what is in it already, in blocks of 128 x 128, keeps its codes and factors.
 ///
 /// # Errors
 /// If the source is not a complete model, or the destination holds weights or cannot be written.
@@ -58,8 +62,34 @@ pub fn convert(
         Some(SaveDtype::Fp8) => folder.config().storing(Some(SaveDtype::Fp8.torch_name()))?.quantized()?,
         _ => folder.config().storing(dtype.map(SaveDtype::torch_name))?,
     };
-    let written = write_folder(destination, &config, &model.specs, &options, |spec| folder.read_param(spec))?;
-    Ok((written, model.notes))
+    let mut writer = FolderWriter::create(destination, &model.specs, &options)?;
+    for spec in &model.specs {
+        copy_param(&folder, spec, dtype, &mut writer)?;
+    }
+    Ok((writer.finish(&config)?, model.notes))
+}
+
+/// Writes a parameter as it was read: from FP8 to FP8 its codes, since rounding what was rounded by another scale rounds again.
+fn copy_param(
+    folder: &HfFolder,
+    spec: &ParamSpec,
+    dtype: Option<SaveDtype>,
+    writer: &mut FolderWriter,
+) -> Result<(), ConvertError> {
+    if dtype != Some(SaveDtype::Fp8) || !spec.aliases.is_empty() {
+        return Ok(writer.write_param(spec, &folder.read_param(spec)?)?);
+    }
+    for view in &spec.views {
+        match folder.read_view_codes(view)?.filter(|_| writer.stores_codes(view)) {
+            Some(codes) => writer.write_codes(view, &codes)?,
+            None => {
+                let mut values = vec![0.0; view.num_elements()];
+                folder.read_view(view, &mut values)?;
+                writer.write_view(view, &values)?;
+            }
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -304,7 +304,8 @@ impl HfFolder {
         }
     }
 
-    fn block(&self) -> [usize; 2] {
+    /// Rows and columns that share a factor in this folder.
+    pub(super) fn block(&self) -> [usize; 2] {
         let quantization = self.config.config().quantization_config.as_ref();
         quantization.and_then(|q| q.weight_block_size).unwrap_or([128, 128]).map(|n| n.max(1))
     }
@@ -351,7 +352,7 @@ impl HfFolder {
         Ok(())
     }
 
-    fn read_scales(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, ReadError> {
+    pub(super) fn read_scales(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, ReadError> {
         let name = fp8::scale_name(name);
         let shape = fp8::scale_shape(fp8::as_matrix(shape), self.block());
         let entry = self.entry(&name, &shape)?;
@@ -361,6 +362,18 @@ impl HfFolder {
             Ok(())
         })?;
         Ok(scales)
+    }
+
+    /// The type that a tensor is stored in.
+    pub(super) fn stored_dtype(&self, name: &str) -> Option<Dtype> {
+        self.tensors.get(name).map(|entry| entry.dtype)
+    }
+
+    /// The bytes of a tensor whose elements are bytes, as many as `out` has.
+    pub(super) fn read_bytes(&self, name: &str, shape: &[usize], out: &mut [u8]) -> Result<(), ReadError> {
+        let entry = self.entry(name, shape)?;
+        let (path, file) = &self.files[entry.file];
+        file.read_exact_at(out, entry.start).map_err(|source| ReadError::Io { path: path.clone(), source })
     }
 
     fn compare(&self, alias: &str, name: &str, expected: &[f32]) -> Result<(), ReadError> {

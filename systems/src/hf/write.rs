@@ -6,7 +6,7 @@
 //! was interrupted has no config.json, and no reader takes it for a checkpoint.
 
 pub use super::stored::{Dtypes, SaveDtype};
-use super::{config::ConfigDocument, fp8};
+use super::{codes::Codes, config::ConfigDocument, fp8};
 use crate::params::{ParamSpec, View};
 use safetensors::tensor::{Metadata, TensorInfo};
 use serde_json::{Map, Value, json};
@@ -240,6 +240,30 @@ impl FolderWriter {
         self.write_tensor(&view.hf_name, values)?;
         let copies = self.copies.get(&view.hf_name).cloned().unwrap_or_default();
         copies.iter().try_for_each(|copy| self.write_tensor(copy, values))
+    }
+
+    /// Whether a view is stored as codes and factors.
+    pub fn stores_codes(&self, view: &View) -> bool {
+        self.slots.get(&view.hf_name).is_some_and(|slot| slot.dtype == SaveDtype::Fp8)
+    }
+
+    /// Writes the codes and factors of a view that [`FolderWriter::stores_codes`]; only parameters without copies have any.
+    ///
+    /// # Errors
+    /// [`WriteError::Unknown`], [`WriteError::Length`], [`WriteError::NotFinite`], [`WriteError::Io`].
+    pub fn write_codes(&mut self, view: &View, Codes { codes, scales }: &Codes) -> Result<(), WriteError> {
+        let name = &view.hf_name;
+        let Some(slot) = self.slots.get(name).filter(|slot| slot.dtype == SaveDtype::Fp8) else {
+            return Err(WriteError::Unknown { name: name.clone() });
+        };
+        if slot.num_bytes() != codes.len() as u64 {
+            return Err(WriteError::Length { name: name.clone(), expected: view.num_elements(), found: codes.len() });
+        }
+        let (file_name, file) = &self.files[slot.file];
+        file.write_all_at(codes, slot.start)
+            .map_err(|source| WriteError::Io { path: self.dir.join(file_name), source })?;
+        self.pending.remove(name);
+        self.write_tensor(&fp8::scale_name(name), scales)
     }
 
     /// Checks that every tensor came, syncs the weights, and writes index, tokenizer and configuration.

@@ -7,7 +7,11 @@ use kernels::{
     dtype::DType,
     error::Result as OpResult,
     fp8::{Scaling, TILE, Tiles},
-    ops::{dequantize, e5m6, permute, quantize, rms_norm, swiglu},
+    ops::{
+        dequantize, e5m6, permute, quantize, rms_norm,
+        rounding::{self, Numbers},
+        swiglu,
+    },
     stream::Stream,
     tensor::Tensor,
 };
@@ -15,6 +19,7 @@ use kernels::{
 use crate::{
     lower::{Lowering, Saved},
     model::Weight,
+    rounding::{Counter, Operand},
 };
 
 /// Activations [t, i], as a linear layer's F and W read them.
@@ -22,15 +27,42 @@ use crate::{
 pub enum Rows {
     /// In the type of activations.
     High(Tensor),
-    /// In 8 bits.
-    Fp8(Tiles, Scaling),
+    /// In 8 bits; and in a step that is watched, where what is lost by that is counted.
+    Fp8(Tiles, Scaling, Option<Watch>),
+}
+
+/// How what rounding loses is counted where an op rounds what it makes.
+#[derive(Clone, Copy, Debug)]
+pub struct Watch {
+    counter: Counter,
+    /// Room for the numbers before they are rounded, in the type of activations.
+    high: Tensor,
+    /// Groups that the rows lie in; what is past them is not counted. `None` if all are.
+    groups: Option<Tensor>,
+}
+
+impl Watch {
+    /// Counts what was lost when the numbers in the room became `q`.
+    fn count(self, s: &mut Stream, q: Tiles) -> OpResult<()> {
+        let counts = self.counter.of(Operand::Activations);
+        rounding::tiles(s, Numbers::Float(self.high), q, self.groups, counts)
+    }
 }
 
 impl Rows {
     fn tensors(self) -> [Option<Tensor>; 2] {
         match self {
             Rows::High(x) => [Some(x), None],
-            Rows::Fp8(tiles, _) => tiles.tensors().map(Some),
+            Rows::Fp8(tiles, ..) => tiles.tensors().map(Some),
+        }
+    }
+
+    /// The same rows, of which only those in groups by `offsets` are any.
+    #[must_use]
+    pub fn in_groups(self, offsets: Tensor) -> Self {
+        match self {
+            Rows::Fp8(q, scaling, Some(watch)) => Rows::Fp8(q, scaling, Some(Watch { groups: Some(offsets), ..watch })),
+            rows => rows,
         }
     }
 
@@ -41,7 +73,12 @@ impl Rows {
     pub fn norm(self, s: &mut Stream, x: Tensor, w: Tensor, rstd: Tensor, eps: f64) -> OpResult<()> {
         match self {
             Rows::High(y) => rms_norm::forward(s, x, w, y, rstd, eps),
-            Rows::Fp8(q, scaling) => rms_norm::forward_tiles(s, x, w, q, rstd, eps, scaling),
+            Rows::Fp8(q, scaling, watch) => {
+                // In this order: the last one's `rstd` stays.
+                watch.map_or(Ok(()), |watch| rms_norm::forward(s, x, w, watch.high, rstd, eps))?;
+                rms_norm::forward_tiles(s, x, w, q, rstd, eps, scaling)?;
+                watch.map_or(Ok(()), |watch| watch.count(s, q))
+            }
         }
     }
 
@@ -52,7 +89,13 @@ impl Rows {
     pub fn swiglu(self, s: &mut Stream, h: Tensor, kept: Option<NarrowInput>) -> OpResult<()> {
         match self {
             Rows::High(a) => swiglu::forward(s, h, a)?,
-            Rows::Fp8(q, scaling) => swiglu::forward_tiles(s, h, q, scaling)?,
+            Rows::Fp8(q, scaling, watch) => {
+                swiglu::forward_tiles(s, h, q, scaling)?;
+                if let Some(watch) = watch {
+                    swiglu::forward(s, h, watch.high)?;
+                    watch.count(s, q)?;
+                }
+            }
         }
         kept.map_or(Ok(()), |NarrowInput(q, scaling)| quantize::tiles(s, h, q, scaling))
     }
@@ -75,7 +118,14 @@ impl Rows {
     pub fn permute(self, s: &mut Stream, x: Tensor, order: permute::Order) -> OpResult<()> {
         match self {
             Rows::High(rows) => permute::permute(s, x, order, rows),
-            Rows::Fp8(q, scaling) => permute::permute_tiles(s, x, order, q, scaling),
+            Rows::Fp8(q, scaling, watch) => {
+                permute::permute_tiles(s, x, order, q, scaling)?;
+                if let Some(watch) = watch {
+                    permute::permute(s, x, order, watch.high)?;
+                    watch.count(s, q)?;
+                }
+                Ok(())
+            }
         }
     }
 
@@ -86,7 +136,10 @@ impl Rows {
     pub fn round(self, s: &mut Stream, x: Tensor) -> OpResult<()> {
         match self {
             Rows::High(_) => Ok(()),
-            Rows::Fp8(q, scaling) => quantize::tiles(s, x, q, scaling),
+            Rows::Fp8(q, scaling, watch) => {
+                quantize::tiles(s, x, q, scaling)?;
+                watch.map_or(Ok(()), |watch| Watch { high: x, ..watch }.count(s, q))
+            }
         }
     }
 }
@@ -126,6 +179,8 @@ pub struct Workspace {
     codes: Tensor,
     scales: Tensor,
     scaling: Scaling,
+    /// In a step that is watched.
+    counter: Option<Counter>,
 }
 
 /// Shapes of the operands that a pass of a layer rounds to 8 bits.
@@ -151,11 +206,22 @@ impl Workspace {
     }
 
     /// Rounds rows [t, c] with tiles along tokens, into `q` [c, t]; with offsets, each group's tokens padded.
-    pub(super) fn along_tokens(self, s: &mut Stream, rows: Rows, offsets: Option<Tensor>, q: Tiles) -> OpResult<()> {
-        match rows {
-            Rows::High(x) => quantize::columns(s, x, offsets, q, self.scaling),
-            Rows::Fp8(x, _) => quantize::retile(s, x, offsets, q, self.scaling),
+    pub(super) fn along_tokens(
+        self,
+        s: &mut Stream,
+        (what, rows): (Operand, Rows),
+        offsets: Option<Tensor>,
+        q: Tiles,
+    ) -> OpResult<()> {
+        let numbers = match rows {
+            Rows::High(x) => Numbers::Float(x),
+            Rows::Fp8(x, ..) => Numbers::Tiles(x),
+        };
+        match numbers {
+            Numbers::Float(x) => quantize::columns(s, x, offsets, q, self.scaling)?,
+            Numbers::Tiles(x) => quantize::retile(s, x, offsets, q, self.scaling)?,
         }
+        self.counter.map_or(Ok(()), |counter| rounding::columns(s, numbers, offsets, q, counter.of(what)))
     }
 
     /// Elements of codes and of scales.
@@ -171,8 +237,14 @@ impl Lowering<'_> {
     pub fn alloc_rows(&mut self, name: &'static str, weight: Weight, dims: [usize; 2]) -> Rows {
         match weight.fp8 {
             None => Rows::High(self.alloc(name, &dims)),
-            Some(fp8) => Rows::Fp8(self.alloc_tiles(name, dims), fp8.scaling),
+            Some(fp8) => Rows::Fp8(self.alloc_tiles(name, dims), fp8.scaling, self.watch(dims)),
         }
+    }
+
+    /// How what rounding to rows [t, i] loses is counted, if the step is watched.
+    fn watch(&mut self, dims: [usize; 2]) -> Option<Watch> {
+        let counter = self.counter()?;
+        Some(Watch { counter, high: self.watched_room(dims), groups: None })
     }
 
     /// Tiles [r, c] of 8 bits.
@@ -203,9 +275,10 @@ impl Lowering<'_> {
     fn alloc_rows_like(&mut self, name: &'static str, rows: Rows) -> Rows {
         match rows {
             Rows::High(x) => Rows::High(self.alloc_like(name, x)),
-            Rows::Fp8(q, scaling) => {
+            // What is computed again was counted.
+            Rows::Fp8(q, scaling, _) => {
                 let [codes, scales] = q.tensors().map(|tensor| self.alloc_like(name, tensor));
-                Rows::Fp8(Tiles { codes, scales }, scaling)
+                Rows::Fp8(Tiles { codes, scales }, scaling, None)
             }
         }
     }
@@ -257,6 +330,7 @@ impl Lowering<'_> {
         let (codes, scales) = needed.fold((0, 0), |a, b| (a.0.max(b.0), a.1.max(b.1)));
         Some(Workspace {
             scaling,
+            counter: self.counter(),
             codes: self.alloc_as("operands in 8 bits", DType::U8, &[codes]),
             scales: self.alloc_as("scales", DType::F32, &[scales]),
         })
@@ -282,14 +356,22 @@ impl Rows {
         }
     }
 
-    /// As operand of a product over their columns.
-    pub(super) fn in_8_bits(self, s: &mut Stream, room: Option<Workspace>) -> Result<Tiles> {
+    /// As operand of a product over their columns; only rows in groups by `offsets`, if there are any, are counted.
+    pub(super) fn in_8_bits(
+        self,
+        s: &mut Stream,
+        (what, offsets): (Operand, Option<Tensor>),
+        room: Option<Workspace>,
+    ) -> Result<Tiles> {
         match self {
-            Rows::Fp8(q, _) => Ok(q),
+            Rows::Fp8(q, ..) => Ok(q),
             Rows::High(x) => {
                 let room = needed(room)?;
                 let q = room.tiles((0, 0), [x.rows(), x.cols()]);
                 quantize::tiles(s, x, q, room.scaling)?;
+                if let Some(counter) = room.counter {
+                    rounding::tiles(s, Numbers::Float(x), q, offsets, counter.of(what))?;
+                }
                 Ok(q)
             }
         }

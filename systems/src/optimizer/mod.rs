@@ -24,6 +24,7 @@ use crate::{
     model_config::ModelConfig,
     params::{ParamKind, ParamSpec},
     ranks::Ranks,
+    rounding,
     routing::ExpertCounts,
     scene::{AdamW, Optimizer},
 };
@@ -260,7 +261,8 @@ pub fn lower_update(l: &mut Lowering) -> Result<()> {
             l.transfer(GATHER, None, GroupTask(shared))?;
         }
         if !narrow.is_empty() {
-            l.task(QUANTIZE, None, GroupTask(narrow))?;
+            l.task(QUANTIZE, None, GroupTask(narrow.clone()))?;
+            rounding::lower_count(l, &narrow)?;
         }
     }
     l.layer = None;

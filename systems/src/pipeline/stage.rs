@@ -314,7 +314,9 @@ impl Stages {
             Step::Join(k) => {
                 let Some((tokens, _)) = l.inputs.mtp[k] else { return Err("a module has no tokens".into()) };
                 let embedded = embedding::lower_forward(l, self.weight(self.model.embedding)?, tokens)?;
+                l.layer = Some((self.model.config.num_hidden_layers + k) as u32);
                 let join = self.model.mtp[k].lower_forward(l, embedded, x()?)?;
+                l.layer = None;
                 let (scope, layer, norm, dh) = (l.take_scope(), None, None, None);
                 walk.forward.modules.push(ModuleForward { join, tokens, layer, norm, dh, scope });
                 walk.x = Some(join.out);

@@ -33,6 +33,7 @@ use crate::{
     scene::{AdamW, Optimizer, Recompute},
     session::{ModelSetup, SessionError, app_with_model, dtype_of},
     train,
+    weights::Weights,
 };
 
 /// What is simulated, beside the distribution.
@@ -178,7 +179,7 @@ fn lower(
         on_gpu: OnGpu::default(),
         clock: Clock::Virtual { device: Box::new(work.device.clone()), format: work.format },
     };
-    let mut app = app_with_model(setup, |_| Ok(Vec::new()))?;
+    let mut app = app_with_model(setup, Weights::of(|_| Ok(Vec::new())))?;
     let world = app.world_mut();
     let memory = world.resource::<Tensors>().memory().clone();
     let optimizer = work.optimizer.clone().unwrap_or(Optimizer::AdamW(AdamW::default()));
@@ -198,7 +199,11 @@ fn lower(
     let inputs =
         (0..num_microbatches).map(|_| Inputs::allocate(&memory, work.microbatch_sequences, work.seq_len, num_mtp));
     let inputs = inputs.collect();
-    let options = train::Options { checking: false, expert_load: Some(1.0), keeps_narrow: work.format == Format::Fp8 };
+    let options = train::Options {
+        expert_load: Some(1.0),
+        keeps_narrow: work.format == Format::Fp8,
+        ..train::Options::default()
+    };
     let lowered = train::lower_step(world, inputs, options).map_err(SessionError::input)?;
     let parameters = world.resource::<Parameters>();
     let weights = parameters.weights.iter().map(|w| w.value.size_bytes()).sum();

@@ -198,7 +198,9 @@ impl Checks<'_> {
     }
 
     fn precision(&mut self, precision: &Precision) {
-        let Precision { compute, moments, keep_high, scales, attention_output, swiglu_input, .. } = precision;
+        let Precision {
+            compute, moments, keep_high, scales, attention_output, swiglu_input, watch_every_steps, ..
+        } = precision;
         for part in Part::ALWAYS_HIGH.iter().filter(|part| !keep_high.contains(part)) {
             let message = format!("leaves out `{part}`, which nothing multiplies in 8 bits");
             self.problems.push(Problem::new("precision.keep_high", message).help(format!("add `{part}`")));
@@ -213,6 +215,7 @@ impl Checks<'_> {
             ("scales", *scales != Scales::default()),
             ("attention_output", *attention_output != Kept::default()),
             ("swiglu_input", *swiglu_input != Kept::default()),
+            ("watch_every_steps", *watch_every_steps != 0),
         ];
         for (key, _) in narrow.into_iter().filter(|(_, is_set)| *is_set && *compute != Compute::Fp8) {
             let problem =

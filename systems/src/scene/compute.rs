@@ -39,6 +39,8 @@ pub struct Precision {
     pub attention_output: Kept,
     /// With `compute: Fp8`, how SwiGLU's input is kept for the backward pass, which computes its output again.
     pub swiglu_input: Kept,
+    /// With `compute: Fp8`, what rounding loses is counted in every so many-th step; 0 for never.
+    pub watch_every_steps: u64,
 }
 
 impl Default for Precision {
@@ -51,6 +53,7 @@ impl Default for Precision {
             scales: Scales::default(),
             attention_output: Kept::default(),
             swiglu_input: Kept::default(),
+            watch_every_steps: 0,
         }
     }
 }
