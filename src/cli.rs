@@ -3,6 +3,7 @@
 mod bench;
 #[cfg(feature = "editor")]
 mod editor;
+mod serve;
 
 use std::path::{Path, PathBuf};
 
@@ -10,10 +11,14 @@ use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use systems::{hf::write::SaveDtype, scene::Compute};
 
 pub use bench::{
-    Bench, BenchArgs, BenchHardwareArgs, BenchKernelsArgs, BenchOverlapArgs, BenchSchedulesArgs, BenchTrainArgs,
+    Bench, BenchArgs, BenchHardwareArgs, BenchKernelsArgs, BenchOverlapArgs, BenchSchedulesArgs, BenchServeArgs,
+    BenchTrainArgs,
 };
 #[cfg(feature = "editor")]
 pub use editor::{EditorArgs, EditorTheme};
+pub use serve::CapacityArgs;
+#[cfg(feature = "remote")]
+pub use serve::ServeArgs;
 
 use crate::{units, verbs::ExpertsArgs};
 
@@ -51,6 +56,9 @@ pub enum Verb {
     Eval(EvalArgs),
     /// Continue a text with a checkpoint
     Generate(GenerateArgs),
+    /// Answer requests with a checkpoint over HTTP, as OpenAI's clients ask
+    #[cfg(feature = "remote")]
+    Serve(ServeArgs),
     /// Write a checkpoint anew: in another number format, in other shards, out of FP8
     Convert(ConvertArgs),
     /// Open the window: routing and timeline of a run, a trace or a plan, live
@@ -71,6 +79,8 @@ impl Verb {
             Verb::Plan(args) => &args.json,
             Verb::Eval(args) => &args.json,
             Verb::Generate(args) => &args.json,
+            #[cfg(feature = "remote")]
+            Verb::Serve(_) => return None,
             Verb::Convert(args) => &args.json,
             #[cfg(feature = "editor")]
             Verb::Editor(_) => return None,
@@ -79,6 +89,7 @@ impl Verb {
             Verb::Bench(BenchArgs { what: Bench::Hardware(args) }) => &args.json,
             Verb::Bench(BenchArgs { what: Bench::Kernels(args) }) => &args.json,
             Verb::Bench(BenchArgs { what: Bench::Overlap(args) }) => &args.json,
+            Verb::Bench(BenchArgs { what: Bench::Serve(args) }) => &args.json,
             Verb::Bench(BenchArgs { what: Bench::Schedules(args) }) => &args.json,
         };
         json.json.as_deref()

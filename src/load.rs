@@ -1,7 +1,7 @@
 //! A scene from its file, with everything that is wrong with it found at once: values, model, and what only both
 //! together can say. Every verb that takes a scene takes it through here.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use systems::{
     data::tokenizer::Tokenizer,
@@ -11,6 +11,8 @@ use systems::{
     problem::Problem,
     scene::{self, Data, Loaded, Reduce, Scene, SceneErrors, ScenePath},
 };
+
+use crate::failure::Failure;
 
 /// A scene that is valid.
 pub struct Checked {
@@ -45,6 +47,30 @@ impl Vocab {
 /// All findings, with their places.
 pub fn scene(path: &Path, overrides: &[String], needs: &[&str]) -> Result<Checked, SceneErrors> {
     judge(Scene::load(path, overrides)?, needs)
+}
+
+/// The folder of a scene's run.
+pub fn run_dir(scene: &Scene) -> PathBuf {
+    scene.telemetry.clone().unwrap_or_default().dir.join(&scene.name)
+}
+
+/// A checkpoint's folder: what was named, or what the run that was named, or the scene's, saved last.
+///
+/// # Errors
+/// If the scene is not valid, or its run has saved nothing.
+pub fn checkpoint(source: &Path, overrides: &[String]) -> Result<PathBuf, Failure> {
+    if source.is_dir() {
+        // A run's folder means its newest checkpoint.
+        let latest = source.join("latest");
+        return Ok(if latest.exists() && !source.join("config.json").exists() { latest } else { source.into() });
+    }
+    let scene = scene(source, overrides, &[])?.loaded.scene;
+    let latest = run_dir(&scene).join("latest");
+    if latest.exists() {
+        return Ok(latest);
+    }
+    let help = format!("hadal run {} makes one", source.display());
+    Err(Failure::usage(format!("expected a checkpoint at {}; found none", latest.display()), help))
 }
 
 /// Checks a scene that was read.

@@ -12,6 +12,7 @@ use kernels::{
     ops::{
         attention::{self, Grads, Inputs},
         mla::latent,
+        paged::Sequences,
     },
     stream::Stream,
 };
@@ -67,7 +68,8 @@ fn generate() {
         let mut s = Stream::new("bench", &m, &Arc::default()).unwrap();
         let (q, o) = (m.alloc(DType::F32, &[1, h, n + r]), m.alloc(DType::F32, &[1, h, v]));
         let (w, cache) = (m.alloc(DType::F32, &[h * (n + v), c]), m.alloc(DType::F32, &[at + 1, c + r]));
-        let ms = best_ms(&mut s, 50, |s| latent::forward(s, q, w, cache, at, 0.1, o).unwrap());
+        let all = Sequences::one(at + 1, 1, at);
+        let ms = best_ms(&mut s, 50, |s| latent::forward(s, q, w, cache, &all, 0.1, o).unwrap());
         let cost = latent::cost(1, at, [h, n, r, v, c], 4, 4);
         println!(
             "1 token over {at}, h {h}, n {n}, r {r}, v {v}, c {c}: {:.0} us, {:.0} GFLOP/s, {:.0} GB/s",

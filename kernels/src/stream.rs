@@ -69,6 +69,7 @@ pub struct Stream {
     index: usize,
     clock: VectorClock,
     recording: Option<Recording>,
+    batch_invariant: bool,
     /// Only ever used through `&mut self`; the lock makes the stream `Sync`, so that it can be a component.
     batch: Mutex<Option<Batch>>,
 }
@@ -170,6 +171,7 @@ impl Stream {
             index,
             clock: vec![0; index + 1],
             recording: None,
+            batch_invariant: false,
             batch: Mutex::new(None),
         })
     }
@@ -231,6 +233,17 @@ impl Stream {
             target.tuning = Some(table.clone());
         }
         Ok(())
+    }
+
+    /// Whether the bits of a row of a product must follow from that row alone, on processors: from its own token, and not from the tokens
+    /// beside it. Products of many rows are slower for it, so training does without.
+    pub fn set_batch_invariant(&mut self, batch_invariant: bool) {
+        self.batch_invariant = batch_invariant;
+    }
+
+    /// See [`Stream::set_batch_invariant`].
+    pub fn is_batch_invariant(&self) -> bool {
+        self.batch_invariant
     }
 
     /// Ops launched from here on belong to `task`; errors name it.

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 
-use super::{Json, Overrides, at_least};
+use super::{CapacityArgs, Json, Overrides, PrecisionArg, at_least};
 
 /// Arguments of `bench`.
 #[derive(Debug, Args)]
@@ -25,6 +25,8 @@ pub enum Bench {
     Kernels(BenchKernelsArgs),
     /// How much of its communication a layer hides behind its computation on one device, with copies in place of sending
     Overlap(BenchOverlapArgs),
+    /// A load of requests on a checkpoint: waiting times, throughput, use of the cache
+    Serve(BenchServeArgs),
     /// Steps under each pipeline schedule on local ranks, beside what a plan predicts that was calibrated on one of them
     Schedules(BenchSchedulesArgs),
 }
@@ -139,4 +141,60 @@ pub struct BenchTrainArgs {
     pub generated_tokens: usize,
     #[command(flatten)]
     pub json: Json,
+}
+
+/// Arguments of `bench serve`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Without --rate requests come as fast as --concurrency allows; with it at random times, whatever was answered.
+
+Examples:
+  hadal bench serve runs/quickstart/latest --concurrency 32
+  hadal bench serve runs/quickstart/latest --rate 4 --prompt-tokens 16:256 --new-tokens 32:128 --shared-tokens 64")]
+pub struct BenchServeArgs {
+    /// Hugging Face folder; or a scene, whose run's newest checkpoint is served
+    pub source: PathBuf,
+    #[command(flatten)]
+    pub overrides: Overrides,
+    /// Requests
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = at_least::<1>)]
+    pub requests: usize,
+    /// Requests a second on average, a Poisson process
+    #[arg(long, value_name = "PER_SEC", value_parser = rate)]
+    pub rate: Option<f64>,
+    /// Requests at a time at most
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = at_least::<1>)]
+    pub concurrency: usize,
+    /// Tokens of a prompt: as many, or from the first to the second, all as likely
+    #[arg(long, value_name = "N or A:B", default_value = "64", value_parser = span)]
+    pub prompt_tokens: (usize, usize),
+    /// Tokens of an answer: likewise
+    #[arg(long, value_name = "N or A:B", default_value = "64", value_parser = span)]
+    pub new_tokens: (usize, usize),
+    /// Tokens that all prompts begin with, besides
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub shared_tokens: usize,
+    /// Seed of the load
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub seed: u64,
+    #[command(flatten)]
+    pub capacity: CapacityArgs,
+    #[command(flatten)]
+    pub precision: PrecisionArg,
+    #[command(flatten)]
+    pub json: Json,
+}
+
+fn span(text: &str) -> Result<(usize, usize), String> {
+    let number = |text: &str| text.trim().parse::<usize>().ok().filter(|n| *n > 0);
+    let pair = match text.split_once(':') {
+        Some((low, high)) => number(low).zip(number(high)).filter(|(low, high)| low <= high),
+        None => number(text).map(|n| (n, n)),
+    };
+    pair.ok_or_else(|| "expected a number of tokens as in 64, or a span as in 16:256".into())
+}
+
+fn rate(text: &str) -> Result<f64, String> {
+    let rate = text.parse().ok().filter(|rate: &f64| *rate > 0.0 && rate.is_finite());
+    rate.ok_or_else(|| "expected requests a second, above 0".into())
 }

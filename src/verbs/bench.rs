@@ -3,6 +3,7 @@
 mod kernels;
 mod overlap;
 mod tune;
+mod serve;
 
 use std::{
     fs,
@@ -12,6 +13,7 @@ use std::{
 
 pub use kernels::kernels;
 pub use overlap::overlap;
+pub use serve::serve;
 use systems::{
     api::{BenchReport, BenchRequest},
     bench::bench,

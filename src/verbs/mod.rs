@@ -11,6 +11,8 @@ mod generate;
 mod plan;
 mod plan_experts;
 mod run;
+#[cfg(feature = "remote")]
+mod serve;
 
 pub use plan_experts::ExpertsArgs;
 
@@ -33,6 +35,8 @@ pub fn perform(verb: Verb, output: &Output) -> Result<ExitCode, Failure> {
         Verb::Plan(args) => plan::plan(&args, output),
         Verb::Eval(args) => eval::eval(args, output),
         Verb::Generate(args) => generate::generate(args, output),
+        #[cfg(feature = "remote")]
+        Verb::Serve(args) => serve::serve(&args),
         Verb::Convert(args) => convert::convert(&args, output),
         #[cfg(feature = "editor")]
         Verb::Editor(args) => editor::editor(args),
@@ -41,6 +45,7 @@ pub fn perform(verb: Verb, output: &Output) -> Result<ExitCode, Failure> {
         Verb::Bench(BenchArgs { what: Bench::Hardware(args) }) => bench::hardware(args, output),
         Verb::Bench(BenchArgs { what: Bench::Kernels(args) }) => bench::kernels(&args, output),
         Verb::Bench(BenchArgs { what: Bench::Overlap(args) }) => bench::overlap(&args, output),
+        Verb::Bench(BenchArgs { what: Bench::Serve(args) }) => bench::serve(&args, output),
         Verb::Bench(BenchArgs { what: Bench::Schedules(args) }) => bench::schedules(&args, output),
     }
 }

@@ -12,7 +12,6 @@ use systems::{
     measure::Links,
     rounding::{Lost, RoundingReport},
     run as training,
-    scene::Scene,
     traffic::Traffic,
 };
 
@@ -34,7 +33,7 @@ pub fn run(args: &RunArgs, output: &Output) -> Result<ExitCode, Failure> {
     let loaded = checked.loaded;
     let has_experts = checked.model.is_some_and(|model| model.moe.is_some());
     if !args.resume {
-        make_room(&run_dir(&loaded.scene), args.fresh)?;
+        make_room(&load::run_dir(&loaded.scene), args.fresh)?;
     }
     let stop = signals::listen().map_err(|e| Failure::runtime(format!("cannot listen to signals: {e}")))?;
     let log_every_steps = loaded.scene.telemetry.clone().unwrap_or_default().log_every_steps;
@@ -95,10 +94,6 @@ fn rounding(report: &RoundingReport) -> String {
         );
     }
     table
-}
-
-pub(super) fn run_dir(scene: &Scene) -> PathBuf {
-    scene.telemetry.clone().unwrap_or_default().dir.join(&scene.name)
 }
 
 /// An earlier run with checkpoints is worth something: it is neither continued nor given up unasked, and never deleted.

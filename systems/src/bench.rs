@@ -18,6 +18,7 @@ use crate::{
     hf::config::{ConfigDocument, HfConfig},
     params::{num_activated_params, num_params},
     scene::Compute,
+    serve::{Params, Server},
     session::SessionError,
     setup::{Options, set_up},
     train::Training,
@@ -129,14 +130,12 @@ pub fn bench(request: BenchRequest) -> Result<BenchReport, SessionError> {
 
 /// Tokens over the median time of one, batch 1, greedy.
 fn generation_speed(app: &mut App, num_tokens: usize) -> Result<f64, SessionError> {
-    let mut generation = app.world_mut().resource_mut::<Generation>();
-    generation.then = Work::Rest;
-    generation.ignore_eos = true;
-    generation.sampler.temperature = 0.0;
-    generation.start(PROMPT, num_tokens)?;
-    app.insert_resource(Work::Generate).insert_resource(Exit::default());
+    app.world_mut().resource_mut::<Server>().then = Some(Work::Rest);
+    let params = Params { max_tokens: num_tokens, temperature: 0.0, ignore_eos: true, ..Params::default() };
+    app.world_mut().resource_mut::<Generation>().ask(PROMPT, params, None)?;
+    app.insert_resource(Work::Serve).insert_resource(Exit::default());
     run_to_rest(app)?;
-    let mut token_secs = app.world().resource::<Generation>().token_secs();
+    let mut token_secs = app.world().resource::<Generation>().answer().token_secs();
     Ok(1.0 / median(&mut token_secs).max(1e-9))
 }
 

@@ -43,6 +43,7 @@ pub mod routing;
 pub mod run;
 pub mod save;
 pub mod scene;
+pub mod serve;
 pub mod session;
 pub mod setup;
 pub mod traffic;

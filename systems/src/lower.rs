@@ -23,11 +23,11 @@ use kernels::{
 use crate::{
     attention::AttentionSizes,
     formats::Fp8Formats,
-    generate::{Caches, LayerCache},
     layout::Layout,
     microbatch::Inputs,
     rounding::{Counter, Counters},
     scene::{Recompute, RecomputeOp},
+    serve::cache::{Caches, LayerCache},
 };
 
 /// Activations that a scene may choose to compute again instead of keeping.

@@ -35,7 +35,8 @@ use crate::{
     remote,
     rounding::{Rounding, RoundingReport},
     save,
-    session::SessionError,
+    serve::Params,
+    session::{Session, SessionError},
     setup::{Prepared, prepare, set_up_rank},
     traffic::Traffic,
     train::Training,
@@ -297,12 +298,18 @@ fn keep(world: &mut World) -> Result {
         // What follows the end: validation, then a sample, then nothing.
         if training.step >= total && *world.resource::<Work>() == Work::Train {
             let can_generate = world.contains_resource::<Generation>();
-            let next =
-                if scene.sample.is_some() && can_generate && !run.finished { Work::Generate } else { Work::Rest };
-            if next == Work::Generate {
-                let prompt = scene.sample.clone().unwrap_or_default();
-                let mut generation = world.resource_mut::<Generation>();
-                generation.start(&prompt.prompt, prompt.max_new_tokens)?;
+            let next = if scene.sample.is_some() && can_generate && !run.finished { Work::Serve } else { Work::Rest };
+            if next == Work::Serve {
+                let sample = scene.sample.clone().unwrap_or_default();
+                let params = Params {
+                    max_tokens: sample.max_new_tokens,
+                    temperature: sample.temperature,
+                    top_p: sample.top_p,
+                    seed: scene.seed,
+                    ..Params::default()
+                };
+                let progress = world.resource::<Session>().progress.clone();
+                world.resource_mut::<Generation>().ask(&sample.prompt, params, Some(progress))?;
             }
             run.finished = true;
             *world.resource_mut::<Work>() = next;
@@ -408,7 +415,7 @@ fn report(app: &App, config: &ModelConfig, reason: ExitReason) -> RunReport {
     let world = app.world();
     let (training, run) = (world.resource::<Training>(), world.resource::<RunDir>());
     let without_mtp = config.without_mtp();
-    let text = world.get_resource::<Generation>().map(|generation| generation.text().to_owned());
+    let text = world.get_resource::<Generation>().map(|generation| generation.answer().text);
     RunReport {
         num_params: num_params(config),
         num_activated_params: num_activated_params(&without_mtp),

@@ -12,7 +12,6 @@ use crate::{
     attention::{AttentionSizes, Rotary, gqa, mla},
     dense, dispatch, embedding, expert,
     formats::Formats,
-    generate::CachedTokens,
     head,
     head::LossSums,
     lower::{self, Lowering, Streams},
@@ -29,6 +28,7 @@ use crate::{
     rounding,
     routing::{self, ExpertCounts, RoutingState},
     scene::{Compute, Recompute},
+    serve::cache::StepSequences,
     weights::{self, Weights},
     work::{Turn, Work, begin_turn},
 };
@@ -84,7 +84,7 @@ pub struct ModelPlugin;
 
 impl Plugin for ModelPlugin {
     fn build(&self, app: &mut App) {
-        app.init_resource::<CachedTokens>()
+        app.init_resource::<StepSequences>()
             .init_resource::<RoutingState>()
             .init_resource::<ExpertCounts>()
             .init_resource::<Work>();

@@ -21,7 +21,7 @@ use crate::{
     distribute::Distribution,
     evaluate::{EvaluatePlugin, Evaluation},
     formats::Formats,
-    generate::{GeneratePlugin, Generation, Sampler},
+    generate::Generation,
     head::LossSums,
     hf::read::HfFolder,
     microbatch::{Inputs, MAX_MTP},
@@ -248,10 +248,7 @@ pub fn set_up_rank(
     app.add_plugins((TrainPlugin, EvaluatePlugin));
     memory.failure().map_err(SessionError::device)?;
     if is_solo {
-        let sample = scene.sample.clone().unwrap_or_default();
-        let sampler = Sampler { temperature: sample.temperature, top_p: sample.top_p, top_k: 0, seed: scene.seed };
-        let generation = Generation::new(app.world_mut(), prepared.tokenizer.clone(), max_positions, sampler)?;
-        app.insert_resource(generation).add_plugins(GeneratePlugin);
+        Generation::add(&mut app, prepared.tokenizer.clone(), max_positions, Work::Train);
     }
     Ok(app)
 }

@@ -1,4 +1,4 @@
-//! What the next step is: an optimizer step, a batch of evaluation, or tokens to generate. What a step does follows from the
+//! What the next step is: an optimizer step, a batch of evaluation, or tokens of requests. What a step does follows from the
 //! microbatches that Admit brings in; this resource says whose turn it is to bring them.
 
 use bevy_ecs::prelude::*;
@@ -11,8 +11,8 @@ pub enum Work {
     Train,
     /// A batch of held-out text.
     Evaluate,
-    /// Tokens to generate.
-    Generate,
+    /// Requests to answer.
+    Serve,
     /// The same optimizer step again, checking every tensor, to name the first that is not finite.
     LocateNotFinite,
     /// Nothing is left to do.

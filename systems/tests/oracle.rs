@@ -11,12 +11,13 @@ use systems::{
     data::tokenizer::Tokenizer,
     data::{packing::Batch, token_file::read_token_file},
     evaluate::EvaluationResult,
-    generate::{Caches, GeneratePlugin, Generation, Sampler, run_to_rest},
+    generate::{Answer, run_to_rest},
     model::{self, Model, Parameters},
     optimizer::{OptimizerState, UpdateScalars},
     probe::{Checkpoint, Probe},
     ranks::Ranks,
     scene::{AdamW, Compute, Optimizer},
+    serve::{Capacity, Params, ServePlugin, Server, Task},
     session::run_plan,
     work::Work,
 };
@@ -84,19 +85,17 @@ fn logits_and_loss_are_those_of_transformers() {
     });
 }
 
-/// Generates after a prompt fed in chunks of `chunk` tokens, and returns prompt and continuation.
+/// The prompt and what the model says after it.
 fn generate(app: &mut App, prompt: &[u32], num_new: usize) -> Vec<u32> {
     let text = "a tokenizer is asked for, and its text is not looked at ".repeat(9);
     let tokenizer = Arc::new(Tokenizer::train(&[text], 257).unwrap());
-    let sampler = Sampler { temperature: 0.0, top_p: 1.0, top_k: 0, seed: 0 };
-    let mut generation = Generation::new(app.world_mut(), tokenizer, 64, sampler).unwrap();
-    (generation.then, generation.ignore_eos) = (Work::Rest, true);
-    generation.start_tokens(prompt.to_vec(), num_new).unwrap();
-    app.insert_resource(generation).insert_resource(Work::Generate).add_plugins(GeneratePlugin);
+    let service = Server::start(app.world_mut(), tokenizer, Capacity::one(64));
+    app.world_mut().resource_mut::<Server>().then = Some(Work::Rest);
+    let params = Params { max_tokens: num_new, temperature: 0.0, ignore_eos: true, ..Params::default() };
+    let answer = Answer::ask(&service, prompt.to_vec(), Task::Generate(params), None).unwrap();
+    app.insert_resource(Work::Serve).add_plugins(ServePlugin);
     run_to_rest(app).unwrap();
-    let world = app.world();
-    let report = world.resource::<Generation>().report(world.resource::<Caches>());
-    [prompt, &report.tokens].concat()
+    [prompt, &answer.get().tokens].concat()
 }
 
 #[test]

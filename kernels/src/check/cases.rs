@@ -395,7 +395,14 @@ impl List {
             cross_entropy::run(s, x[0], x[1], x[2], 0.25, passes)
         });
         let rows: Vec<Sampling> = (0..4)
-            .map(|i| Sampling { temperature: 0.5 * i as f64, top_k: i * 3, top_p: 0.9, seed: 7, position: i as u64 })
+            .map(|i| Sampling {
+                temperature: 0.5 * i as f64,
+                top_k: i * 3,
+                top_p: 0.9,
+                min_p: 0.2 * (i / 2) as f64,
+                seed: 7,
+                position: i as u64,
+            })
             .collect();
         let tensors = vec![t(dtype, &[4, z.v], Random), t(U32, &[4], Poison)];
         self.add(("sampling::forward", dtype, near), format!("[4, {}]", z.v), tensors, move |s, x| {

@@ -28,7 +28,7 @@ use crate::{
     device::Target,
     dtype::Float,
     error::{Error, Result},
-    ops::{are_fast, expect_shape, rope::acc_dtype},
+    ops::{are_fast, expect_shape, paged::Table, rope::acc_dtype},
     ptx,
     stream::Stream,
     tensor::Tensor,
@@ -105,7 +105,7 @@ impl Inputs {
 }
 
 /// Every kv head of every document.
-fn parts(offsets: &[u32], n: Sizes, scale: f64) -> Vec<Part> {
+fn parts(offsets: &[u32], n: Sizes, scale: f64) -> Vec<Part<'static>> {
     let ends = (offsets.first(), offsets.last());
     let ordered = offsets.is_sorted() && ends == (Some(&0), Some(&(n.t as u32)));
     assert!(ordered, "attention: `doc_offsets` should rise from 0 to {}, padded with that, found {offsets:?}", n.t);
@@ -118,6 +118,7 @@ fn parts(offsets: &[u32], n: Sizes, scale: f64) -> Vec<Part> {
                 q: Rows::new(start, n.g, head, group, n.d),
                 k: Rows::new(start, n.g, head, 1, n.d),
                 v: Rows::new(start, n.g, head, 1, n.v),
+                table: Table::IDENTITY,
                 o: Rows::new(start, n.g, head, group, n.v),
                 num_tokens,
                 context: 0,
@@ -147,7 +148,7 @@ pub(crate) fn for_each_task<A: Default + Send, J: Sync>(
 }
 
 /// `part`'s rows in runs of `len`.
-pub(crate) fn runs(part: &Part, len: usize) -> impl Iterator<Item = (Part, Range<usize>)> + use<> {
+pub(crate) fn runs<'a>(part: &Part<'a>, len: usize) -> impl Iterator<Item = (Part<'a>, Range<usize>)> + use<'a> {
     let (part, rows) = (*part, part.num_rows());
     (0..rows).step_by(len).map(move |r| (part, r..(r + len).min(rows)))
 }

@@ -6,7 +6,7 @@ use crate::{
     dtype::{DType, Float},
     error::Result,
     memory::Memory,
-    ops::{are_fast, expect_shape, is_fast, parallel::for_row_chunks},
+    ops::{are_fast, expect::expect_tensor, expect_shape, is_fast, parallel::for_row_chunks},
     ptx,
     stream::Stream,
     tensor::Tensor,
@@ -31,6 +31,26 @@ pub fn copy(s: &mut Stream, x: Tensor, y: Tensor) -> Result<()> {
     let has = x.dtype == y.dtype || [x, y].iter().all(|t| is_fast(*t));
     let kernels = |_: &Target| has.then(|| ptx::elementwise::copy(x, y));
     s.launch_kernel(&[x], &[y], kernels, move |m| copy_now(m, x, y));
+    Ok(())
+}
+
+/// `y[rows[i]] = x[i]`, all u32; rows differ.
+///
+/// # Errors
+/// If shapes or types differ. A row that y does not have fails the task.
+pub fn scatter(s: &mut Stream, x: Tensor, rows: Tensor, y: Tensor) -> Result<()> {
+    const OP: &str = "scatter";
+    expect_tensor(OP, "x", x, DType::U32, &[rows.len()])?;
+    expect_tensor(OP, "rows", rows, DType::U32, &[x.len()])?;
+    expect_tensor(OP, "y", y, DType::U32, &[y.len()])?;
+    let kernels = |_: &Target| Some(ptx::elementwise::scatter(x, rows, y));
+    // What stays of y is read, too.
+    s.launch_kernel(&[x, rows, y], &[y], kernels, move |m| {
+        let (x, rows, mut y) = (m.read::<u32>(x), m.read::<u32>(rows), m.write::<u32>(y));
+        for (&x, &row) in x.iter().zip(rows.iter()) {
+            y[row as usize] = x;
+        }
+    });
     Ok(())
 }
 

@@ -40,7 +40,7 @@ pub fn product(s: &mut Stream, a: Tiles, offsets: Tensor, b: Blocks, y: Tensor) 
     expect_result(OP, y, &[n, o])?;
     s.account(product_cost(n, e, o, k, y.dtype.size_bytes()));
     let reads = [&a.tensors()[..], &b.tensors(), &[offsets]].concat();
-    let z = Sizes { n, e, o, i: k };
+    let z = Sizes { n, e, o, i: k, by_row: false };
     let kernels = |on: &Target| Some(ptx::fp8_grouped_gemm::product(on.into(), a, Rows::Offsets(offsets), b, y));
     s.launch_kernel(&reads, &[y], kernels, move |m| match y.dtype {
         DType::Bf16 => all_products::<bf16>(m, a, offsets, b, y, z),
@@ -82,7 +82,7 @@ pub fn weight_grad(s: &mut Stream, dyt: Tiles, xt: Tiles, offsets: Tensor, dw: T
         let (x_codes, x_scales) = (m.read::<u8>(xt.codes), m.read::<f32>(xt.scales));
         let (mut dw, offsets) = (m.write::<f32>(dw), m.read::<u32>(offsets));
         let groups = groups(&offsets, p);
-        let tasks = tasks::by_outputs(&offsets, Sizes { n: p, e, o, i });
+        let tasks = tasks::by_outputs(&offsets, Sizes { n: p, e, o, i, by_row: false });
         let place = |task: &Task| task.expert * o + task.outputs.start..task.expert * o + task.outputs.end;
         let outs = split(&tasks, &mut dw, i, place);
         run(tasks, outs, i, |task, dw| {

@@ -14,7 +14,14 @@ use crate::{
     device::Target,
     dtype::Float,
     error::Result,
-    ops::{are_fast, elementwise::copy_now, expect::expect_residual, expect_shape, gemv::gemv, is_fast},
+    ops::{
+        are_fast,
+        elementwise::copy_now,
+        expect::expect_residual,
+        expect_shape,
+        gemv::{gemv, linear},
+        is_fast,
+    },
     ptx,
     stream::Stream,
     tensor::Tensor,
@@ -80,7 +87,7 @@ pub fn gemm<T: Float>(a: Mat<T>, b: Mat<T>, beta: f64, c: &mut [T], c_stride: us
         return;
     }
     if m == 1 && a.col_stride == 1 && b.row_stride == 1 && b.col_stride == k {
-        return one_row(a.data, b.data, k, beta, &mut c[..n]);
+        return one_row(a.data, b.data, k, beta, &mut c[..n], threads);
     }
     match T::DTYPE {
         crate::dtype::DType::Bf16 => widened(a, b, beta, c, c_stride, |a, b, c| native(a, b, 0.0, c, n, threads)),
@@ -154,9 +161,9 @@ fn steady<T: Float>(a: Mat<T>, b: Mat<T>, beta: f64, c: &mut [T], c_stride: usiz
 }
 
 /// One row against the rows of a weight, as in generation: bound by reading the weight, so nothing is packed or widened.
-fn one_row<T: Float>(x: &[T], w: &[T], k: usize, beta: f64, y: &mut [T]) {
+fn one_row<T: Float>(x: &[T], w: &[T], k: usize, beta: f64, y: &mut [T], threads: Threads) {
     let mut sums = vec![T::Acc::default(); y.len()];
-    gemv::<T, T>(&w[..y.len() * k], &x[..k], k, &mut sums);
+    gemv::<T, T>(&w[..y.len() * k], &x[..k], k, &mut sums, threads);
     for (y, sum) in y.iter_mut().zip(sums) {
         let old = if beta == 0.0 { T::Acc::default() } else { T::Acc::of_f64(beta) * y.to_acc() };
         *y = T::from_acc(old + sum);
@@ -231,6 +238,7 @@ pub fn forward(s: &mut Stream, x: Tensor, w: Tensor, bias: Option<Tensor>, y: Te
     let reads: Vec<Tensor> = [x, w].into_iter().chain(bias).collect();
     let kernels =
         |on: &Target| (are_fast(&reads) && y.dtype == x.dtype).then(|| ptx::gemm::forward(on.into(), x, w, bias, y));
+    let by_row = s.is_batch_invariant();
     s.launch_kernel(&reads, &[y], kernels, move |m| {
         with_float!(x.dtype, T => {
             let (x, w, mut y) = (m.read::<T>(x), m.read::<T>(w), m.write::<T>(y));
@@ -240,7 +248,11 @@ pub fn forward(s: &mut Stream, x: Tensor, w: Tensor, bias: Option<Tensor>, y: Te
                 y.chunks_exact_mut(o).for_each(|row| row.copy_from_slice(&bias));
                 beta = 1.0;
             }
-            gemm(Mat::new(&x, t, i), Mat::new(&w, o, i).t(), beta, &mut y, o, Threads::All);
+            if by_row {
+                linear::<T, T>(&x, &w, i, &mut y, beta != 0.0, Threads::All);
+            } else {
+                gemm(Mat::new(&x, t, i), Mat::new(&w, o, i).t(), beta, &mut y, o, Threads::All);
+            }
         });
     });
     Ok(())
@@ -259,13 +271,18 @@ pub fn forward_onto(s: &mut Stream, x: Tensor, w: Tensor, residual: Tensor, y: T
     s.account(forward_onto_cost(t, o, i, x.dtype.size_bytes()));
     let reads = [x, w, residual];
     let kernels = |on: &Target| are_fast(&[x, w, y]).then(|| ptx::gemm::forward_onto(on.into(), x, w, residual, y));
+    let by_row = s.is_batch_invariant();
     s.launch_kernel(&reads, &[y], kernels, move |m| {
         if residual != y {
             copy_now(m, residual, y);
         }
         with_float!(x.dtype, T => {
             let (x, w, mut y) = (m.read::<T>(x), m.read::<T>(w), m.write::<T>(y));
-            gemm(Mat::new(&x, t, i), Mat::new(&w, o, i).t(), 1.0, &mut y, o, Threads::All);
+            if by_row {
+                linear::<T, T>(&x, &w, i, &mut y, true, Threads::All);
+            } else {
+                gemm(Mat::new(&x, t, i), Mat::new(&w, o, i).t(), 1.0, &mut y, o, Threads::All);
+            }
         });
     });
     Ok(())

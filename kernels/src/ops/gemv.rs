@@ -1,8 +1,10 @@
-//! `y_no = x_ni w_oi^T` for a few rows of x: what generation does with every weight, once a token.
+//! `y_no = x_ni w_oi^T` by dot products: what generation does with every weight, once a step.
 //!
-//! One read of the weight is the whole cost, so there is no packing: each row of w is dotted with the rows of x while it is in
-//! the first cache. A small weight stays on the calling thread, where it is faster than waking another. w may be bf16
+//! For a few rows of x one read of the weight is the whole cost, so there is no packing: each row of w is dotted with the rows of x
+//! while it is in the first cache. A small product stays on the calling thread, where it is faster than waking another. w may be bf16
 //! under f32 activations; it is widened in registers.
+//!
+//! The bits of a row of y follow from its row of x and from w alone: not from how many rows are beside it, nor from the threads.
 
 use rayon::prelude::*;
 
@@ -11,18 +13,20 @@ use crate::{
     device::Target,
     dtype::Float,
     error::{Error, Result},
-    ops::{expect_shape, is_fast, lanes},
+    ops::{expect_shape, gemm::Threads, is_fast, lanes},
     ptx,
     simd::vectorize,
     stream::Stream,
     tensor::Tensor,
 };
 
-/// Weight bytes from which the pool is used.
+/// Weight bytes, once for each four rows of x, from which the pool is used.
 const MIN_PARALLEL_BYTES: usize = 1 << 20;
-/// Weight bytes one thread takes at a time.
+/// Weight bytes one thread takes at a time, at most.
 const CHUNK_BYTES: usize = 128 << 10;
-/// Rows of w dotted at once.
+/// Bytes of x that stay in the first cache.
+const X_BYTES: usize = 16 << 10;
+/// Rows of w, and of x, dotted at once.
 const BLOCK: usize = 4;
 
 /// Runs `$body` with `$t` and `$w` bound to the types of activations and weights: equal, or bf16 weights under f32.
@@ -57,44 +61,85 @@ pub(crate) fn expect_weight(op: &'static str, x: Tensor, weight: Tensor) -> Resu
 ///
 /// # Panics
 /// If a slice is shorter than `y` implies.
-pub fn gemv<T: Float, W: Float<Acc = T::Acc>>(w: &[W], x: &[T], i: usize, y_on: &mut [T::Acc]) {
+pub fn gemv<T: Float, W: Float<Acc = T::Acc>>(w: &[W], x: &[T], i: usize, y_on: &mut [T::Acc], threads: Threads) {
     let n = x.len() / i.max(1);
     let o = y_on.len() / n.max(1);
     assert!(o * n == y_on.len() && o * i == w.len() && n * i == x.len(), "sizes of a product agree");
     if y_on.is_empty() {
         return;
     }
-    let chunk = (CHUNK_BYTES / (i * size_of::<W>())).max(1).next_multiple_of(BLOCK);
-    if size_of_val(w) < MIN_PARALLEL_BYTES {
-        vectorize(
+    if threads == Threads::One || size_of_val(w) * n.div_ceil(BLOCK) < MIN_PARALLEL_BYTES {
+        return vectorize(
             #[inline(always)]
             || rows(w, x, i, n, y_on),
         );
-    } else {
-        y_on.par_chunks_mut(chunk * n).zip(w.par_chunks(chunk * i)).for_each(|(y, w)| {
-            vectorize(
-                #[inline(always)]
-                || rows(w, x, i, n, y),
-            )
-        });
     }
+    let share = o.div_ceil(2 * rayon::current_num_threads());
+    let chunk = (CHUNK_BYTES / (i * size_of::<W>())).clamp(1, share).next_multiple_of(BLOCK);
+    y_on.par_chunks_mut(chunk * n).zip(w.par_chunks(chunk * i)).for_each(|(y, w)| {
+        vectorize(
+            #[inline(always)]
+            || rows(w, x, i, n, y),
+        )
+    });
 }
 
 #[inline(always)]
 fn rows<T: Float, W: Float<Acc = T::Acc>>(w: &[W], x: &[T], i: usize, n: usize, y: &mut [T::Acc]) {
-    for (w, y) in w.chunks(BLOCK * i).zip(y.chunks_mut(BLOCK * n)) {
-        if w.len() == BLOCK * i {
-            for (j, x) in x.chunks_exact(i).enumerate() {
-                for (b, sum) in lanes::dot4(w, x).into_iter().enumerate() {
-                    y[b * n + j] = sum;
+    let per_block = (X_BYTES / (i * size_of::<T>()).max(1)).max(BLOCK) / BLOCK * BLOCK;
+    for first in (0..n).step_by(per_block) {
+        let x = &x[first * i..(first + per_block).min(n) * i];
+        for (w, y) in w.chunks(BLOCK * i).zip(y.chunks_mut(BLOCK * n)) {
+            let (num_w, mut j) = (w.len() / i, first);
+            let mut fours = x.chunks_exact(BLOCK * i);
+            for x in &mut fours {
+                if num_w == BLOCK {
+                    for (b, sums) in lanes::dot4x4(w, x).into_iter().enumerate() {
+                        y[b * n + j..][..BLOCK].copy_from_slice(&sums);
+                    }
+                } else {
+                    for (w, y) in w.chunks_exact(i).zip(y.chunks_exact_mut(n)) {
+                        y[j..j + BLOCK].copy_from_slice(&lanes::dot4(x, w));
+                    }
                 }
+                j += BLOCK;
             }
-        } else {
-            for (w, y) in w.chunks_exact(i).zip(y.chunks_exact_mut(n)) {
-                for (x, y) in x.chunks_exact(i).zip(y) {
-                    *y = lanes::dot(w, x);
+            for x in fours.remainder().chunks_exact(i) {
+                if num_w == BLOCK {
+                    for (b, sum) in lanes::dot4(w, x).into_iter().enumerate() {
+                        y[b * n + j] = sum;
+                    }
+                } else {
+                    for (w, y) in w.chunks_exact(i).zip(y.chunks_exact_mut(n)) {
+                        y[j] = lanes::dot(w, x);
+                    }
                 }
+                j += 1;
             }
+        }
+    }
+}
+
+/// Assigns `y_no = x_ni w_oi^T`, or adds it to what y holds.
+///
+/// # Panics
+/// If sizes do not agree.
+pub(super) fn linear<T: Float, W: Float<Acc = T::Acc>>(
+    x: &[T],
+    w: &[W],
+    i: usize,
+    y: &mut [T],
+    accumulate: bool,
+    threads: Threads,
+) {
+    let n = x.len() / i.max(1);
+    let mut y_on = vec![T::Acc::default(); y.len()];
+    gemv(w, x, i, &mut y_on, threads);
+    let o = y.len() / n.max(1);
+    for (j, y) in y.chunks_exact_mut(o.max(1)).enumerate() {
+        for (y, &sum) in y.iter_mut().zip(y_on[j..].iter().step_by(n)) {
+            let old = if accumulate { y.to_acc() } else { T::Acc::default() };
+            *y = T::from_acc(old + sum);
         }
     }
 }
@@ -119,7 +164,7 @@ pub fn forward(s: &mut Stream, x: Tensor, w: Tensor, bias: Option<Tensor>, y: Te
     s.launch_kernel(&reads, &[y], kernels, move |m| {
         with_weight!(x, w, T, W => {
             let mut y_on = vec![<T as Float>::Acc::default(); o * n];
-            gemv::<T, W>(&m.read::<W>(w), &m.read::<T>(x), i, &mut y_on);
+            gemv::<T, W>(&m.read::<W>(w), &m.read::<T>(x), i, &mut y_on, Threads::All);
             match bias {
                 Some(bias) if bias.dtype == w.dtype => add_bias(&mut y_on, n, &m.read::<W>(bias)),
                 Some(bias) => add_bias(&mut y_on, n, &m.read::<T>(bias)),
@@ -186,7 +231,8 @@ mod tests {
     #[test]
     fn every_shape_and_type_matches_the_matrix_product() {
         use half::bf16;
-        for (n, o, i) in [(1, 1, 1), (1, 7, 33), (3, 4, 16), (8, 13, 50), (1, 1030, 300), (2, 1030, 300)] {
+        for (n, o, i) in [(1, 1, 1), (1, 7, 33), (3, 4, 16), (8, 13, 50), (70, 9, 129), (1, 1030, 300), (2, 1030, 300)]
+        {
             for bias in [false, true] {
                 let (got, want) = run::<f64, f64>(n, o, i, bias);
                 assert_close(&got, &want, 1e-12);

@@ -11,7 +11,7 @@
 //!
 //! A row's result has the same bits whatever rows are beside it and however its expert's rows are cut, so it does not depend on
 //! the number of ranks that share the experts. One exception: F of x with less than 64 rows in all, where an expert with one row
-//! takes the product that generation is fast with.
+//! takes the product that generation is fast with. On a stream that is batch-invariant all of F is made by that one.
 //!
 //! A product of one expert is too small to share between cores (waking them costs as much as it takes), so the cores take whole
 //! products, the largest first. An expert with many rows is cut into chunks, of rows (F, I) or of outputs (W), at places that
@@ -33,6 +33,7 @@ use crate::{
         are_fast,
         expect::expect_tensor,
         gemm::{self as plain, Mat, Threads, gemm, gemm_by_row},
+        gemv::linear,
         is_fast,
     },
     ptx::{self, gemm::Matrix, grouped_gemm::Rows},
@@ -48,6 +49,8 @@ pub(super) struct Sizes {
     pub e: usize,
     pub o: usize,
     pub i: usize,
+    /// F by dot products, whatever the number of rows.
+    pub by_row: bool,
 }
 
 /// Rows of x below which one row of an expert is a product with a vector.
@@ -56,8 +59,11 @@ const FEW_ROWS: usize = 64;
 impl Task {
     /// The task's rows of y = x w_e^T.
     fn forward<T: Float>(&self, z: Sizes, x: &[T], w: &[T], y: &mut [T]) {
-        let x = Mat::new(&x[self.rows.start * z.i..self.rows.end * z.i], self.rows.len(), z.i);
-        let w = self.weight(z, w).t();
+        let x = &x[self.rows.start * z.i..self.rows.end * z.i];
+        if z.by_row {
+            return linear::<T, T>(x, &w[self.expert * z.o * z.i..][..z.o * z.i], z.i, y, false, Threads::One);
+        }
+        let (x, w) = (Mat::new(x, self.rows.len(), z.i), self.weight(z, w).t());
         if z.n < FEW_ROWS {
             gemm(x, w, 0.0, y, z.o, Threads::One);
         } else {
@@ -97,12 +103,13 @@ fn check(
     expect_tensor(op, w_role, w, x.dtype, &[e, o, i])?;
     expect_tensor(op, x_role, x, x.dtype, &[n, i])?;
     expect_tensor(op, y_role, y, x.dtype, &[n, o])?;
-    Ok(Sizes { n, e, o, i })
+    Ok(Sizes { n, e, o, i, by_row: false })
 }
 
 /// F: `y_no = x_ni w_e^T` per expert, from x [n, i], offsets U32 \[e + 1\] and w [e, o, i].
 pub fn forward(s: &mut Stream, x: Tensor, offsets: Tensor, w: Tensor, y: Tensor) -> Result<()> {
     let z = check("grouped linear", offsets, ("w", w), ("x", x), ("y", y))?;
+    let z = Sizes { by_row: s.is_batch_invariant(), ..z };
     s.account(forward_cost(z.n, z.e, z.o, z.i, x.dtype.size_bytes()));
     let kernels = |on: &Target| {
         are_fast(&[x, w, y]).then(|| ptx::grouped_gemm::forward(on.into(), x, Rows::Offsets(offsets), w, y))

@@ -5,10 +5,10 @@
 
 use super::{
     Arg, Kernel, Launch,
-    asm::{Assembler, B32, B64, F64, Reg},
+    asm::{Assembler, B32, B64, F64, Pred, Reg},
     golden::Variant,
     parts::{
-        self, copy_bits, count, div_rem, element, flat_grid, flat_over_grid, load, load_f64, load_vector, store,
+        self, copy_bits, count, div_rem, element, flat, flat_grid, flat_over_grid, load, load_f64, load_u32, load_vector, store,
         store_vector,
     },
 };
@@ -24,6 +24,25 @@ pub fn zero(y: Tensor) -> Vec<Launch> {
 pub fn copy(x: Tensor, y: Tensor) -> Vec<Launch> {
     let (n, lanes) = (x.len(), flat_lanes(x, y));
     launch(copy_kernel(x.dtype, y.dtype, lanes), n, lanes, vec![Arg::Tensor(x), Arg::Tensor(y), Arg::U32(count(n))])
+}
+
+/// `y[rows[i]] = x[i]`, all u32; rows that y does not have are left alone.
+pub fn scatter(x: Tensor, rows: Tensor, y: Tensor) -> Vec<Launch> {
+    let args = [x, rows, y].map(Arg::Tensor).into_iter().chain([x.len(), y.len()].map(|n| Arg::U32(count(n))));
+    launch(scatter_kernel(), x.len(), 1, args.collect())
+}
+
+fn scatter_kernel() -> Kernel {
+    parts::kernel("scatter_b32".into(), move |k| {
+        let (x, rows, y) = (k.pointer("x"), k.pointer("rows"), k.pointer("y"));
+        let (n, len) = (k.u32("n"), k.u32("len"));
+        flat(k, n, 1, |k, i, _| {
+            let (value, row, inside) = (load_u32(k, x, i), load_u32(k, rows, i), k.reg::<Pred>());
+            ptx!(k, "setp.lt.u32 {inside}, {row}, {len};");
+            let at = element(k, y, row, DType::U32);
+            ptx!(k, "@{inside} st.global.u32 [{at}], {value};");
+        });
+    })
 }
 
 /// y += x; x may have another type, and is rounded once, with the sum.
@@ -159,7 +178,7 @@ fn copy_columns_kernel(dtype: DType, lanes: usize, accumulate: bool) -> Kernel {
 /// What is committed.
 pub fn variants() -> Vec<Variant> {
     use DType::{Bf16, F32, F64, U32};
-    let mut all = vec![zero_kernel(2, 8), zero_kernel(4, 4), zero_kernel(8, 2)];
+    let mut all = vec![zero_kernel(2, 8), zero_kernel(4, 4), zero_kernel(8, 2), scatter_kernel()];
     all.extend(
         [(Bf16, Bf16, 8), (U32, U32, 4), (F64, F64, 2), (F32, Bf16, 8), (Bf16, F32, 8)]
             .map(|(a, b, n)| copy_kernel(a, b, n)),
@@ -185,6 +204,19 @@ mod tests {
     };
 
     const DTYPES: [DType; 2] = [DType::F32, DType::Bf16];
+
+    #[test]
+    fn rows_are_scattered_as_the_cpus() {
+        for rows in [vec![], vec![3.0, 0.0, 5.0]] {
+            let n = rows.len();
+            let inputs = [
+                Data(DType::U32, vec![n], vec![7.0; n]),
+                Data(DType::U32, vec![n], rows),
+                Data(DType::U32, vec![6], vec![1.0; 6]),
+            ];
+            Case::new(&inputs).cpu(|s, t| cpu::scatter(s, t[0], t[1], t[2])).ptx(|t| scatter(t[0], t[1], t[2])).equal();
+        }
+    }
 
     #[test]
     fn zero_copy_and_add_do_as_the_cpu_to_the_bit() {

@@ -6,7 +6,7 @@
 
 use super::{
     Arch, Kernel, adamw, attention, balance, cross_entropy, dequantize, e5m6, elementwise, embedding, fp8_gemm, gate,
-    gemm, gemv, latent, mla, norm, permute, quantize, rms_norm, rope, sampling, swiglu,
+    gemm, gemv, latent, mla, norm, paged, permute, quantize, rms_norm, rope, sampling, swiglu,
 };
 
 include!(concat!(env!("OUT_DIR"), "/golden.rs"));
@@ -44,6 +44,7 @@ pub fn variants() -> Vec<Variant> {
         latent::variants(),
         mla::variants(),
         norm::variants(),
+        paged::variants(),
         permute::variants(),
         quantize::variants(),
         rms_norm::variants(),

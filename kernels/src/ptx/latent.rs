@@ -21,12 +21,16 @@ use super::{
     fold::Team,
     gemv::dots,
     golden::Variant,
+    paged::rows,
     parts::{self, BLOCK, count, div_rem, element, f32_op, load, load_vector, row, special, store, strided},
     rope::pairs_name,
 };
 use crate::{
     dtype::DType,
-    ops::rope::{Pairs, RopeTable},
+    ops::{
+        paged::{Run, Sequences},
+        rope::{Pairs, RopeTable},
+    },
     ptx,
     tensor::Tensor,
 };
@@ -37,23 +41,31 @@ pub const MAX_LATENT: usize = 1536;
 /// Tokens that one launch of expand takes.
 const MAX_TOKENS: usize = 8;
 
-/// Writes the latents [m, c] and the rotated last r columns of kv_a [m, c + r] at rows `at..at + m`, as
+/// Writes the latents [m, c] and the rotated last r columns of kv_a [m, c + r] of new tokens at their rows, as
 /// [`crate::ops::mla::latent::append`].
 ///
 /// # Panics
 /// If a position is past the table.
-pub fn append(latent: Tensor, kv_a: Tensor, table: &RopeTable, cache: Tensor, at: usize) -> Vec<Launch> {
-    let (tokens, width, half) = (kv_a.dim(0), kv_a.cols(), table.dim() / 2);
-    let c = latent.cols();
-    assert!(at + tokens <= table.max_positions(), "position {} is past the rope table", at + tokens - 1);
-    let rows = cache.slice(at * width, tokens * width).reshape(&[tokens, width]);
-    let mut launches = elementwise::copy_columns((latent, 0), (rows, 0), c, false);
-    let items = tokens * half;
-    if items > 0 {
-        let mut args: Vec<Arg> = [kv_a, table.cos, table.sin, rows].map(Arg::Tensor).into();
-        args.extend([items, c, width, half, at].map(|n| Arg::U32(count(n))));
-        let kernel = rotate_kernel(cache.dtype, table.pairs);
-        launches.push(Launch { kernel, grid: parts::flat_grid(items, 1), args });
+pub fn append(latent: Tensor, kv_a: Tensor, table: &RopeTable, cache: Tensor, sequences: &Sequences) -> Vec<Launch> {
+    let (c, width, half) = (latent.cols(), kv_a.cols(), table.dim() / 2);
+    let mut launches = Vec::new();
+    for Run { tokens, position, row } in sequences.runs() {
+        let (first, tokens) = (tokens.start, tokens.len());
+        assert!(
+            position + tokens <= table.max_positions(),
+            "position {} is past the rope table",
+            position + tokens - 1
+        );
+        let part = |x: Tensor, row: usize| x.slice(row * x.cols(), tokens * x.cols()).reshape(&[tokens, x.cols()]);
+        let (latent, kv_a, rows) = (part(latent, first), part(kv_a, first), part(cache, row));
+        launches.extend(elementwise::copy_columns((latent, 0), (rows, 0), c, false));
+        let items = tokens * half;
+        if items > 0 {
+            let mut args: Vec<Arg> = [kv_a, table.cos, table.sin, rows].map(Arg::Tensor).into();
+            args.extend([items, c, width, half, position].map(|n| Arg::U32(count(n))));
+            let kernel = rotate_kernel(cache.dtype, table.pairs);
+            launches.push(Launch { kernel, grid: parts::flat_grid(items, 1), args });
+        }
     }
     launches
 }
@@ -96,19 +108,39 @@ fn rotate_kernel(dtype: DType, pairs: Pairs) -> Kernel {
     })
 }
 
-/// Assigns o [m, h, v] of the rotated queries [m, h, n + r] at positions `at..at + m`, as [`crate::ops::mla::latent::forward`]. The
-/// scratch is m h (2 c + r) numbers of f32, and more if the cache is cut into parts.
+/// Assigns o [m, h, v] of the rotated queries [m, h, n + r] of the new tokens of `sequences`, as
+/// [`crate::ops::mla::latent::forward`]. The scratch is m h (2 c + r) numbers of f32, and more if the cache is cut into parts.
 ///
 /// # Panics
 /// Above [`MAX_LATENT`].
-pub fn forward(q: Tensor, w_kv_b: Tensor, cache: Tensor, at: usize, scale: f64, o: Tensor) -> Vec<Launch> {
+pub fn forward(q: Tensor, w_kv_b: Tensor, cache: Tensor, sequences: &Sequences, scale: f64, o: Tensor) -> Vec<Launch> {
+    let mut launches = Vec::new();
+    for (first, sequence) in sequences.iter() {
+        let (h, tokens) = (q.dim(1), sequence.num_new);
+        let part = |x: Tensor| x.slice(first * h * x.cols(), tokens * h * x.cols()).reshape(&[tokens, h, x.cols()]);
+        let (rows, copy) = rows(cache, sequences, sequence, 4);
+        launches.extend(copy);
+        let keys = (rows, Elements::of(cache), cache.cols());
+        launches.extend(forward_one(part(q), w_kv_b, keys, sequence.context, scale, part(o)));
+    }
+    launches
+}
+
+/// The same of one sequence, whose rows follow each other.
+fn forward_one(
+    q: Tensor,
+    w_kv_b: Tensor,
+    (keys, key_elements, width): (Arg, Elements, usize),
+    at: usize,
+    scale: f64,
+    o: Tensor,
+) -> Vec<Launch> {
     let (tokens, h, v, c) = (q.dim(0), q.dim(1), o.dim(2), w_kv_b.dim(1));
-    let (n, r) = (w_kv_b.dim(0) / h.max(1) - v, cache.cols() - c);
+    let (n, r) = (w_kv_b.dim(0) / h.max(1) - v, width - c);
     assert!(c <= MAX_LATENT, "absorbed attention: latents of {c}");
     if tokens * h * v == 0 {
         return vec![];
     }
-    let width = c + r;
     let scratch = |slot, width: usize| Arg::Scratch { slot, bytes: 4 * (tokens * h * width) as u64 };
     let (q_latent, o_latent) = (scratch(0, width), scratch(1, c));
     let lanes = parts::lanes(&[w_kv_b], c);
@@ -117,8 +149,8 @@ pub fn forward(q: Tensor, w_kv_b: Tensor, cache: Tensor, at: usize, scale: f64, 
     let kernel = absorb_kernel(q.dtype, w_kv_b.dtype, lanes, c);
     let mut launches = vec![Launch { kernel, grid: [count(h), count(tokens), 1], args }];
     let query = Query { tokens, at, g: 1, group: h, d: width, width: c, scale };
-    let elements = [scratch_elements(width), Elements::of(cache), scratch_elements(c)];
-    launches.extend(attend(query, elements, q_latent, (cache, None), o_latent.clone(), 2));
+    let elements = [scratch_elements(width), key_elements, scratch_elements(c)];
+    launches.extend(attend(query, elements, q_latent, (keys, None), o_latent.clone(), 2));
     launches.extend((0..tokens).step_by(MAX_TOKENS).map(|first| {
         let kernel = expand_kernel(o.dtype, w_kv_b.dtype, lanes, (tokens - first).min(MAX_TOKENS));
         let mut args = vec![o_latent.clone(), Arg::Tensor(w_kv_b), Arg::Tensor(o)];
@@ -265,7 +297,7 @@ mod tests {
     use crate::{
         device::Device,
         memory::Memory,
-        ops::{mla::latent as cpu, rope::Rope},
+        ops::{mla::latent as cpu, paged::Sequence, rope::Rope},
         ptx::case::{Case, Data},
     };
 
@@ -289,9 +321,9 @@ mod tests {
                 Case::new(&inputs)
                     .cpu(|s, x| {
                         let table = table(&s.memory().clone());
-                        cpu::append(s, x[0], x[1], &table, x[2], at)
+                        cpu::append(s, x[0], x[1], &table, x[2], &Sequences::one(12, tokens, at))
                     })
-                    .ptx_with(|m, x| append(x[0], x[1], &table(m), x[2], at))
+                    .ptx_with(|m, x| append(x[0], x[1], &table(m), x[2], &Sequences::one(12, tokens, at)))
                     .equal();
             }
         }
@@ -305,6 +337,7 @@ mod tests {
         {
             for (x, w) in [(DType::F32, DType::F32), (DType::F32, DType::Bf16), (DType::Bf16, DType::Bf16)] {
                 let capacity = at + tokens + 2;
+                let all = Sequences::one(capacity, tokens, at);
                 let mut cache = Data::random(x, &[capacity, c + R], 3);
                 // What lies past the valid rows must not matter.
                 cache.2[(at + tokens) * (c + R)..].fill(f64::NAN);
@@ -316,14 +349,43 @@ mod tests {
                 ];
                 // Four sums in other orders one after another.
                 Case::new(&inputs)
-                    .cpu(|s, t| cpu::forward(s, t[0], t[1], t[2], at, SCALE, t[3]))
-                    .ptx(|t| forward(t[0], t[1], t[2], at, SCALE, t[3]))
+                    .cpu(|s, t| cpu::forward(s, t[0], t[1], t[2], &all, SCALE, t[3]))
+                    .ptx(|t| forward(t[0], t[1], t[2], &all, SCALE, t[3]))
                     .close(1e-5);
             }
         }
         let memory = Memory::new(Device::Cpu);
         let q = memory.alloc(DType::F32, &[0, 2, 8]);
         let (w, cache) = (memory.alloc(DType::F32, &[16, 4]), memory.alloc(DType::F32, &[3, 8]));
-        assert!(forward(q, w, cache, 1, SCALE, memory.alloc(DType::F32, &[0, 2, 4])).is_empty());
+        assert!(forward(q, w, cache, &Sequences::one(3, 0, 1), SCALE, memory.alloc(DType::F32, &[0, 2, 4])).is_empty());
+    }
+
+    #[test]
+    fn sequences_on_scattered_pages_are_the_cpus() {
+        let of = |num_new, context, pages: &[u32]| Sequence { num_new, context, pages: pages.into() };
+        let all = Sequences::new([of(2, 3, &[2, 0]), of(1, 4, &[1, 3])], 4);
+        let (h, n, v, c) = (2, 4, 4, 8);
+        for dtype in [DType::F32, DType::Bf16] {
+            let cache = || Data::random(dtype, &[16, c + R], 3);
+            let inputs = [Data::random(dtype, &[3, c], 1), Data::random(dtype, &[3, c + R], 2), cache()];
+            let table = rope(Pairs::Interleaved);
+            Case::new(&inputs)
+                .cpu(|s, x| {
+                    let table = table(&s.memory().clone());
+                    cpu::append(s, x[0], x[1], &table, x[2], &all)
+                })
+                .ptx_with(|m, x| append(x[0], x[1], &table(m), x[2], &all))
+                .equal();
+            let inputs = [
+                Data::random(dtype, &[3, h, n + R], 1),
+                Data::random(dtype, &[h * (n + v), c], 2),
+                cache(),
+                Data::poison(dtype, &[3, h, v]),
+            ];
+            Case::new(&inputs)
+                .cpu(|s, t| cpu::forward(s, t[0], t[1], t[2], &all, SCALE, t[3]))
+                .ptx(|t| forward(t[0], t[1], t[2], &all, SCALE, t[3]))
+                .close(1e-5);
+        }
     }
 }

@@ -28,6 +28,7 @@ pub mod grouped_gemm;
 pub mod latent;
 pub mod mla;
 pub mod norm;
+pub mod paged;
 pub mod parts;
 pub mod permute;
 pub mod quantize;

@@ -115,7 +115,7 @@ fn sampled() {
         let tokens = memory.alloc(DType::U32, &[40]);
         // More launches than there are pieces, whose numbers differ.
         for position in 0..40 {
-            let row = Sampling { temperature: 1.5, top_k: 40, top_p: 0.95, seed: 3, position };
+            let row = Sampling { temperature: 1.5, top_k: 40, top_p: 0.95, min_p: 0.01, seed: 3, position };
             forward(&mut s, logits, &[row], tokens.slice(position as usize, 1)).unwrap();
         }
         s.synchronize().unwrap();

@@ -123,7 +123,7 @@ impl Workbench for Bench {
         let checked = read(path, text, &[]).and_then(|loaded| load::judge(loaded, &["model", "data", "train"]));
         let loaded = checked.map_err(|errors| errors.to_string())?.loaded;
         if !resume {
-            run::make_room(&run::run_dir(&loaded.scene), true).map_err(|failure| failure.message())?;
+            run::make_room(&load::run_dir(&loaded.scene), true).map_err(|failure| failure.message())?;
         }
         let stop = Arc::new(AtomicUsize::new(0));
         let (handle, inbox) = control::channel();

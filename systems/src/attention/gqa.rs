@@ -15,11 +15,11 @@ use kernels::{
 
 use super::{AttentionSizes, Rotary};
 use crate::{
-    generate::CachedTokens,
     linear::{NarrowOutput, Rows, Workspace, weight_grads},
     lower::{Lowering, Saved},
     microbatch::Inputs,
     model::Weight,
+    serve::cache::StepSequences,
 };
 
 /// F of grouped-query attention.
@@ -213,14 +213,14 @@ pub(crate) fn gqa_cached(
     In(id): In<Entity>,
     mut launch: Launch<GqaTask>,
     rotary: Res<Rotary>,
-    cached: Res<CachedTokens>,
+    sequences: Res<StepSequences>,
 ) -> Result {
     let (_, &task, s) = launch.get(id)?;
     let (a, gqa) = (&task.acts, &task.gqa);
     let Some(cache) = task.cache else { return Ok(()) };
     task.project(s, &rotary)?;
-    attention::cached::append(s, a.k, a.v, cache, cached.0)?;
-    attention::cached::forward(s, a.q, cache, cached.0, task.sizes.scale, a.o)?;
+    attention::cached::append(s, a.k, a.v, cache, &sequences.0)?;
+    attention::cached::forward(s, a.q, cache, &sequences.0, task.sizes.scale, a.o)?;
     gqa.out.forward_onto(s, Rows::High(flat(a.o)), task.room, a.x, a.out)
 }
 

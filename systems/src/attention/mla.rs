@@ -14,11 +14,11 @@ use kernels::{
 
 use super::{AttentionSizes, Rotary};
 use crate::{
-    generate::CachedTokens,
     linear::{NarrowOutput, Rows, Workspace, weight_grads},
     lower::{Lowering, Saved},
     microbatch::Inputs,
     model::Weight,
+    serve::cache::StepSequences,
 };
 
 /// F of latent attention.
@@ -335,15 +335,15 @@ pub(crate) fn mla_cached(
     In(id): In<Entity>,
     mut launch: Launch<MlaTask>,
     rotary: Res<Rotary>,
-    cached: Res<CachedTokens>,
+    sequences: Res<StepSequences>,
 ) -> Result {
     let (_, &task, s) = launch.get(id)?;
     let (a, mla) = (&task.acts, &task.mla);
     let Some(cache) = task.cache else { return Ok(()) };
     task.down(s)?;
     task.queries(s, &rotary)?;
-    mla::latent::append(s, a.kv_normed.high()?, a.kv_latent, &rotary.0, cache, cached.0)?;
-    mla::latent::forward(s, a.q, mla.kv_up.value, cache, cached.0, task.sizes.scale, a.o)?;
+    mla::latent::append(s, a.kv_normed.high()?, a.kv_latent, &rotary.0, cache, &sequences.0)?;
+    mla::latent::forward(s, a.q, mla.kv_up.value, cache, &sequences.0, task.sizes.scale, a.o)?;
     mla.out.forward_onto(s, Rows::High(flat(a.o)), task.room, a.x, a.out)
 }
 

@@ -1,6 +1,7 @@
 //! Byte-level BPE tokenizers: loaded from a `tokenizer.json` or trained here. Only byte-level ones, because then every token
 //! is a fixed byte string: decoding is a table look-up, and a stream can hold back exactly the bytes of an unfinished character.
 
+use std::borrow::Borrow;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -213,15 +214,21 @@ impl Tokenizer {
     }
 
     /// A decoder for a stream of ids.
-    pub fn decode_stream(&self, skip_special: bool) -> DecodeStream<'_> {
-        DecodeStream { tokenizer: self, skip_special, pending: Vec::new() }
+    pub fn decode_stream(&self, skip_special: bool) -> DecodeStream<&Tokenizer> {
+        DecodeStream::new(self, skip_special)
     }
 
-    fn bytes_of(&self, id: u32, skip_special: bool) -> &[u8] {
+    /// The bytes that `id` stands for: none if it is not assigned, or special and those are skipped.
+    pub fn bytes_of(&self, id: u32, skip_special: bool) -> &[u8] {
         match self.tokens.get(id as usize) {
             Some(token) if !(skip_special && token.is_special) => &token.bytes,
             _ => &[],
         }
+    }
+
+    /// Whether `id` is a special token.
+    pub fn is_special(&self, id: u32) -> bool {
+        self.tokens.get(id as usize).is_some_and(|token| token.is_special)
     }
 }
 
@@ -231,19 +238,25 @@ fn encode(tokenizer: &HfTokenizer, text: &str) -> Result<Vec<u32>, TokenizerErro
     Ok(tokenizer.encode_fast(text, false).map_err(library)?.get_ids().to_vec())
 }
 
-/// Decodes ids as they come. What it gives out never changes later: the pieces, concatenated, are [`Tokenizer::decode`].
+/// Decodes ids as they come. What it gives out never changes later: the pieces, concatenated, are [`Tokenizer::decode`]. It borrows
+/// its tokenizer or, as an [`std::sync::Arc`], shares it.
 #[derive(Clone, Debug)]
-pub struct DecodeStream<'t> {
-    tokenizer: &'t Tokenizer,
+pub struct DecodeStream<T> {
+    tokenizer: T,
     skip_special: bool,
     /// The beginning of a character, at most 3 bytes between calls.
     pending: Vec<u8>,
 }
 
-impl DecodeStream<'_> {
+impl<T: Borrow<Tokenizer>> DecodeStream<T> {
+    /// Before the first id.
+    pub fn new(tokenizer: T, skip_special: bool) -> Self {
+        DecodeStream { tokenizer, skip_special, pending: Vec::new() }
+    }
+
     /// The text that `id` completes, empty while a character is unfinished.
     pub fn push(&mut self, id: u32) -> String {
-        self.pending.extend_from_slice(self.tokenizer.bytes_of(id, self.skip_special));
+        self.pending.extend_from_slice(self.tokenizer.borrow().bytes_of(id, self.skip_special));
         let mut complete = self.pending.len();
         if let Some(last) = self.pending.utf8_chunks().last()
             && let Err(error) = std::str::from_utf8(last.invalid())
@@ -257,8 +270,8 @@ impl DecodeStream<'_> {
     }
 
     /// The end of the stream: an unfinished character becomes U+FFFD.
-    pub fn finish(self) -> String {
-        String::from_utf8_lossy(&self.pending).into_owned()
+    pub fn finish(&mut self) -> String {
+        String::from_utf8_lossy(&std::mem::take(&mut self.pending)).into_owned()
     }
 }
 

@@ -15,10 +15,10 @@ use crate::{
     dense::{Dense, DenseActivations, DenseGradients},
     dispatch::{self, Arrived},
     expert::{ExpertActivations, ExpertGradients, Moe},
-    generate::LayerCache,
     lower::Lowering,
     model::Layer,
     routing::{RouteActivations, RouteGradients, Router},
+    serve::cache::LayerCache,
 };
 
 #[expect(clippy::large_enum_variant, reason = "both are handles, which are copied")]

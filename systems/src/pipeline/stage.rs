@@ -158,6 +158,21 @@ impl Stages {
         Ok(out)
     }
 
+    /// Emits the forward of MTP module `k` without anything for a backward: from the hidden states `h` [t, d] that it is given and the
+    /// tokens \[t\] k + 1 places on, its own hidden states, normed, [t, d].
+    pub fn lower_module_inference(&self, l: &mut Lowering, k: usize, tokens: Tensor, h: Tensor) -> Result<Tensor> {
+        let Some(module) = self.model.mtp.get(k) else { return Err(format!("there is no MTP module {k}").into()) };
+        let embedded = embedding::lower_forward(l, self.weight(self.model.embedding)?, tokens)?;
+        let join = module.lower_forward(l, embedded, h)?;
+        let before = l.take_scope();
+        let (layer, x) = LayerForward::whole(l, module.layer, self.router, join.out)?;
+        l.release_scope(before, None);
+        l.release_scope(layer.scope, Some(x));
+        let out = head::lower_norm(l, module.norm, x)?.out;
+        l.layer = None;
+        Ok(out)
+    }
+
     fn layers(&self, stage: u32) -> Range<usize> {
         self.layout.stages[stage as usize].clone()
     }

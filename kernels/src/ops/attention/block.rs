@@ -16,6 +16,7 @@ use crate::{
     ops::{
         gemm::{Mat, Threads, gemm},
         lanes::{self, LANES},
+        paged::Table,
     },
     simd::vectorize,
 };
@@ -51,10 +52,12 @@ impl Rows {
 
 /// Queries of one kv head that see the same span of keys, each up to its own position.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Part {
+pub(crate) struct Part<'a> {
     pub q: Rows,
     pub k: Rows,
     pub v: Rows,
+    /// Where keys and values of a position are.
+    pub table: Table<'a>,
     pub o: Rows,
     /// Query tokens.
     pub num_tokens: usize,
@@ -64,7 +67,7 @@ pub(crate) struct Part {
     pub scale: f64,
 }
 
-impl Part {
+impl Part<'_> {
     pub(crate) fn num_rows(&self) -> usize {
         self.num_tokens * self.q.group
     }
@@ -72,6 +75,11 @@ impl Part {
     /// Number of keys that a query row sees.
     pub(crate) fn visible(&self, row: usize) -> usize {
         self.context + row / self.q.group + 1
+    }
+
+    /// The first of `rows` that sees key `key`.
+    fn first_to_see(&self, key: usize, rows: &Range<usize>) -> usize {
+        (key.saturating_sub(self.context) * self.q.group).clamp(rows.start, rows.end)
     }
 
     /// Index of a row in [t, h], where o is [t, h, v].
@@ -240,7 +248,8 @@ pub(crate) fn forward<Q: Float, T: Float<Acc = Q::Acc>>(
     }
 }
 
-/// The same for a few query rows: dot products over the keys where they lie. What a generated token asks for.
+/// The same by dot products over the keys where they lie, in an order that follows from a row's own position: its bits are the same in
+/// any company. What a cache is read by.
 pub(crate) fn forward_rows<Q: Float, T: Float<Acc = Q::Acc>>(
     part: &Part,
     rows: Range<usize>,
@@ -260,8 +269,8 @@ pub(crate) fn forward_rows<Q: Float, T: Float<Acc = Q::Acc>>(
         #[inline(always)]
         || {
             for key in 0..num_keys {
-                let k_d = &k[part.k.range(key)];
-                let mut i = 0;
+                let k_d = &k[part.k.range(part.table.row(key))];
+                let mut i = part.first_to_see(key, &rows) - rows.start;
                 while i + DOTS <= r {
                     let four = lanes::dot4(&q_rd[i * d..(i + DOTS) * d], k_d);
                     for (j, score) in four.into_iter().enumerate() {
@@ -280,14 +289,14 @@ pub(crate) fn forward_rows<Q: Float, T: Float<Acc = Q::Acc>>(
         #[inline(always)]
         || {
             for (i, row) in scores_rk.chunks_exact_mut(num_keys).enumerate() {
-                let (seen, unseen) = row.split_at_mut(part.visible(rows.start + i));
+                let seen = &mut row[..part.visible(rows.start + i)];
                 max_r[i] = lanes::max(seen);
                 sum_r[i] = lanes::exp_and_sum(seen, max_r[i]);
-                unseen.fill(Q::Acc::zero());
             }
             for key in 0..num_keys {
-                let v_v = &v[part.v.range(key)];
-                for (i, o_v) in o_rv.chunks_exact_mut(width).enumerate() {
+                let v_v = &v[part.v.range(part.table.row(key))];
+                let first = part.first_to_see(key, &rows) - rows.start;
+                for (i, o_v) in o_rv.chunks_exact_mut(width).enumerate().skip(first) {
                     lanes::add_scaled(o_v, scores_rk[i * num_keys + key], v_v);
                 }
             }

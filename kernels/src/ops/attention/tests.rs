@@ -1,7 +1,11 @@
 //! Attention against its definition, its gradient and its caches.
 #![expect(clippy::unwrap_used, reason = "tests")]
 use super::{cached::KvCache, *};
-use crate::{dtype::DType, memory::Memory, ops::testing::*};
+use crate::{
+    dtype::DType,
+    memory::Memory,
+    ops::{paged::Sequences, testing::*},
+};
 
 /// Heads, kv heads, widths of q and v, and the documents' first tokens padded with the last.
 struct Case {
@@ -213,13 +217,14 @@ fn a_cache_filled_in_chunks_gives_the_whole() {
             m.write::<f64>(cache.v).fill(f64::NAN);
             let (mut at, mut got) = (0, Vec::new());
             for n in chunks {
+                let all = Sequences::one(t + 3, n, at);
                 let slice = |i: usize| {
                     let [_, heads, width] = case.dims()[i];
                     m.from_slice(&[n, heads, width], &data[i][at * heads * width..(at + n) * heads * width])
                 };
-                cached::append(&mut s, slice(1), slice(2), cache, at).unwrap();
+                cached::append(&mut s, slice(1), slice(2), cache, &all).unwrap();
                 let o = m.alloc(DType::F64, &[n, case.h, case.v]);
-                cached::forward(&mut s, slice(0), cache, at, 0.7, o).unwrap();
+                cached::forward(&mut s, slice(0), cache, &all, 0.7, o).unwrap();
                 s.synchronize().unwrap();
                 got.extend(m.download::<f64>(o));
                 at += n;
@@ -247,6 +252,7 @@ fn wrong_calls_say_what_is_wrong() {
     assert!(error.contains("`doc_offsets` should rise from 0 to 4"), "{error}");
 
     let cache = KvCache { k: m.alloc(DType::F32, &[5, 2, 4]), v: m.alloc(DType::F32, &[5, 2, 4]) };
-    let error = cached::append(&mut s, tensors[1], tensors[2], cache, 2).unwrap_err().to_string();
+    let error =
+        cached::append(&mut s, tensors[1], tensors[2], cache, &Sequences::one(5, 4, 2)).unwrap_err().to_string();
     assert!(error.contains("at least 6 rows to hold 4 more after 2"), "{error}");
 }

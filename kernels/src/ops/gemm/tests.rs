@@ -144,3 +144,27 @@ fn bf16_products_round_once() {
         assert!((f64::from(*got) - want).abs() <= want.abs() / 256.0 + 1e-6, "{got} for {want}");
     }
 }
+
+#[test]
+fn on_a_batch_invariant_stream_a_row_has_its_bits_in_any_company() {
+    let (o, i) = (37, 130);
+    let x: Vec<f32> = random(70 * i, 1).iter().map(|&x| x as f32).collect();
+    let w: Vec<f32> = random(o * i, 2).iter().map(|&x| x as f32).collect();
+    let run = |rows: std::ops::Range<usize>, onto: bool| {
+        let mut s = stream();
+        s.set_batch_invariant(true);
+        let m = s.memory().clone();
+        let n = rows.len();
+        let (x, w) = (m.from_slice(&[n, i], &x[rows.start * i..rows.end * i]), m.from_slice(&[o, i], &w));
+        let y = m.from_slice(&[n, o], &vec![0.5f32; n * o]);
+        if onto { forward_onto(&mut s, x, w, y, y) } else { forward(&mut s, x, w, None, y) }.unwrap();
+        s.synchronize().unwrap();
+        m.download::<f32>(y).iter().map(|x| x.to_bits()).collect::<Vec<_>>()
+    };
+    for onto in [false, true] {
+        let together = run(0..70, onto);
+        for rows in [0..1, 3..7, 1..68, 69..70] {
+            assert_eq!(run(rows.clone(), onto), together[rows.start * o..rows.end * o], "rows {rows:?}");
+        }
+    }
+}

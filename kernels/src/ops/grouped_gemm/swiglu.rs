@@ -29,6 +29,7 @@ use crate::{
 pub fn forward(s: &mut Stream, x: Tensor, offsets: Tensor, w_gate_up: Tensor, h: Tensor, a: Tensor) -> Result<()> {
     const OP: &str = "grouped SwiGLU";
     let z = check(OP, offsets, ("w_gate_up", w_gate_up), ("x", x), ("h", h))?;
+    let z = Sizes { by_row: s.is_batch_invariant(), ..z };
     expect_that(OP, "w_gate_up", w_gate_up, z.o.is_multiple_of(2), || "[e, 2f, i]".into())?;
     let f = z.o / 2;
     expect_tensor(OP, "a", a, x.dtype, &[z.n, f])?;
@@ -76,7 +77,7 @@ pub fn input_grad(
     if let Some(a) = a {
         expect_tensor(OP, "a", a, dy.dtype, &[n, f])?;
     }
-    let z = Sizes { n, e, o: d, i: f };
+    let z = Sizes { n, e, o: d, i: f, by_row: false };
     let writes: Vec<Tensor> = std::iter::once(dh).chain(a).collect();
     s.account(input_grad_cost(n, e, d, f, dy.dtype.size_bytes()));
     let kernels = |on: &Target| {

@@ -119,7 +119,7 @@ mod tests {
     ) -> Vec<(usize, Range<usize>, Range<usize>)> {
         let mut offsets = vec![0u32];
         counts.iter().for_each(|&c| offsets.push(offsets[offsets.len() - 1] + c as u32));
-        let z = Sizes { n: counts.iter().sum(), e: counts.len(), o, i: 8 };
+        let z = Sizes { n: counts.iter().sum(), e: counts.len(), o, i: 8, by_row: false };
         cut(&offsets, z).into_iter().map(|t| (t.expert, t.rows, t.outputs)).collect()
     }
 
@@ -146,6 +146,6 @@ mod tests {
     #[test]
     #[should_panic(expected = "offsets lie within the rows of x: found [0, 5] for 4 rows")]
     fn offsets_of_other_rows_are_refused() {
-        by_rows(&[0, 5], Sizes { n: 4, e: 1, o: 1, i: 1 });
+        by_rows(&[0, 5], Sizes { n: 4, e: 1, o: 1, i: 1, by_row: false });
     }
 }

@@ -90,7 +90,7 @@ fn results_do_not_depend_on_the_number_of_threads() {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         let (o, i) = (96, 40);
         let n = counts.iter().sum::<usize>();
-        let z = Sizes { n, e: counts.len(), o, i };
+        let z = Sizes { n, e: counts.len(), o, i, by_row: false };
         let data = |n: usize, seed| random(n, seed).into_iter().map(|x| x as f32).collect::<Vec<_>>();
         let (x, w, mut y) = (data(n * i, 1), data(z.e * o * i, 2), vec![0f32; n * o]);
         let mut dw = vec![0f32; z.e * o * i];

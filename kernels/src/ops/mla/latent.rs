@@ -5,7 +5,8 @@
 //! attention with one shared key head over rows of (c_p, rotated key part), and a cache of c + r numbers a token instead of
 //! h (n + r + v). Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1.2.
 //!
-//! One cache holds one sequence and layer: row p is position p. The core is that of [`crate::ops::attention`].
+//! A cache holds the sequences of one layer, as [`crate::ops::paged`] says. The core is that of [`crate::ops::attention::cached`], and as
+//! there the bits of a token's output follow from its own sequence alone, on processors.
 
 use rayon::prelude::*;
 
@@ -19,12 +20,12 @@ use crate::{
         attention::{
             MIN_PARALLEL_MADDS,
             block::{Part, Rows},
-            cached::{attend, expect_room},
+            cached::attend,
         },
         expect_shape,
-        gemm::{Mat, Threads, gemm},
         gemv::{expect_weight, with_weight},
         is_fast, lanes,
+        paged::Sequences,
         rope::{RopeTable, Turn},
     },
     ptx,
@@ -34,34 +35,45 @@ use crate::{
     with_float,
 };
 
-/// Tokens from which widening a head's weight for a product of matrices beats reading it once per token.
-const MIN_GEMM_TOKENS: usize = 8;
-
-/// Writes `m` tokens at rows `at..at + m` of the cache [capacity, c + r]: the normalized latents [m, c], and the last r columns
-/// of kv_a [m, c + r] rotated to positions `at..at + m`.
-pub fn append(s: &mut Stream, latent: Tensor, kv_a: Tensor, table: &RopeTable, cache: Tensor, at: usize) -> Result<()> {
+/// Writes the m new tokens of `sequences` at their rows of the cache [rows, c + r]: the normalized latents [m, c], and the last r
+/// columns of kv_a [m, c + r] rotated to their positions.
+///
+/// # Errors
+/// If shapes differ, or rows are not in the cache.
+pub fn append(
+    s: &mut Stream,
+    latent: Tensor,
+    kv_a: Tensor,
+    table: &RopeTable,
+    cache: Tensor,
+    sequences: &Sequences,
+) -> Result<()> {
     const OP: &str = "append to the latent cache";
     let (tokens, c, r) = (latent.dim(0), latent.cols(), table.dim());
     let width = c + r;
     expect_shape(OP, "latent", latent, &[tokens, c])?;
     expect_shape(OP, "kv_a", kv_a, &[tokens, width])?;
     expect_shape(OP, "cache", cache, &[cache.dim(0), width])?;
-    expect_room(OP, cache, at, tokens)?;
+    sequences.check(OP, cache, tokens)?;
     table.check(OP, cache)?;
     let table = *table;
-    let kernels =
-        |_: &Target| (are_fast(&[latent, kv_a, cache])).then(|| ptx::latent::append(latent, kv_a, &table, cache, at));
+    let kernels = |_: &Target| {
+        (are_fast(&[latent, kv_a, cache])).then(|| ptx::latent::append(latent, kv_a, &table, cache, sequences))
+    };
+    let sequences = sequences.clone();
     s.launch_kernel(&[latent, kv_a, table.cos, table.sin], &[cache], kernels, move |m| {
         with_float!(cache.dtype, T => {
             type A = <T as Float>::Acc;
             let (latent, kv_a, mut cache) = (m.read::<T>(latent), m.read::<T>(kv_a), m.write::<T>(cache));
             let (cos, sin) = (m.read::<A>(table.cos), m.read::<A>(table.sin));
-            let sources = latent.chunks_exact(c).zip(kv_a.chunks_exact(width));
-            let rows = cache[at * width..].chunks_exact_mut(width);
-            for (position, (row, (latent, kv_a))) in (at..).zip(rows.zip(sources)) {
-                row[..c].copy_from_slice(latent);
-                row[c..].copy_from_slice(&kv_a[c..]);
-                Turn::new(&cos, &sin, table.pairs, r, position, false).apply(&mut row[c..]);
+            for run in sequences.runs() {
+                let rows = cache[run.row * width..].chunks_exact_mut(width);
+                for (i, row) in rows.take(run.tokens.len()).enumerate() {
+                    let (token, position) = (run.tokens.start + i, run.position + i);
+                    row[..c].copy_from_slice(&latent[token * c..][..c]);
+                    row[c..].copy_from_slice(&kv_a[token * width + c..][..r]);
+                    Turn::new(&cos, &sin, table.pairs, r, position, false).apply(&mut row[c..]);
+                }
             }
         });
     });
@@ -78,15 +90,18 @@ struct Sizes {
     r: usize,
 }
 
-/// Assigns o [m, h, v]: tokens q [m, h, n + r] (rotated) at positions `at..at + m`, already appended to the cache
-/// [capacity, c + r], over rows `0..=` their own. `w_kv_b` [h * (n + v), c] is the up-projection, of q's type or bf16 under f32.
-/// The scratch is m * h * (2 c + r) numbers: feed long prompts in chunks.
+/// Assigns o [m, h, v]: the new tokens q [m, h, n + r] (rotated) of `sequences`, already appended to the cache [rows, c + r], over
+/// the rows of their sequence up to their own. `w_kv_b` [h * (n + v), c] is the up-projection, of q's type or bf16 under f32. The
+/// scratch is m * h * (2 c + r) numbers: feed long prompts in chunks.
+///
+/// # Errors
+/// If shapes or types differ, or rows are not in the cache.
 pub fn forward(
     s: &mut Stream,
     q: Tensor,
     w_kv_b: Tensor,
     cache: Tensor,
-    at: usize,
+    sequences: &Sequences,
     scale: f64,
     o: Tensor,
 ) -> Result<()> {
@@ -101,7 +116,7 @@ pub fn forward(
     expect_shape(OP, "q", q, &[tokens, h, n + r])?;
     expect_shape(OP, "o", o, &[tokens, h, v])?;
     expect_shape(OP, "cache", cache, &[cache.dim(0), c + r])?;
-    expect_room(OP, cache, at, tokens)?;
+    sequences.check(OP, cache, tokens)?;
     expect_weight(OP, q, w_kv_b)?;
     if cache.dtype != q.dtype {
         return wrong("cache", format!("{:?}", q.dtype), cache);
@@ -109,12 +124,13 @@ pub fn forward(
     let z = Sizes { tokens, h, n, v, c, r };
     let kernels = |_: &Target| {
         (are_fast(&[q, cache, o]) && is_fast(w_kv_b) && c <= ptx::latent::MAX_LATENT)
-            .then(|| ptx::latent::forward(q, w_kv_b, cache, at, scale, o))
+            .then(|| ptx::latent::forward(q, w_kv_b, cache, sequences, scale, o))
     };
+    let sequences = sequences.clone();
     s.launch_kernel(&[q, w_kv_b, cache], &[o], kernels, move |m| {
         with_weight!(q, w_kv_b, T, W => {
             let (q, w, cache) = (m.read::<T>(q), m.read::<W>(w_kv_b), m.read::<T>(cache));
-            absorbed::<T, W>(z, &q, &w, &cache, at, scale, &mut m.write::<T>(o));
+            absorbed::<T, W>(z, &q, &w, &cache, &sequences, scale, &mut m.write::<T>(o));
         });
     });
     Ok(())
@@ -134,7 +150,7 @@ fn absorbed<T: Float, W: Float<Acc = T::Acc>>(
     q: &[T],
     w: &[W],
     cache: &[T],
-    at: usize,
+    sequences: &Sequences,
     scale: f64,
     o: &mut [T],
 ) {
@@ -151,20 +167,27 @@ fn absorbed<T: Float, W: Float<Acc = T::Acc>>(
         let q_rows = |t: usize| &q[(t * h + head) * (n + r)..][..n + r];
         absorb_query(z, q_rows, w_nc, q_mw);
     });
-    let rows =
-        |stride: usize| Rows { first: 0, token_stride: stride, head_stride: tokens * stride, group: h, width: stride };
+    let rows = |first: usize, stride: usize| Rows {
+        first: first * stride,
+        token_stride: stride,
+        head_stride: tokens * stride,
+        group: h,
+        width: stride,
+    };
     let key = Rows { first: 0, token_stride: width, head_stride: 0, group: 1, width };
-    let part = Part {
-        q: rows(width),
+    let part = |(first, sequence)| Part {
+        q: rows(first, width),
         k: key,
         v: Rows { width: c, ..key },
-        o: rows(c),
-        num_tokens: tokens,
-        context: at,
+        o: rows(first, c),
+        table: sequences.table(sequence),
+        num_tokens: sequence.num_new,
+        context: sequence.context,
         scale,
     };
+    let parts: Vec<Part> = sequences.iter().map(part).collect();
     let mut o_hmc = vec![zero; h * tokens * c];
-    attend::<T::Acc, T, T::Acc>(&[part], &q_hmw, cache, cache, &mut o_hmc);
+    attend::<T::Acc, T, T::Acc>(&parts, &q_hmw, cache, cache, &mut o_hmc);
     let mut o_hmv = q_hmw;
     o_hmv.resize(h * tokens * v, zero);
     for_each_head(&mut o_hmv, tokens * v, h * tokens * v * c, |head, o_mv| {
@@ -179,28 +202,20 @@ fn absorbed<T: Float, W: Float<Acc = T::Acc>>(
     }
 }
 
-/// One head: `q_mw = (q_n W_nc, q_r)`.
+/// One head: `q_mw = (q_n W_nc, q_r)`, token by token.
 fn absorb_query<'a, T: Float, W: Float<Acc = T::Acc>>(
-    Sizes { tokens, n, c, r, .. }: Sizes,
+    Sizes { n, c, r, .. }: Sizes,
     q: impl Fn(usize) -> &'a [T],
     w_nc: &[W],
     q_mw: &mut [T::Acc],
 ) {
-    let width = c + r;
-    if tokens >= MIN_GEMM_TOKENS {
-        let q_mn: Vec<T::Acc> = (0..tokens).flat_map(|t| q(t)[..n].iter().map(|x| x.to_acc())).collect();
-        let w_nc: Vec<T::Acc> = w_nc.iter().map(|x| x.to_acc()).collect();
-        gemm(Mat::new(&q_mn, tokens, n), Mat::new(&w_nc, n, c), 0.0, q_mw, width, Threads::One);
-    }
     vectorize(
         #[inline(always)]
         || {
-            for (t, row) in q_mw.chunks_exact_mut(width).enumerate() {
+            for (t, row) in q_mw.chunks_exact_mut(c + r).enumerate() {
                 let (q_n, q_r) = q(t).split_at(n);
-                if tokens < MIN_GEMM_TOKENS {
-                    for (x, w_c) in q_n.iter().zip(w_nc.chunks_exact(c)) {
-                        lanes::add_scaled(&mut row[..c], x.to_acc(), w_c);
-                    }
+                for (x, w_c) in q_n.iter().zip(w_nc.chunks_exact(c)) {
+                    lanes::add_scaled(&mut row[..c], x.to_acc(), w_c);
                 }
                 for (out, x) in row[c..].iter_mut().zip(q_r) {
                     *out = x.to_acc();
@@ -210,17 +225,12 @@ fn absorb_query<'a, T: Float, W: Float<Acc = T::Acc>>(
     );
 }
 
-/// One head: `o_mv = o_mc W_vc^T`.
-fn expand_output<A, W>(Sizes { tokens, v, c, .. }: Sizes, o_mc: &[A], w_vc: &[W], o_mv: &mut [A])
+/// One head: `o_mv = o_mc W_vc^T`, token by token.
+fn expand_output<A, W>(Sizes { v, c, .. }: Sizes, o_mc: &[A], w_vc: &[W], o_mv: &mut [A])
 where
     A: crate::dtype::Real,
     W: Float<Acc = A>,
 {
-    if tokens >= MIN_GEMM_TOKENS {
-        let w_vc: Vec<A> = w_vc.iter().map(|x| x.to_acc()).collect();
-        gemm(Mat::new(o_mc, tokens, c), Mat::new(&w_vc, v, c).t(), 0.0, o_mv, v, Threads::One);
-        return;
-    }
     vectorize(
         #[inline(always)]
         || {

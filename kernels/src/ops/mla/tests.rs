@@ -8,6 +8,7 @@ use crate::{
     ops::{
         attention::{self, Inputs},
         gemm,
+        paged::{Sequence, Sequences},
         rope::{self, Pairs, Rope},
         testing::*,
     },
@@ -116,6 +117,7 @@ impl Layer {
         let cache = m.from_slice(&[t + 2, c + R], &vec![T::of_f64(f64::NAN); (t + 2) * (c + R)]);
         let (mut at, mut out) = (0, Vec::new());
         for &len in chunks {
+            let all = Sequences::one(t + 2, len, at);
             let part = |x: &[T], dims: &[usize]| {
                 let row: usize = dims.iter().product();
                 let dims: Vec<usize> = std::iter::once(len).chain(dims.iter().copied()).collect();
@@ -124,9 +126,9 @@ impl Layer {
             let positions = m.from_slice(&[len], &(at as u32..(at + len) as u32).collect::<Vec<_>>());
             let q = part(&q, &[h, n + R]);
             rope::forward(&mut s, q, n, positions, &table).unwrap();
-            latent::append(&mut s, part(&latent, &[c]), part(&kv_a, &[c + R]), &table, cache, at).unwrap();
+            latent::append(&mut s, part(&latent, &[c]), part(&kv_a, &[c + R]), &table, cache, &all).unwrap();
             let o = m.alloc(T::DTYPE, &[len, h, v]);
-            latent::forward(&mut s, q, w, cache, at, SCALE, o).unwrap();
+            latent::forward(&mut s, q, w, cache, &all, SCALE, o).unwrap();
             s.synchronize().unwrap();
             out.extend(m.download::<T>(o).iter().map(|x| x.as_f64()));
             at += len;
@@ -174,12 +176,61 @@ fn wrong_calls_say_what_is_wrong() {
     let f32s = |dims: &[usize]| m.alloc(DType::F32, dims);
     let table = ROPE.table(&m, DType::F32, 8, Pairs::Interleaved);
     let (q, w, o) = (f32s(&[2, 3, 9]), f32s(&[3 * 11, 7]), f32s(&[2, 3, 6]));
-    let error = latent::forward(&mut s, q, w, f32s(&[8, 11]), 7, 1.0, o).unwrap_err().to_string();
+    let error =
+        latent::forward(&mut s, q, w, f32s(&[8, 11]), &Sequences::one(8, 2, 7), 1.0, o).unwrap_err().to_string();
     assert!(error.contains("at least 9 rows to hold 2 more after 7"), "{error}");
-    let error = latent::forward(&mut s, q, w, f32s(&[8, 12]), 0, 1.0, o).unwrap_err().to_string();
+    let error =
+        latent::forward(&mut s, q, w, f32s(&[8, 12]), &Sequences::one(8, 2, 0), 1.0, o).unwrap_err().to_string();
     assert!(error.contains("`q` should be [2, 3, 10]"), "{error}");
     let at = m.from_slice(&[2], &[0u32, 1]);
     let x = Projections { kv_a: f32s(&[2, 11]), kv_b: f32s(&[2, 3, 10]) };
     let error = assemble(&mut s, x, at, &table, q, o).unwrap_err().to_string();
     assert!(error.contains("`kv_b` should be [2, 3, 11]"), "{error}");
+}
+
+/// What three sequences of 5, 9 and 2 tokens give, fed in `steps`: of each step, how many tokens of which.
+fn in_company(steps: &[&[(usize, usize)]], pages: [&[u32]; 3]) -> Vec<Vec<u32>> {
+    let (h, n, v, c) = (3, 8, 8, 16);
+    let mut s = stream();
+    let m = s.memory().clone();
+    let lens = [5, 9, 2];
+    let data =
+        |seed, width: usize| lens.map(|t| random(t * width, seed + t as u64).iter().map(|&x| x as f32).collect());
+    let [q, latent, kv_a]: [[Vec<f32>; 3]; 3] = [data(1, h * (n + R)), data(20, c), data(40, c + R)];
+    let w: Vec<f32> = random(h * (n + v) * c, 9).iter().map(|&x| x as f32).collect();
+    let w = m.from_slice(&[h * (n + v), c], &w);
+    let table = ROPE.table(&m, DType::F32, 16, Pairs::Interleaved);
+    let cache = m.from_slice(&[32, c + R], &vec![f32::NAN; 32 * (c + R)]);
+    let (mut done, mut out) = ([0; 3], vec![Vec::new(); 3]);
+    for step in steps {
+        let rows = |x: &[Vec<f32>; 3], width: usize| -> Vec<f32> {
+            let part = |&(i, num): &(usize, usize)| x[i][done[i] * width..(done[i] + num) * width].to_vec();
+            step.iter().flat_map(part).collect()
+        };
+        let t: usize = step.iter().map(|(_, num)| num).sum();
+        let of = |&(i, num_new): &(usize, usize)| Sequence { num_new, context: done[i], pages: pages[i].into() };
+        let all = Sequences::new(step.iter().map(of).collect::<Vec<_>>(), 4);
+        let (q, o) = (m.from_slice(&[t, h, n + R], &rows(&q, h * (n + R))), m.alloc(DType::F32, &[t, h, v]));
+        let (latent, kv_a) = (m.from_slice(&[t, c], &rows(&latent, c)), m.from_slice(&[t, c + R], &rows(&kv_a, c + R)));
+        latent::append(&mut s, latent, kv_a, &table, cache, &all).unwrap();
+        latent::forward(&mut s, q, w, cache, &all, SCALE, o).unwrap();
+        s.synchronize().unwrap();
+        let o = m.download::<f32>(o);
+        let mut at = 0;
+        for &(i, num) in *step {
+            out[i].extend(o[at..at + num * h * v].iter().map(|x| x.to_bits()));
+            (at, done[i]) = (at + num * h * v, done[i] + num);
+        }
+    }
+    out
+}
+
+#[test]
+fn a_sequence_has_its_bits_in_any_company_and_on_any_pages() {
+    let alone = in_company(&[&[(0, 5)], &[(1, 9)], &[(2, 2)]], [&[0, 1], &[2, 3, 4], &[5]]);
+    for steps in
+        [&[&[(0, 5), (1, 9), (2, 2)][..]][..], &[&[(1, 3), (0, 1)], &[(2, 1)], &[(0, 4), (2, 1), (1, 5)], &[(1, 1)]]]
+    {
+        assert_eq!(in_company(steps, [&[7, 2], &[3, 0, 5], &[1]]), alone);
+    }
 }

@@ -15,7 +15,10 @@ use super::{
 };
 use crate::{
     dtype::DType,
-    ops::attention::cached::KvCache,
+    ops::{
+        attention::cached::KvCache,
+        paged::{Run, Sequences},
+    },
     ptx,
     ptx::{
         Arg, Kernel, Launch,
@@ -23,6 +26,7 @@ use crate::{
         elementwise,
         fold::Team,
         golden::Variant,
+        paged::rows,
         parts::{self, count, element, special, strided},
     },
     tensor::Tensor,
@@ -33,25 +37,37 @@ const MIN_BLOCKS: usize = 264;
 /// Keys of a part, at least.
 const MIN_KEYS_PER_PART: usize = 128;
 
-/// Writes keys and values of `n` tokens at rows `at..at + n`, as [`crate::ops::attention::cached::append`].
-pub fn append(k: Tensor, v: Tensor, cache: KvCache, at: usize) -> Vec<Launch> {
-    let rows = |new: Tensor, old: Tensor| {
-        let width = old.len() / old.dim(0).max(1);
-        elementwise::copy(new, old.slice(at * width, new.len()))
+/// Writes rows of new tokens at theirs in a cache, as [`crate::ops::attention::cached::append`].
+pub fn append(new: Tensor, cache: Tensor, sequences: &Sequences) -> Vec<Launch> {
+    let width = cache.len() / cache.dim(0).max(1);
+    let copy = |run: Run| {
+        let from = new.slice(run.tokens.start * width, run.tokens.len() * width);
+        elementwise::copy(from, cache.slice(run.row * width, from.len()))
     };
-    rows(k, cache.k).into_iter().chain(rows(v, cache.v)).collect()
+    sequences.runs().flat_map(copy).collect()
 }
 
-/// Assigns o [n, h, v] of the tokens q [n, h, d] at positions `at..at + n`, as [`crate::ops::attention::cached::forward`].
+/// Assigns o [n, h, v] of the new tokens q [n, h, d] of `sequences`, as [`crate::ops::attention::cached::forward`].
 ///
 /// # Panics
 /// If heads are too wide for the shared memory of a block.
-pub fn forward(q: Tensor, cache: KvCache, at: usize, scale: f64, o: Tensor) -> Vec<Launch> {
+pub fn forward(q: Tensor, cache: KvCache, sequences: &Sequences, scale: f64, o: Tensor) -> Vec<Launch> {
     let (g, h) = (cache.k.dim(1), q.dim(1));
     let (d, width) = (q.cols(), o.cols());
-    let query = Query { tokens: q.dim(0), at, g, group: h / g.max(1), d, width, scale };
-    let elements = [Elements::of(q), Elements::of(cache.k), Elements::of(o)];
-    attend(query, elements, Arg::Tensor(q), (cache.k, Some(cache.v)), Arg::Tensor(o), 0)
+    let mut launches = Vec::new();
+    for (first, sequence) in sequences.iter() {
+        let tokens = sequence.num_new;
+        let part = |x: Tensor| x.slice(first * h * x.cols(), tokens * h * x.cols()).reshape(&[tokens, h, x.cols()]);
+        let (q, o) = (part(q), part(o));
+        let [(k, k_copy), (v, v_copy)] =
+            [(cache.k, 2), (cache.v, 3)].map(|(x, slot)| rows(x, sequences, sequence, slot));
+        launches.extend(k_copy.into_iter().chain(v_copy));
+        let query = Query { tokens, at: sequence.context, g, group: h / g.max(1), d, width, scale };
+        let elements = [Elements::of(q), Elements::of(cache.k), Elements::of(o)];
+        let values = Some((v, Elements::of(cache.v)));
+        launches.extend(attend(query, elements, Arg::Tensor(q), (k, values), Arg::Tensor(o), 0));
+    }
+    launches
 }
 
 /// New tokens and the heads they have.
@@ -77,7 +93,7 @@ pub(in crate::ptx) fn attend(
     n: Query,
     [q_elements, k_elements, o_elements]: [Elements; 3],
     q: Arg,
-    (keys, values): (Tensor, Option<Tensor>),
+    (keys, values): (Arg, Option<(Arg, Elements)>),
     o: Arg,
     slot: u8,
 ) -> Vec<Launch> {
@@ -86,7 +102,7 @@ pub(in crate::ptx) fn attend(
         return vec![];
     }
     let config = |parts, o_elements| {
-        let v = values.map(Elements::of);
+        let v = values.as_ref().map(|(_, elements)| *elements);
         let elements = (q_elements, k_elements, v, o_elements);
         Config::new(Keys::Cache { parts }, elements, (n.d, n.width), n.group, num_rows)
     };
@@ -96,8 +112,8 @@ pub(in crate::ptx) fn attend(
     let keys_per_part = num_keys.div_ceil(wanted).next_multiple_of(32);
     let num_parts = num_keys.div_ceil(keys_per_part);
     let launch = |config: Config, outputs: &[Arg]| {
-        let mut args = vec![q.clone(), Arg::Tensor(keys)];
-        args.extend(values.map(Arg::Tensor));
+        let mut args = vec![q.clone(), keys.clone()];
+        args.extend(values.iter().map(|(values, _)| values.clone()));
         args.extend_from_slice(outputs);
         args.push(log2_scale(n.scale));
         args.extend([num_rows, num_keys, n.g, n.group, n.at, keys_per_part].map(|n| Arg::U32(count(n))));

@@ -7,6 +7,7 @@ use crate::{
     dtype::DType,
     ops::{
         attention::{self as cpu, cached::KvCache},
+        paged::{Sequence, Sequences},
         testing::stream,
     },
     ptx::case::{Case, Data, values},
@@ -134,9 +135,12 @@ fn caches_are_filled_as_the_cpus() {
                 Data::random(dtype, &[9, 2, 8], 4),
             ];
             let cache = |x: &[Tensor]| KvCache { k: x[2], v: x[3] };
+            let all = Sequences::one(9, n, at);
             Case::new(&inputs)
-                .cpu(|s, x| cpu::cached::append(s, x[0], x[1], cache(x), at))
-                .ptx(|x| cached::append(x[0], x[1], cache(x), at))
+                .cpu(|s, x| cpu::cached::append(s, x[0], x[1], cache(x), &all))
+                .ptx(|x| {
+                    [(0, 2), (1, 3)].into_iter().flat_map(|(new, old)| cached::append(x[new], x[old], &all)).collect()
+                })
                 .equal();
         }
     }
@@ -163,10 +167,34 @@ fn cached_outputs_are_the_cpus() {
             };
             let data = [Data::random(dtype, &[n, h, d], 1), cache(d, 2), cache(v, 3), Data::poison(dtype, &[n, h, v])];
             let cache = |x: &[Tensor]| KvCache { k: x[1], v: x[2] };
+            let all = Sequences::one(capacity, n, at);
             Case::new(&data)
-                .cpu(|s, x| cpu::cached::forward(s, x[0], cache(x), at, scale(x[0]), x[3]))
-                .ptx(|x| cached::forward(x[0], cache(x), at, scale(x[0]), x[3]))
+                .cpu(|s, x| cpu::cached::forward(s, x[0], cache(x), &all, scale(x[0]), x[3]))
+                .ptx(|x| cached::forward(x[0], cache(x), &all, scale(x[0]), x[3]))
                 .close(5e-6);
         }
+    }
+}
+
+#[test]
+fn sequences_on_scattered_pages_are_the_cpus() {
+    let sequences = || {
+        let of = |num_new, context, pages: &[u32]| Sequence { num_new, context, pages: pages.into() };
+        Sequences::new([of(3, 6, &[5, 0, 7]), of(1, 0, &[3]), of(2, 5, &[1, 2])], 4)
+    };
+    for (dtype, (h, g, d, v)) in DTYPES.into_iter().zip([(4, 2, 8, 16), (2, 2, 5, 3)]) {
+        let cache = |width: usize, seed| Data::random(dtype, &[32, g, width], seed);
+        let new = |width: usize, seed| Data::random(dtype, &[6, g, width], seed);
+        let inputs = [new(d, 1), new(v, 2), cache(d, 3), cache(v, 4)];
+        Case::new(&inputs)
+            .cpu(|s, x| cpu::cached::append(s, x[0], x[1], KvCache { k: x[2], v: x[3] }, &sequences()))
+            .ptx(|x| [(0, 2), (1, 3)].iter().flat_map(|&(a, b)| cached::append(x[a], x[b], &sequences())).collect())
+            .equal();
+        let inputs = [Data::random(dtype, &[6, h, d], 1), cache(d, 3), cache(v, 4), Data::poison(dtype, &[6, h, v])];
+        let caches = |x: &[Tensor]| KvCache { k: x[1], v: x[2] };
+        Case::new(&inputs)
+            .cpu(|s, x| cpu::cached::forward(s, x[0], caches(x), &sequences(), scale(x[0]), x[3]))
+            .ptx(|x| cached::forward(x[0], caches(x), &sequences(), scale(x[0]), x[3]))
+            .close(5e-6);
     }
 }

@@ -86,10 +86,37 @@ impl Row {
         x
     }
 
+    /// (x - max) / T.
+    fn below(self, k: &mut Assembler, x: Reg<F32>) -> Reg<F32> {
+        let x = f32_op(k, "sub", x, self.max);
+        f32_op(k, "mul", x, self.inverse)
+    }
+
+    /// The lowest key whose logit is not below `floor`, at most 0, as [`Row::below`] has it.
+    pub fn lowest(self, k: &mut Assembler, floor: Reg<F64>) -> Reg<B32> {
+        let (key, bit, tried, least) = (special(k, "0"), k.reg::<B32>(), k.reg::<B32>(), k.reg::<F32>());
+        let (top, out, lower) = (k.label("bit"), k.label("found"), k.reg::<Pred>());
+        ptx!(k, "cvt.rn.f32.f64 {least}, {floor};");
+        ptx!(k, "mov.u32 {bit}, {};", 1u32 << (self.key_bits() - 1));
+        k.place(&top);
+        ptx!(k, "add.u32 {tried}, {key}, {bit};");
+        let x = self.logit(k, tried);
+        let x = self.below(k, x);
+        // Of what is no number too: the lowest keys.
+        ptx!(k, "setp.ltu.f32 {lower}, {x}, {least};");
+        ptx!(k, "selp.b32 {key}, {tried}, {key}, {lower};");
+        ptx!(k, "shr.u32 {bit}, {bit}, 1;");
+        ptx!(k, "setp.eq.u32 {lower}, {bit}, 0;");
+        ptx!(k, "@{lower} bra {out};");
+        ptx!(k, "bra {top};");
+        k.place(&out);
+        ptx!(k, "add.u32 {key}, {key}, 1;");
+        key
+    }
+
     /// e^((x - max) / T).
     pub fn weight(self, k: &mut Assembler, x: Reg<F32>) -> Reg<F64> {
-        let x = f32_op(k, "sub", x, self.max);
-        let x = f32_op(k, "mul", x, self.inverse);
+        let x = self.below(k, x);
         let w = exp(k, x);
         widen(k, w)
     }

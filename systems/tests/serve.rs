@@ -1,0 +1,262 @@
+//! Serving is generation: whatever else a model is asked, in whatever pieces a prompt is computed and wherever it lies in the cache, each
+//! answer is that of the model alone, to the bit; and that is what a plain forward over the whole text says.
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+use std::sync::Arc;
+
+use bevy_app::App;
+use engine::prelude::*;
+use systems::{
+    api::{Progress, StepReport},
+    data::{packing::Batch, tokenizer::Tokenizer},
+    evaluate::EvaluationResult,
+    formats::Formats,
+    generate::{Answer, Collected, run_to_rest},
+    hf::config::HfConfig,
+    model::{self, initial_values},
+    probe::Probe,
+    ranks::Ranks,
+    scene::{Compute, Recompute},
+    serve::{Capacity, Counters, FinishReason, Params, ServePlugin, Server, Service, Task, schedule::Limits},
+    session::{ModelSetup, app_with_model},
+    weights::Weights,
+    work::Work,
+};
+
+struct Silent;
+impl Progress for Silent {
+    fn note(&self, _: &str) {}
+    fn step(&self, _: &StepReport) {}
+    fn evaluated(&self, _: &EvaluationResult) {}
+    fn text(&self, _: &str) {}
+}
+
+/// Latent attention, experts of which one is shared, and an MTP module; few tokens, so that the module is right now and then.
+const DEEPSEEK: &str = r#"{
+    "model_type": "deepseek_v3", "vocab_size": 11, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3,
+    "q_lora_rank": 12, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8,
+    "intermediate_size": 20, "moe_intermediate_size": 8, "n_routed_experts": 6, "n_shared_experts": 1,
+    "num_experts_per_tok": 2, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1, "norm_topk_prob": true,
+    "scoring_func": "sigmoid", "topk_method": "noaux_tc", "routed_scaling_factor": 1.5, "num_nextn_predict_layers": 1,
+    "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "rope_theta": 100.0, "initializer_range": 0.4
+}"#;
+
+/// Grouped queries, and no experts.
+const QWEN: &str = r#"{
+    "model_type": "qwen2", "vocab_size": 41, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "intermediate_size": 20, "max_position_embeddings": 256, "rms_norm_eps": 1e-6,
+    "rope_theta": 100.0, "tie_word_embeddings": true, "initializer_range": 0.4
+}"#;
+
+fn app(config: &str, compute: Compute) -> App {
+    let config = serde_json::from_str::<HfConfig>(config).unwrap().resolve().unwrap();
+    let setup = ModelSetup {
+        config: &config,
+        formats: Formats::of(compute),
+        max_positions: 256,
+        trainable: false,
+        recompute: Recompute::Off,
+        progress: Arc::new(Silent),
+        ranks: Ranks::solo(config.num_hidden_layers),
+        num_threads: None,
+        device: kernels::device::Device::Cpu,
+        clock: Clock::Wall,
+    };
+    app_with_model(setup, Weights::of(|spec| Ok(initial_values(spec, &config, 5)))).unwrap()
+}
+
+/// Its texts are not looked at: token ids are.
+fn tokenizer() -> Arc<Tokenizer> {
+    let text = "a tokenizer is asked for, and its text is not looked at ".repeat(9);
+    Arc::new(Tokenizer::train(&[text], 257).unwrap())
+}
+
+fn server(config: &str, compute: Compute, capacity: Capacity) -> (App, Service) {
+    let mut app = app(config, compute);
+    let service = Server::start(app.world_mut(), tokenizer(), capacity);
+    app.world_mut().resource_mut::<Server>().then = Some(Work::Rest);
+    app.add_plugins(ServePlugin);
+    (app, service)
+}
+
+/// Room for many.
+fn wide() -> Capacity {
+    let limits = Limits { step_tokens: 48, max_running: 24 };
+    Capacity { max_context: 128, cache_tokens: 4096, block_tokens: 8, limits, max_queued: 64, speculate: false }
+}
+
+/// A request: its prompt, and how it goes on.
+type Asked = (Vec<u32>, Params);
+
+/// Answers all of `asked`, handed in together.
+fn answers(app: &mut App, service: &Service, asked: &[Asked]) -> Vec<Collected> {
+    let ask =
+        |(prompt, params): &Asked| Answer::ask(service, prompt.clone(), Task::Generate(params.clone()), None).unwrap();
+    let answers: Vec<Answer> = asked.iter().map(ask).collect();
+    app.insert_resource(Work::Serve).insert_resource(Exit::default());
+    run_to_rest(app).unwrap();
+    let server = app.world().resource::<Server>();
+    assert_eq!(server.pool().num_free(), server.pool().num_blocks(), "no block is left held");
+    assert_eq!(service.stats().num_waiting, 0);
+    answers.iter().map(Answer::get).collect()
+}
+
+fn counters(app: &App) -> Counters {
+    app.world().resource::<Server>().counters().clone()
+}
+
+fn tokens(answers: &[Collected]) -> Vec<Vec<u32>> {
+    answers.iter().map(|answer| answer.tokens.clone()).collect()
+}
+
+/// Numbers that look random.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, n: usize) -> usize {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) as usize % n
+    }
+}
+
+/// Requests of all lengths, a third of which begin alike.
+fn mix(num: usize, vocab: usize, temperature: f64) -> Vec<Asked> {
+    let mut random = Random(7);
+    let common: Vec<u32> = (0..40).map(|_| random.below(vocab) as u32).collect();
+    let mut request = |i: usize| {
+        let own = (0..1 + random.below(if i % 7 == 0 { 70 } else { 20 })).map(|_| random.below(vocab) as u32);
+        let own: Vec<u32> = own.collect();
+        let prompt = if i % 3 == 0 { [&common[..20 + i % 20], &own[..own.len().min(30)]].concat() } else { own };
+        let max_tokens = 1 + random.below(24);
+        (prompt, Params { max_tokens, temperature, seed: i as u64, ignore_eos: true, ..Params::default() })
+    };
+    (0..num).map(&mut request).collect()
+}
+
+/// What the model says to each request when it is asked nothing else, in one piece.
+fn alone(config: &str, compute: Compute, asked: &[Asked]) -> Vec<Vec<u32>> {
+    let limits = Limits { step_tokens: 256, max_running: 1 };
+    let (mut app, service) = server(config, compute, Capacity { limits, ..Capacity::one(128) });
+    asked.iter().flat_map(|request| tokens(&answers(&mut app, &service, std::slice::from_ref(request)))).collect()
+}
+
+#[test]
+fn sixty_four_requests_at_a_time_get_the_answers_of_one_at_a_time() {
+    for (config, compute, vocab) in
+        [(DEEPSEEK, Compute::F32, 11), (DEEPSEEK, Compute::Bf16, 11), (QWEN, Compute::F32, 41)]
+    {
+        for temperature in [0.0, 1.0] {
+            let asked = mix(64, vocab, temperature);
+            let want = alone(config, compute, &asked);
+            let (mut app, service) = server(config, compute, wide());
+            assert_eq!(tokens(&answers(&mut app, &service, &asked)), want, "together");
+            let first = counters(&app);
+            assert!(first.num_steps < 200, "requests share steps: {first:?}");
+            // Once more: now the cache has their prompts.
+            assert_eq!(tokens(&answers(&mut app, &service, &asked)), want, "from the cache");
+            let cached = counters(&app).num_cached_tokens - first.num_cached_tokens;
+            assert!(cached > first.num_cached_tokens && cached > 500, "{cached} tokens were found");
+        }
+    }
+}
+
+#[test]
+fn a_cache_that_is_too_small_changes_no_answer() {
+    let asked = mix(64, 11, 1.0);
+    let want = alone(DEEPSEEK, Compute::F32, &asked);
+    let (mut app, service) = server(DEEPSEEK, Compute::F32, Capacity { cache_tokens: 128, ..wide() });
+    assert_eq!(tokens(&answers(&mut app, &service, &asked)), want);
+    assert!(counters(&app).num_preemptions > 5, "{:?}", counters(&app));
+}
+
+#[test]
+fn what_a_module_proposes_changes_no_answer() {
+    for temperature in [0.0, 0.7] {
+        let asked = mix(64, 11, temperature);
+        let want = alone(DEEPSEEK, Compute::F32, &asked);
+        for capacity in [wide(), Capacity { cache_tokens: 128, ..wide() }] {
+            let (mut app, service) = server(DEEPSEEK, Compute::F32, Capacity { speculate: true, ..capacity });
+            let answers = answers(&mut app, &service, &asked);
+            assert_eq!(tokens(&answers), want);
+            let counted = counters(&app);
+            let (drafted, accepted) = (counted.num_drafted_tokens, counted.num_accepted_tokens);
+            assert!(drafted > 300 && accepted > 10 && accepted < drafted, "{counted:?}");
+            let told = answers.iter().map(|answer| answer.finish.as_ref().unwrap().num_accepted_tokens as u64);
+            assert_eq!(told.sum::<u64>(), accepted);
+        }
+    }
+}
+
+#[test]
+fn greedy_answers_are_those_of_a_plain_forward_over_the_whole_text() {
+    for (config, vocab) in [(DEEPSEEK, 11), (QWEN, 41)] {
+        let asked = mix(64, vocab, 0.0);
+        let (mut app, service) = server(config, Compute::F32, wide());
+        let got = tokens(&answers(&mut app, &service, &asked));
+        let mut plain = self::app(config, Compute::F32);
+        for ((prompt, _), answer) in asked.iter().zip(&got) {
+            let text = [&prompt[..], answer].concat();
+            let probe = Probe::new(&plain, &Batch::of_rows(text.clone(), text.len()));
+            let (_, logits) = probe.logits(&mut plain).unwrap();
+            let logits = model::download(plain.world().resource::<Tensors>().memory(), logits);
+            for (row, token) in logits.chunks_exact(vocab).skip(prompt.len() - 1).zip(answer) {
+                let best = (0..vocab).fold(0, |best, i| if row[i] > row[best] { i } else { best });
+                assert_eq!(best, *token as usize, "{row:?}");
+            }
+            Plans::despawn(plain.world_mut(), &PlanKey("logits".into()));
+        }
+    }
+}
+
+#[test]
+fn an_embedding_is_the_mean_hidden_state_however_the_prompt_is_cut() {
+    let prompts = mix(12, 11, 0.0).into_iter().map(|(prompt, _)| prompt);
+    let embed = |capacity: Capacity, prompts: Vec<Vec<u32>>| {
+        let (mut app, service) = server(DEEPSEEK, Compute::F32, capacity);
+        let ask = |prompt: &Vec<u32>| Answer::ask(&service, prompt.clone(), Task::Embed, None).unwrap();
+        let answers: Vec<Answer> = prompts.iter().map(ask).collect();
+        app.insert_resource(Work::Serve).insert_resource(Exit::default());
+        run_to_rest(&mut app).unwrap();
+        answers.iter().map(|answer| answer.get().embedding).collect::<Vec<_>>()
+    };
+    let prompts: Vec<Vec<u32>> = prompts.collect();
+    let together = embed(wide(), prompts.clone());
+    let small =
+        embed(Capacity { cache_tokens: 128, limits: Limits { step_tokens: 9, max_running: 3 }, ..wide() }, prompts);
+    assert!(together.iter().all(|embedding| embedding.len() == 24 && embedding.iter().any(|x| *x != 0.0)));
+    assert_eq!(together, small);
+}
+
+#[test]
+fn requests_end_for_the_reason_they_say() {
+    let (mut app, service) = server(DEEPSEEK, Compute::F32, wide());
+    let prompt = vec![1, 2, 3];
+    let base = Params { max_tokens: 20, temperature: 0.0, ignore_eos: true, ..Params::default() };
+    let free = answers(&mut app, &service, &[(prompt.clone(), base.clone())]).remove(0);
+    let finish = free.finish.unwrap();
+    assert_eq!((finish.reason, finish.num_generated_tokens, finish.num_prompt_tokens), (FinishReason::Length, 20, 3));
+    // A token that comes is one that may end it.
+    let stop = free.tokens[7];
+    let first = free.tokens.iter().position(|token| *token == stop).unwrap();
+    let stopped = Params { stop_tokens: vec![stop], ..base.clone() };
+    let stopped = answers(&mut app, &service, &[(prompt.clone(), stopped)]).remove(0);
+    assert_eq!(stopped.tokens, free.tokens[..=first]);
+    assert_eq!(stopped.finish.unwrap().reason, FinishReason::Stop);
+}
+
+#[test]
+fn what_cannot_be_answered_is_refused() {
+    let (_app, service) = server(DEEPSEEK, Compute::F32, Capacity { max_queued: 2, ..wide() });
+    let ask = |prompt: Vec<u32>, max_tokens: usize| {
+        let task = Task::Generate(Params { max_tokens, ..Params::default() });
+        Answer::ask(&service, prompt, task, None).map(|_| ()).map_err(|e| e.to_string())
+    };
+    assert!(ask(vec![], 1).unwrap_err().contains("at least one token"));
+    assert!(ask(vec![1, 11], 1).unwrap_err().contains("tokens below 11"));
+    assert!(ask(vec![1; 100], 29).unwrap_err().contains("at most 128 tokens"));
+    assert_eq!(ask(vec![1; 100], 28), Ok(()));
+    assert_eq!(ask(vec![1], 1), Ok(()));
+    assert!(ask(vec![1], 1).unwrap_err().contains("2 requests wait"));
+    service.close();
+    assert!(ask(vec![1], 1).unwrap_err().contains("shutting down"));
+}
