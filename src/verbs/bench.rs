@@ -2,8 +2,8 @@
 
 mod kernels;
 mod overlap;
-mod tune;
 mod serve;
+mod tune;
 
 use std::{
     fs,

@@ -60,6 +60,7 @@ fn app(config: &str, compute: Compute) -> App {
         ranks: Ranks::solo(config.num_hidden_layers),
         num_threads: None,
         device: kernels::device::Device::Cpu,
+        on_gpu: systems::on_gpu::OnGpu::default(),
         clock: Clock::Wall,
     };
     app_with_model(setup, Weights::of(|spec| Ok(initial_values(spec, &config, 5)))).unwrap()
@@ -124,9 +125,10 @@ fn mix(num: usize, vocab: usize, temperature: f64) -> Vec<Asked> {
     let mut random = Random(7);
     let common: Vec<u32> = (0..40).map(|_| random.below(vocab) as u32).collect();
     let mut request = |i: usize| {
-        let own = (0..1 + random.below(if i % 7 == 0 { 70 } else { 20 })).map(|_| random.below(vocab) as u32);
+        let own = (0..1 + random.below(if i.is_multiple_of(7) { 70 } else { 20 })).map(|_| random.below(vocab) as u32);
         let own: Vec<u32> = own.collect();
-        let prompt = if i % 3 == 0 { [&common[..20 + i % 20], &own[..own.len().min(30)]].concat() } else { own };
+        let prompt =
+            if i.is_multiple_of(3) { [&common[..20 + i % 20], &own[..own.len().min(30)]].concat() } else { own };
         let max_tokens = 1 + random.below(24);
         (prompt, Params { max_tokens, temperature, seed: i as u64, ignore_eos: true, ..Params::default() })
     };

@@ -8,8 +8,8 @@ use super::{
     asm::{Assembler, B32, B64, F64, Pred, Reg},
     golden::Variant,
     parts::{
-        self, copy_bits, count, div_rem, element, flat, flat_grid, flat_over_grid, load, load_f64, load_u32, load_vector, store,
-        store_vector,
+        self, copy_bits, count, div_rem, element, flat, flat_grid, flat_over_grid, load, load_f64, load_u32,
+        load_vector, store, store_vector,
     },
 };
 use crate::{dtype::DType, ptx, tensor::Tensor};

@@ -213,6 +213,11 @@ impl Tokenizer {
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
+    /// The id of a token by its name in `tokenizer.json`, such as `<|im_end|>`.
+    pub fn token_id(&self, name: &str) -> Option<u32> {
+        self.special.token_to_id(name)
+    }
+
     /// A decoder for a stream of ids.
     pub fn decode_stream(&self, skip_special: bool) -> DecodeStream<&Tokenizer> {
         DecodeStream::new(self, skip_special)

@@ -7,6 +7,8 @@
 pub mod cache;
 pub mod grammar;
 pub mod host;
+#[cfg(feature = "remote")]
+pub mod http;
 pub mod load;
 pub mod pool;
 pub mod request;

@@ -1,0 +1,128 @@
+"""The chat page in a headless Chromium: types a message, sees the answer grow and the experts move, stops an answer, reads a cell's
+numbers, and takes pictures in light and dark.
+
+    python tests/serve/chat_page.py URL [--key KEY] [--pictures FOLDER] [--chromium PATH]
+
+URL is that of `hadal serve`, or of the example `fake_server`. Chromium is Debian's `chromium`; playwright drives it.
+"""
+
+import argparse
+import pathlib
+import shutil
+import sys
+import time
+
+from playwright.sync_api import expect, sync_playwright
+
+MESSAGE = "Call me Ishmael. Some years ago I thought I would sail about a little and see the watery part of the world."
+PATIENCE_SECS = 30
+
+
+def grown(read, what):
+    """Reads until the value has changed twice; the values."""
+    seen = [read()]
+    end = time.monotonic() + PATIENCE_SECS
+    while len(seen) < 3:
+        assert time.monotonic() < end, f"{what} did not change twice: {seen}"
+        time.sleep(0.03)
+        value = read()
+        if value != seen[-1]:
+            seen.append(value)
+    return seen
+
+
+def open_page(page, arguments):
+    reply = page.goto(arguments.url)
+    if arguments.key:
+        assert reply.status == 401, reply.status
+        page.get_by_label("Key").fill("wrong")
+        page.get_by_role("button", name="Open").click()
+        expect(page.get_by_text("That is not the server's key.")).to_be_visible()
+        page.get_by_label("Key").fill(arguments.key)
+        page.get_by_role("button", name="Open").click()
+    else:
+        assert reply.status == 200, reply.status
+    expect(page.locator("#state")).to_have_class("ready", timeout=PATIENCE_SECS * 1000)
+    assert page.locator("#model").inner_text().strip(), "the page does not say which model it is"
+
+
+def talk(page, arguments):
+    page.get_by_label("Temperature").fill("0.3")
+    assert page.locator("#shown").inner_text() == "0.3"
+    page.get_by_label("Max tokens").fill("96")
+    page.get_by_label("Your message").fill(MESSAGE)
+    page.get_by_label("Your message").press("Enter")
+    answer = page.locator("article.assistant .text").last
+    strip = page.locator("#strip")
+    drawn = lambda: strip.evaluate("canvas => canvas.toDataURL()")
+    before = drawn()
+    texts = grown(lambda: answer.inner_text(), "the answer")
+    assert all(len(a) < len(b) and b.startswith(a.rstrip("\ufffd")) for a, b in zip(texts, texts[1:])), texts
+    moves = grown(drawn, "the strip of experts")
+    assert moves[-1] != before, "the strip shows what it showed before the answer"
+    page.screenshot(path=arguments.pictures / "streaming.png")
+    expect(page.get_by_role("button", name="Stop")).to_be_disabled(timeout=PATIENCE_SECS * 1000)
+    note = page.locator("article.assistant .note").last.inner_text()
+    assert "tokens/s" in note and "first after" in note, note
+
+
+def stop(page):
+    page.get_by_label("Max tokens").fill("400")
+    page.get_by_label("Your message").fill(MESSAGE * 3)
+    page.get_by_role("button", name="Send").click()
+    answer = page.locator("article.assistant .text").last
+    grown(lambda: answer.inner_text(), "the second answer")
+    page.get_by_role("button", name="Stop").click()
+    expect(page.locator("article.assistant .note").last).to_have_text("stopped")
+    length = len(answer.inner_text())
+    time.sleep(0.5)
+    assert len(answer.inner_text()) == length, "the answer goes on after it was stopped"
+
+
+def look(page):
+    page.get_by_label("Since loading").check(force=True)
+    box = page.locator("#strip").bounding_box()
+    page.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + box["height"] * 0.5)
+    tip = page.locator("#tip").inner_text()
+    assert tip.startswith("Layer ") and "since loading" in tip, tip
+    page.locator("#strip").focus()
+    page.keyboard.press("ArrowRight")
+    moved = page.locator("#tip").inner_text()
+    assert moved.startswith("Layer ") and moved != tip, (tip, moved)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("url")
+    parser.add_argument("--key")
+    parser.add_argument("--pictures", type=pathlib.Path, default=pathlib.Path("."))
+    parser.add_argument("--chromium", default=shutil.which("chromium"))
+    arguments = parser.parse_args()
+    assert arguments.chromium, "expected Debian's `chromium`, found none; `apt-get install chromium`"
+    arguments.pictures.mkdir(parents=True, exist_ok=True)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=arguments.chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1280, "height": 800}, color_scheme="light")
+        problems = []
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("request", lambda request: request.url.startswith(arguments.url) or problems.append(f"asked for {request.url}"))
+        open_page(page, arguments)
+        talk(page, arguments)
+        stop(page)
+        look(page)
+        page.screenshot(path=arguments.pictures / "light.png")
+        page.emulate_media(color_scheme="dark")
+        page.wait_for_timeout(200)
+        page.screenshot(path=arguments.pictures / "dark.png")
+        page.set_viewport_size({"width": 420, "height": 820})
+        page.wait_for_timeout(200)
+        page.screenshot(path=arguments.pictures / "narrow.png")
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "the narrow page is wider than its window"
+        browser.close()
+        assert not problems, problems
+    print("the chat page: 1 passed, 0 failed")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
