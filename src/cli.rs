@@ -242,18 +242,26 @@ pub struct EvalArgs {
 
 /// Arguments of `generate`.
 #[derive(Debug, Args)]
+#[command(group = ArgGroup::new("what").required(true))]
 #[command(after_help = "\
-The text goes to stdout as it comes, the figures to stderr.
+The text goes to stdout as it comes, the figures to stderr. Prompts of a file are computed together, and their answers are JSONL.
 
 Examples:
   hadal generate runs/quickstart/latest --prompt 'Call me'
-  hadal generate runs/quickstart/latest --prompt 'The whale' --temperature 0 --max-new-tokens 20")]
+  hadal generate runs/quickstart/latest --prompt 'The whale' --temperature 0 --max-new-tokens 20
+  hadal generate runs/quickstart/latest --prompts prompts.jsonl --out answers.jsonl")]
 pub struct GenerateArgs {
     /// Hugging Face folder
     pub checkpoint: PathBuf,
     /// Text to continue
-    #[arg(long, value_name = "TEXT")]
-    pub prompt: String,
+    #[arg(long, value_name = "TEXT", group = "what")]
+    pub prompt: Option<String>,
+    /// File with texts to continue: JSONL with `prompt` in each line, or, if its name does not end so, a text a line
+    #[arg(long, value_name = "FILE", group = "what")]
+    pub prompts: Option<PathBuf>,
+    /// File for the answers of --prompts, a line of JSON each; without it, stdout
+    #[arg(long, value_name = "FILE", requires = "prompts")]
+    pub out: Option<PathBuf>,
     /// Tokens to generate at most
     #[arg(long, value_name = "N", default_value_t = 100, value_parser = at_least::<1>)]
     pub max_new_tokens: usize,
@@ -272,6 +280,8 @@ pub struct GenerateArgs {
     /// Go on after the end-of-text token
     #[arg(long)]
     pub ignore_eos: bool,
+    #[command(flatten)]
+    pub capacity: CapacityArgs,
     #[command(flatten)]
     pub precision: PrecisionArg,
     #[command(flatten)]

@@ -11,7 +11,7 @@ use crate::{
     api::{GenerateReport, GenerateRequest, Progress},
     data::tokenizer::Tokenizer,
     probe::Checkpoint,
-    serve::{Capacity, Event, Finish, FinishReason, Params, ServePlugin, Server, Service, Submission, Task},
+    serve::{Capacity, Event, Finish, FinishReason, Params, ServePlugin, Server, Service, Sink, Submission, Task},
     session::SessionError,
     work::Work,
 };
@@ -49,8 +49,16 @@ impl Answer {
         progress: Option<Arc<dyn Progress>>,
     ) -> Result<Answer, SessionError> {
         let answer = Answer::default();
-        let collected = answer.0.clone();
-        let sink = move |event: Event| {
+        let sink = answer.sink(progress);
+        let submission = Submission { prompt, task, priority: 0, sink };
+        service.submit(submission).map_err(SessionError::input)?;
+        Ok(answer)
+    }
+
+    /// Collects what comes; text is told to `progress`, if anyone is.
+    pub fn sink(&self, progress: Option<Arc<dyn Progress>>) -> Box<dyn Sink> {
+        let collected = self.0.clone();
+        Box::new(move |event: Event| {
             let mut collected = collected.lock();
             let mut say = |text: &str| {
                 collected.text.push_str(text);
@@ -72,10 +80,7 @@ impl Answer {
                 Event::Failed(why) => collected.failure = Some(why),
             }
             true
-        };
-        let submission = Submission { prompt, task, priority: 0, sink: Box::new(sink) };
-        service.submit(submission).map_err(SessionError::input)?;
-        Ok(answer)
+        })
     }
 
     /// Whether nothing more comes.

@@ -1,4 +1,4 @@
-//! DeepSeek-style mixture-of-experts models as plugins: scene, data, model, routing, pipeline, optimizer, generation.
+//! DeepSeek-style mixture-of-experts models as plugins: scene, data, model, routing, pipeline, optimizer, serving.
 pub mod api;
 pub mod attention;
 pub mod bench;

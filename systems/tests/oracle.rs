@@ -54,7 +54,7 @@ fn each_case(check: impl Fn(Case)) {
 impl Case {
     fn app(&self, compute: Compute, trainable: bool) -> App {
         let progress: Arc<dyn Progress> = Arc::new(Silent);
-        Checkpoint::load(&self.dir, (compute, kernels::device::Device::Cpu), 64, trainable, &progress).unwrap().app
+        Checkpoint::load(&self.dir, (compute, kernels::device::Device::Cpu), 80, trainable, &progress).unwrap().app
     }
 
     fn values(&self, name: &str) -> Vec<f32> {
@@ -89,7 +89,7 @@ fn logits_and_loss_are_those_of_transformers() {
 fn generate(app: &mut App, prompt: &[u32], num_new: usize) -> Vec<u32> {
     let text = "a tokenizer is asked for, and its text is not looked at ".repeat(9);
     let tokenizer = Arc::new(Tokenizer::train(&[text], 257).unwrap());
-    let service = Server::start(app.world_mut(), tokenizer, Capacity::one(64));
+    let service = Server::start(app.world_mut(), tokenizer, Capacity::one(80));
     app.world_mut().resource_mut::<Server>().then = Some(Work::Rest);
     let params = Params { max_tokens: num_new, temperature: 0.0, ignore_eos: true, ..Params::default() };
     let answer = Answer::ask(&service, prompt.to_vec(), Task::Generate(params), None).unwrap();
@@ -105,6 +105,16 @@ fn greedy_generation_over_the_cache_is_that_of_transformers() {
         let want: Vec<u32> = want.iter().map(|&t| t as u32).collect();
         let mut app = case.app(Compute::F32, false);
         assert_eq!(generate(&mut app, &want[..8], 12), want, "{}", case.name);
+    });
+}
+
+#[test]
+fn sixty_four_tokens_are_those_of_transformers() {
+    each_case(|case| {
+        let file = TensorFile::read(&case.dir.join("continuation.safetensors")).unwrap();
+        let want: Vec<u32> = file.get::<i64>("tokens", &[1, 72]).unwrap().iter().map(|&t| t as u32).collect();
+        let mut app = case.app(Compute::F32, false);
+        assert_eq!(generate(&mut app, &want[..8], 64), want, "{}", case.name);
     });
 }
 

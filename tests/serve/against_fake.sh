@@ -6,15 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 pictures="${1:-target/pictures}"
-venv="${XDG_CACHE_HOME:-$HOME/.cache}/hadal/venv-serve"
-python="$venv/bin/python"
-if ! "$python" -c 'import jinja2, openai, playwright' 2>/dev/null; then
-    python3 -m venv "$venv"
-    "$venv/bin/pip" install --quiet -r tests/serve/requirements.txt
-fi
-if ! command -v chromium >/dev/null && command -v apt-get >/dev/null && [[ $(id -u) == 0 ]]; then
-    { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; } >/dev/null 2>&1 || true
-fi
+source tests/serve/setup.sh
 server="${HADAL_FAKE_SERVER:-}"
 if [[ -z $server ]]; then
     # shellcheck disable=SC2086 # A list of arguments.
@@ -54,10 +46,6 @@ start keyed secret
 keyed=$url
 "$python" tests/serve/openai_client.py "$open" --echo --busy-url "$busy"
 "$python" tests/serve/openai_client.py "$keyed" --echo --key secret
-if command -v chromium >/dev/null; then
-    "$python" tests/serve/chat_page.py "$open" --pictures "$pictures"
-    "$python" tests/serve/chat_page.py "$keyed" --key secret --pictures "$pictures/keyed"
-else
-    echo '!! no chromium: the chat page is NOT tested; apt-get install chromium' >&2
-fi
+chat_page "$open" --pictures "$pictures"
+chat_page "$keyed" --key secret --pictures "$pictures/keyed"
 "$python" tests/serve/load.py "$open" --clients 200 --secs 15

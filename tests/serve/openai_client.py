@@ -52,6 +52,25 @@ class Site:
 
 
 @check
+def schemas(site):
+    if site.is_echo:
+        return
+    schema = {
+        "type": "object",
+        "properties": {"mood": {"enum": ["calm", "stormy"]}, "waves": {"type": "integer", "minimum": 0, "maximum": 9}},
+        "required": ["mood", "waves"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "sea", "strict": True, "schema": schema}}
+    answer = site.chat("How is the sea?", response_format=form, max_tokens=64).choices[0]
+    found = json.loads(answer.message.content)
+    assert answer.finish_reason == "stop" and found["mood"] in ("calm", "stormy") and 0 <= found["waves"] <= 9, answer
+    bad = {"type": "json_schema", "json_schema": {"name": "bad", "schema": {"type": "no such type"}}}
+    error = raises(openai.BadRequestError, lambda: site.chat(response_format=bad))
+    assert error.param == "response_format", error
+
+
+@check
 def models(site):
     model = site.client.models.retrieve(site.model)
     assert (model.id, model.object) == (site.model, "model"), model

@@ -26,7 +26,7 @@ const MIN_PARALLEL_BYTES: usize = 1 << 20;
 const CHUNK_BYTES: usize = 128 << 10;
 /// Bytes of x that stay in the first cache.
 const X_BYTES: usize = 16 << 10;
-/// Rows of w, and of x, dotted at once.
+/// Rows of w dotted at once.
 const BLOCK: usize = 4;
 
 /// Runs `$body` with `$t` and `$w` bound to the types of activations and weights: equal, or bf16 weights under f32.
@@ -90,22 +90,8 @@ fn rows<T: Float, W: Float<Acc = T::Acc>>(w: &[W], x: &[T], i: usize, n: usize, 
     for first in (0..n).step_by(per_block) {
         let x = &x[first * i..(first + per_block).min(n) * i];
         for (w, y) in w.chunks(BLOCK * i).zip(y.chunks_mut(BLOCK * n)) {
-            let (num_w, mut j) = (w.len() / i, first);
-            let mut fours = x.chunks_exact(BLOCK * i);
-            for x in &mut fours {
-                if num_w == BLOCK {
-                    for (b, sums) in lanes::dot4x4(w, x).into_iter().enumerate() {
-                        y[b * n + j..][..BLOCK].copy_from_slice(&sums);
-                    }
-                } else {
-                    for (w, y) in w.chunks_exact(i).zip(y.chunks_exact_mut(n)) {
-                        y[j..j + BLOCK].copy_from_slice(&lanes::dot4(x, w));
-                    }
-                }
-                j += BLOCK;
-            }
-            for x in fours.remainder().chunks_exact(i) {
-                if num_w == BLOCK {
+            for (j, x) in (first..).zip(x.chunks_exact(i)) {
+                if w.len() == BLOCK * i {
                     for (b, sum) in lanes::dot4(w, x).into_iter().enumerate() {
                         y[b * n + j] = sum;
                     }
@@ -114,7 +100,6 @@ fn rows<T: Float, W: Float<Acc = T::Acc>>(w: &[W], x: &[T], i: usize, n: usize, 
                         y[j] = lanes::dot(w, x);
                     }
                 }
-                j += 1;
             }
         }
     }

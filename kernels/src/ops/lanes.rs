@@ -26,6 +26,16 @@ fn tree<const R: usize, A: Real>(lanes: &mut [[A; LANES]; R], join: impl Fn(A, A
     std::array::from_fn(|r| lanes[r][0])
 }
 
+/// Sums the lanes of four rows in the order of [`tree`], all four side by side in its last steps.
+#[inline(never)]
+fn sums<A: Real>(rows: &[[A; LANES]; 4]) -> [A; 4] {
+    let quarters: [[A; 4]; 4] =
+        std::array::from_fn(|r| std::array::from_fn(|i| (rows[r][i] + rows[r][i + 8]) + (rows[r][i + 4] + rows[r][i + 12])));
+    let column = |i: usize| -> [A; 4] { std::array::from_fn(|r| quarters[r][i]) };
+    let [a, b, c, d] = [column(0), column(1), column(2), column(3)];
+    std::array::from_fn(|r| (a[r] + c[r]) + (b[r] + d[r]))
+}
+
 #[inline(always)]
 fn larger<A: Real>(a: A, b: A) -> A {
     if a > b { a } else { b }
@@ -112,7 +122,7 @@ pub fn dot4<T: Float, U: Float<Acc = T::Acc>>(a: &[T], b: &[U]) -> [T::Acc; 4] {
         multiply_add(&mut l2, a2, b);
         multiply_add(&mut l3, a3, b);
     }
-    let [s0, s1, s2, s3] = tree(&mut [l0, l1, l2, l3], |a, b| a + b);
+    let [s0, s1, s2, s3] = sums(&[l0, l1, l2, l3]);
     let at = n - rest.len();
     [
         dot_from(s0, &a0[at..], rest),
@@ -120,54 +130,6 @@ pub fn dot4<T: Float, U: Float<Acc = T::Acc>>(a: &[T], b: &[U]) -> [T::Acc; 4] {
         dot_from(s2, &a2[at..], rest),
         dot_from(s3, &a3[at..], rest),
     ]
-}
-
-/// Dot products of the four rows of `a` [4, n] with the four of `b` [4, n], each with the bits of [`dot`]: what is loaded is used four
-/// times.
-///
-/// # Panics
-/// If they are not equally long, or no four rows.
-#[inline(always)]
-pub fn dot4x4<T: Float, U: Float<Acc = T::Acc>>(a: &[T], b: &[U]) -> [[T::Acc; 4]; 4] {
-    let n = b.len() / 4;
-    assert!(a.len() == 4 * n && b.len() == 4 * n, "four rows of one length on both sides");
-    let a_rows: [&[T]; 4] = std::array::from_fn(|r| &a[r * n..(r + 1) * n]);
-    let b_rows: [&[U]; 4] = std::array::from_fn(|r| &b[r * n..(r + 1) * n]);
-    let a_chunks = a_rows.map(|row| row.as_chunks::<LANES>().0);
-    let b_chunks = b_rows.map(|row| row.as_chunks::<LANES>().0);
-    let num_chunks = n / LANES;
-    let (a_chunks, b_chunks) = (a_chunks.map(|c| &c[..num_chunks]), b_chunks.map(|c| &c[..num_chunks]));
-    let [mut l0, mut l1, mut l2, mut l3] = [[[T::Acc::zero(); LANES]; 4]; 4];
-    for c in 0..num_chunks {
-        let a: [[T::Acc; LANES]; 4] =
-            [widen(&a_chunks[0][c]), widen(&a_chunks[1][c]), widen(&a_chunks[2][c]), widen(&a_chunks[3][c])];
-        for (j, b) in b_chunks.iter().enumerate() {
-            let b = widen(&b[c]);
-            for (lanes, a) in [&mut l0, &mut l1, &mut l2, &mut l3].into_iter().zip(&a) {
-                for i in 0..LANES {
-                    lanes[j][i] += a[i] * b[i];
-                }
-            }
-        }
-    }
-    let at = num_chunks * LANES;
-    let mut out = [[T::Acc::zero(); 4]; 4];
-    for ((out, lanes), a) in out.iter_mut().zip([&mut l0, &mut l1, &mut l2, &mut l3]).zip(a_rows) {
-        let sums = tree(lanes, |a, b| a + b);
-        for ((out, sum), b) in out.iter_mut().zip(sums).zip(b_rows) {
-            *out = dot_from(sum, &a[at..], &b[at..]);
-        }
-    }
-    out
-}
-
-#[inline(always)]
-fn widen<T: Float>(x: &[T; LANES]) -> [T::Acc; LANES] {
-    let mut out = [T::Acc::zero(); LANES];
-    for i in 0..LANES {
-        out[i] = x[i].to_acc();
-    }
-    out
 }
 
 /// `y += scale x`
@@ -202,14 +164,11 @@ mod tests {
     fn rows_beside_each_other_do_not_change_the_bits() {
         for n in [0, 5, 16, 100] {
             let (a, b) = (random(4 * n, 1), random(4 * n, 2));
-            let all = vectorize(|| dot4x4(&a, &b));
-            for (i, row) in all.iter().enumerate() {
-                let b_row = |j: usize| &b[j * n..(j + 1) * n];
-                for (j, x) in row.iter().enumerate() {
-                    assert_eq!(x.to_bits(), dot(&a[i * n..(i + 1) * n], b_row(j)).to_bits());
+            for j in 0..4 {
+                let b = &b[j * n..(j + 1) * n];
+                for (i, x) in vectorize(|| dot4(&a, b)).into_iter().enumerate() {
+                    assert_eq!(x.to_bits(), dot(&a[i * n..(i + 1) * n], b).to_bits());
                 }
-                let four = dot4(&a, b_row(i));
-                assert!((0..4).all(|k| four[k].to_bits() == all[k][i].to_bits()));
             }
         }
     }

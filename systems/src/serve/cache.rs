@@ -67,3 +67,40 @@ pub fn mha_bytes_per_token(config: &ModelConfig, num_layers: usize, dtype: DType
     };
     (width * num_layers * dtype.size_bytes()) as u64
 }
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "tests")]
+    use super::*;
+    use crate::hf::config::HfConfig;
+
+    fn config(json: &str) -> ModelConfig {
+        serde_json::from_str::<HfConfig>(json).unwrap().resolve().unwrap()
+    }
+
+    /// DeepSeek-V3's shape: 512 + 64 numbers of 2 bytes in each of 61 layers.
+    #[test]
+    fn a_token_of_deepseek_v3_takes_70_272_bytes() {
+        let v3 = config(
+            r#"{"model_type": "deepseek_v3", "vocab_size": 129280, "hidden_size": 7168, "num_hidden_layers": 61,
+            "num_attention_heads": 128, "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64, "v_head_dim": 128, "intermediate_size": 18432, "moe_intermediate_size": 2048,
+            "n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8, "first_k_dense_replace": 3,
+            "n_group": 8, "topk_group": 4, "norm_topk_prob": true, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
+            "routed_scaling_factor": 2.5, "max_position_embeddings": 163840, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}"#,
+        );
+        assert_eq!(bytes_per_token(&v3, 61, DType::Bf16), 70_272);
+        assert_eq!(mha_bytes_per_token(&v3, 61, DType::Bf16), 61 * 128 * (128 + 64 + 128) * 2);
+    }
+
+    #[test]
+    fn grouped_queries_keep_their_key_heads() {
+        let qwen = config(
+            r#"{"model_type": "qwen2", "vocab_size": 100, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 8,
+            "num_key_value_heads": 2, "intermediate_size": 96, "max_position_embeddings": 128, "rms_norm_eps": 1e-6,
+            "rope_theta": 1e4, "tie_word_embeddings": true}"#,
+        );
+        assert_eq!(bytes_per_token(&qwen, 3, DType::F32), 3 * 2 * 2 * 8 * 4);
+        assert_eq!(mha_bytes_per_token(&qwen, 3, DType::F32), 4 * bytes_per_token(&qwen, 3, DType::F32));
+    }
+}

@@ -4,6 +4,7 @@
 //! [`requests`] are the entities, [`schedule`] what a step computes of which, over the blocks of a [`pool`]; [`step`] runs it.
 //! [`service`] is the way in for whoever asks, from any thread; what is asked and what comes back is in [`request`].
 
+pub mod batch;
 pub mod cache;
 pub mod grammar;
 pub mod host;

@@ -194,6 +194,8 @@ impl Server {
         query: &mut SystemState<Query<&mut Request>>,
         queues: &mut Queues,
     ) -> Result {
+        // Asked before: who was told that there is room is heard.
+        let is_closing = self.inbox.is_closing();
         let wait = if queues.is_empty() && self.then.is_none() { IDLE } else { Duration::ZERO };
         for Message::Submit(id, submission, cancelled) in self.inbox.receive(wait) {
             let entity = world.spawn(Request::new(id, submission, cancelled, &self.tokenizer)).id();
@@ -212,7 +214,7 @@ impl Server {
         if queues.is_empty() {
             match self.then {
                 Some(then) => *world.resource_mut::<Work>() = then,
-                None if self.inbox.is_closing() => *world.resource_mut::<Work>() = Work::Rest,
+                None if is_closing => *world.resource_mut::<Work>() = Work::Rest,
                 None => {}
             }
         }

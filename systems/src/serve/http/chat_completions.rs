@@ -40,7 +40,7 @@ pub(super) async fn complete(
     let older = fields.count("max_tokens", 1, max_context_tokens)?;
     let max_tokens = fields.count("max_completion_tokens", 1, max_context_tokens)?.or(older);
     params.logprobs = likeliest(&mut fields)?;
-    params.grammar = grammar::of_request(&mut fields, &loaded)?;
+    params.grammar = grammar::of_request(&mut fields, &loaded).await?;
     let chat = Chat::read(&mut fields)?;
     let has_tools = chat.tools.is_some();
     let prompt = encode(&loaded, chat).await?;

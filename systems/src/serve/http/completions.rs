@@ -44,7 +44,7 @@ pub(super) async fn complete(
     let max_context_tokens = loaded.service.settings().max_context_tokens;
     let max_tokens = fields.count("max_tokens", 1, max_context_tokens)?;
     params.logprobs = fields.count("logprobs", 0, MAX_LOGPROBS)?;
-    params.grammar = grammar::of_request(&mut fields, &loaded)?;
+    params.grammar = grammar::of_request(&mut fields, &loaded).await?;
     let begins = fields.flag("add_special_tokens")?.unwrap_or(true);
     let prompt = fields.take("prompt").ok_or_else(|| ApiError::param("prompt", "expected a prompt; found none"))?;
     let prompts = prompts("prompt", prompt, app.config.max_choices)?;
