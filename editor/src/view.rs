@@ -23,6 +23,7 @@ pub fn registry() -> Vec<Box<dyn View>> {
         Box::<views::curves::Curves>::default(),
         Box::<views::scene::SceneView>::default(),
         Box::<views::world::World>::default(),
+        Box::<views::requests::Requests>::default(),
         Box::<views::memory::MemoryView>::default(),
     ]
 }

@@ -18,7 +18,7 @@ fn drawn(view: &str, theme: Theme, size: [f32; 2], scale: f32) -> (Harness<'stat
     let mut h = editor_with(size, scale, theme, FakeBench::default(), textures.clone());
     let source = FakeSource::default();
     source.tell(SourceEvent::Connected("fake".into()));
-    (1..=24).for_each(|step| source.step(step));
+    (1..=24).for_each(|step| if view == "Requests" { source.serves(step) } else { source.step(step) });
     h.state_mut().desk.attach(Box::new(source), false);
     h.state_mut().desk.open("small.ron", false);
     h.state_mut().desk.selected = Some(Selected { layer: 2, expert: 5 });
@@ -73,6 +73,11 @@ fn scene() {
 #[test]
 fn world() {
     check("World");
+}
+
+#[test]
+fn requests() {
+    check("Requests");
 }
 
 #[test]

@@ -255,6 +255,60 @@ fn the_world_is_a_tree_with_an_inspector() {
 }
 
 #[test]
+fn requests_are_listed_sorted_and_counted_and_a_run_that_trains_has_none() {
+    let source = FakeSource::default();
+    source.tell(SourceEvent::Connected("fake".into()));
+    (1..=12).for_each(|step| source.serves(step));
+    let mut h = editor(SIZE, Theme::Dark, FakeBench::default());
+    h.state_mut().desk.attach(Box::new(source.clone()), false);
+    settle(&mut h, |app| app.desk.now().is_some_and(|now| now.step == 12));
+    h.state_mut().show_only("Requests");
+    h.run_steps(6);
+    assert_eq!(source.called("world.query")[0]["components"][0], "Request");
+    h.get_by_label("6 running; over 12 steps up to step 12");
+    h.get_by_label("44 blocks used, of 64; over 12 steps up to step 12");
+    h.get_by_label(
+        "request 43, running: 128 of 576 tokens computed, prompt 512, new 0 of 64, 8 blocks, priority 2, 800 ms",
+    );
+    let tops = |h: &egui_kittest::Harness<'static, editor::app::EditorApp>| -> Vec<f32> {
+        let tops = [38, 41, 42, 43, 44, 45].map(|id| h.get_by_label_contains(&format!("request {id}, ")).rect().top());
+        tops.into()
+    };
+    assert!(tops(&h).is_sorted(), "by number: {:?}", tops(&h));
+    h.get_by_label("sort by age").click();
+    h.run_steps(3);
+    assert!(tops(&h).iter().rev().is_sorted(), "the youngest came last: {:?}", tops(&h));
+    h.get_by_label("sorted by age, ascending").click();
+    h.run_steps(3);
+    h.get_by_label("sorted by age, descending");
+    assert!(tops(&h).is_sorted(), "{:?}", tops(&h));
+
+    // Another step, another question; a look at an old step leaves the table.
+    let asked = source.called("world.query").len();
+    source.serves(13);
+    h.run_steps(6);
+    assert_eq!(source.called("world.query").len(), asked + 1);
+    h.state_mut().desk.cursor.step = Some(7);
+    h.run_steps(3);
+    h.get_by_label("6 running; over 7 steps up to step 7");
+    h.get_by_label("gauges are of the step under the cursor, the table is of now");
+    source.tell(SourceEvent::Lost("connection refused".into()));
+    h.run_steps(4);
+    h.get_by_label("as it was when the run was last heard of");
+    h.check_accessibility();
+
+    let (mut h, source) = recorded(SIZE, Theme::Light, 3);
+    h.state_mut().show_only("Requests");
+    h.run_steps(4);
+    h.get_by_label("nobody asks this run: its steps are not those of a model that serves");
+    assert!(source.called("world.query").is_empty(), "its steps say that there are none");
+    let mut h = editor(SIZE, Theme::Light, FakeBench::default());
+    h.state_mut().show_only("Requests");
+    h.run_steps(3);
+    h.get_by_label_contains("no requests: attach to a model that serves");
+}
+
+#[test]
 fn memory_marks_its_peak_and_curves_are_there_for_what_is_told() {
     let (mut h, _) = recorded(SIZE, Theme::Dark, 6);
     for title in ["loss, nats a token", "gradient norm", "learning rate", "tokens/s", "MaxVio", "idle share"] {

@@ -1,7 +1,10 @@
 //! Arguments of `serve`, and what of them other verbs that serve share.
 
 #[cfg(feature = "remote")]
-use std::{net::IpAddr, path::PathBuf};
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+};
 
 use clap::Args;
 use systems::serve::HostOptions;
@@ -21,6 +24,7 @@ Examples:
   hadal serve runs/quickstart/latest
   hadal serve scenes/quickstart.ron --port 0
   HADAL_API_KEY=secret hadal serve CHECKPOINT --host 0.0.0.0
+  hadal serve runs/quickstart/latest --remote 127.0.0.1:0
   curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{\"prompt\": \"Call me\"}'")]
 pub struct ServeArgs {
     /// Hugging Face folder; or a scene, whose run's newest checkpoint is served
@@ -57,6 +61,14 @@ pub struct ServeArgs {
     /// Before the names in /metrics; `vllm` makes them those of vLLM
     #[arg(long, value_name = "PREFIX", default_value = "hadal")]
     pub metrics_prefix: String,
+    /// Let it be watched at ADDRESS (127.0.0.1:0 takes a free port), as by `hadal editor --attach`: its steps, and the numbers of each
+    /// request, never a text. Who has the token may pause and stop it
+    #[arg(long, value_name = "ADDRESS")]
+    pub remote: Option<SocketAddr>,
+    /// Where remote.json and remote.token (mode 0600) are while it is watched; runs/serve/PORT, the port being that of --port, if not
+    /// given
+    #[arg(long, value_name = "DIR", requires = "remote")]
+    pub remote_dir: Option<PathBuf>,
     #[command(flatten)]
     pub capacity: CapacityArgs,
     #[command(flatten)]

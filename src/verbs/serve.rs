@@ -2,15 +2,20 @@
 
 use std::{
     net::SocketAddr,
-    path::Path,
+    path::{Path, PathBuf},
     process::ExitCode,
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
-use systems::serve::{
-    Host, HostOptions, HostRequest,
-    http::{HttpConfig, HttpServer, Loaded},
+use engine::control::{self, ControlHandle};
+use systems::{
+    api::Progress,
+    remote,
+    serve::{
+        Host, HostOptions, HostRequest, WatchPlugin,
+        http::{HttpConfig, HttpServer, Loaded},
+    },
 };
 
 use crate::{cli::ServeArgs, failure::Failure, load::checkpoint, progress::TextProgress, signals, units};
@@ -41,12 +46,22 @@ pub fn serve(args: &ServeArgs) -> Result<ExitCode, Failure> {
     if !args.host.is_loopback() && !has_key {
         eprintln!("warning: {} can be reached from elsewhere, and no key is asked for: set --api-key", http.url());
     }
+    let progress: Arc<dyn Progress> = Arc::new(TextProgress { to_stdout: false });
+    let (mut watch, mut door) = (None, None);
+    if let Some(bind) = args.remote {
+        let (handle, inbox) = control::channel();
+        let dir = args.remote_dir.clone().unwrap_or_else(|| format!("runs/serve/{}", http.address().port()).into());
+        door = Some(Door::open(bind, dir, &handle, &progress)?);
+        let progress = progress.clone();
+        watch = Some(WatchPlugin { name: name.clone(), inbox, note: Arc::new(move |line| progress.note(line)) });
+    }
     let host = Host::start(HostRequest {
         checkpoint: checkpoint.clone(),
         compute: args.precision.precision.into(),
         device: args.precision.device,
         options: HostOptions::from(&args.capacity),
-        progress: Arc::new(TextProgress { to_stdout: false }),
+        progress,
+        watch,
     })?;
     let (service, tokenizer) = (host.service.clone(), host.tokenizer.clone());
     let loaded = Loaded::open(service, tokenizer, &checkpoint, args.chat_template.as_deref());
@@ -73,7 +88,37 @@ pub fn serve(args: &ServeArgs) -> Result<ExitCode, Failure> {
     }
     http.stop().map_err(Failure::runtime)?;
     host.finish()?;
+    // Last: who watches is told of the end, and then left.
+    drop(door);
     Ok(if signal == 0 { ExitCode::SUCCESS } else { ExitCode::from(128 + signal as u8) })
+}
+
+/// The server that the model is watched by, and the folder of its files.
+struct Door {
+    server: Option<engine::remote::Server>,
+    dir: PathBuf,
+}
+
+impl Door {
+    fn open(
+        bind: SocketAddr,
+        dir: PathBuf,
+        handle: &ControlHandle,
+        progress: &Arc<dyn Progress>,
+    ) -> Result<Self, Failure> {
+        let create = |e| Failure::runtime(format!("create {}: {e}; choose another with --remote-dir", dir.display()));
+        std::fs::create_dir_all(&dir).map_err(create)?;
+        let server = remote::listen(bind, &dir, handle, progress)?;
+        Ok(Door { server: Some(server), dir })
+    }
+}
+
+impl Drop for Door {
+    fn drop(&mut self) {
+        drop(self.server.take());
+        // A folder with anything else in it stays.
+        let _ = std::fs::remove_dir(&self.dir);
+    }
 }
 
 /// A folder's name; of a run's checkpoint that of the run.

@@ -214,7 +214,8 @@ pub fn run_to_rest(app: &mut App) -> Result<(), SessionError> {
         app.insert_resource(StopsAtRest).add_systems(Step, stop.in_set(StepSystems::Keep));
     }
     match engine::app::run(app) {
-        ExitReason::Finished => Ok(()),
+        // Whoever may ask it to stop is content with that.
+        ExitReason::Finished | ExitReason::Stopped => Ok(()),
         reason => Err(SessionError::runtime(reason)),
     }
 }

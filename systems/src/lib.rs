@@ -37,7 +37,7 @@ pub mod plan;
 pub mod probe;
 pub mod problem;
 pub mod ranks;
-mod remote;
+pub mod remote;
 pub mod rounding;
 pub mod routing;
 pub mod run;

@@ -1,5 +1,7 @@
-//! The server of a run, if its scene wants one.
+//! The server that a run is watched and steered by, if its scene wants one; a model that serves may have one, too.
 
+#[cfg(feature = "remote")]
+use std::net::SocketAddr;
 use std::{path::Path, sync::Arc};
 
 use engine::control::ControlHandle;
@@ -26,6 +28,21 @@ pub(crate) fn start(
 ) -> Result<Guard, SessionError> {
     let Some(remote) = &scene.remote else { return Ok(None) };
     let bind = remote.address().map_err(|message| SessionError::input(format!("`remote.bind` {message}")))?;
+    listen(bind, dir, handle, progress).map(Some)
+}
+
+/// Starts it at `bind`, and says where it is; port 0 takes a free one. Its files are in `dir` until it is dropped: `remote.json`, and the
+/// token in `remote.token`, mode 0600.
+///
+/// # Errors
+/// If the address cannot be listened on, or the folder not be written to.
+#[cfg(feature = "remote")]
+pub fn listen(
+    bind: SocketAddr,
+    dir: &Path,
+    handle: &ControlHandle,
+    progress: &Arc<dyn Progress>,
+) -> Result<engine::remote::Server, SessionError> {
     let options = engine::remote::ServerOptions { bind, dir: dir.to_owned(), handle: handle.clone() };
     let server = engine::remote::Server::start(options).map_err(SessionError::runtime)?;
     let token = dir.join("remote.token");
@@ -34,7 +51,7 @@ pub(crate) fn start(
         progress
             .note("other machines reach this address, and what goes over it is plain text: a tunnel would be safer");
     }
-    Ok(Some(server))
+    Ok(server)
 }
 
 /// A scene with a server is no valid scene of this program.

@@ -30,7 +30,8 @@ pub fn turn_of(work: Work) -> impl Fn(Res<Turn>) -> bool + Clone {
     move |now: Res<Turn>| now.0 == work
 }
 
-/// Listeners follow training; batches of evaluation, tokens and repeated steps come in between.
+/// Listeners follow training; batches of evaluation, tokens and repeated steps come in between. Steps of a model that does nothing but
+/// serve are told by [`crate::serve::watch`].
 pub(crate) fn begin_turn(work: Res<Work>, mut turn: ResMut<Turn>, mut telemetry: ResMut<Telemetry>) {
     turn.0 = *work;
     telemetry.set_told(*work == Work::Train);

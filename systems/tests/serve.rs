@@ -2,10 +2,14 @@
 //! answer is that of the model alone, to the bit; and that is what a plain forward over the whole text says.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
-use std::sync::Arc;
+use std::{collections::BTreeSet, sync::Arc};
 
 use bevy_app::App;
-use engine::prelude::*;
+use engine::{
+    control::{self, ControlHandle},
+    prelude::*,
+};
+use serde_json::{Value, json};
 use systems::{
     api::{Progress, StepReport},
     data::{packing::Batch, tokenizer::Tokenizer},
@@ -17,7 +21,9 @@ use systems::{
     probe::Probe,
     ranks::Ranks,
     scene::{Compute, Recompute},
-    serve::{Capacity, Counters, FinishReason, Params, ServePlugin, Server, Service, Task, schedule::Limits},
+    serve::{
+        Capacity, Counters, FinishReason, Params, ServePlugin, Server, Service, Task, WatchPlugin, schedule::Limits,
+    },
     session::{ModelSetup, app_with_model},
     weights::Weights,
     work::Work,
@@ -261,4 +267,121 @@ fn what_cannot_be_answered_is_refused() {
     assert!(ask(vec![1], 1).unwrap_err().contains("2 requests wait"));
     service.close();
     assert!(ask(vec![1], 1).unwrap_err().contains("shutting down"));
+}
+
+/// A server with somebody who watches.
+fn watched(capacity: Capacity) -> (App, Service, ControlHandle) {
+    let (mut app, service) = server(DEEPSEEK, Compute::F32, capacity);
+    let (handle, inbox) = control::channel();
+    app.add_plugins(WatchPlugin { name: "small".into(), inbox, note: Arc::new(|_| {}) });
+    app.insert_resource(Work::Serve);
+    (app, service, handle)
+}
+
+#[test]
+fn who_watches_sees_numbers_of_requests_and_changes_no_answer() {
+    let asked = mix(48, 11, 1.0);
+    let want = alone(DEEPSEEK, Compute::F32, &asked);
+    let (mut app, service, handle) = watched(Capacity { cache_tokens: 128, ..wide() });
+    let steps = handle.subscribe(4096);
+    let ask =
+        |(prompt, params): &Asked| Answer::ask(&service, prompt.clone(), Task::Generate(params.clone()), None).unwrap();
+    let answers: Vec<Answer> = asked.iter().map(ask).collect();
+    app.finish();
+    app.cleanup();
+    let (mut states, mut last) = (BTreeSet::new(), None);
+    let (mut num_steps, mut num_generated) = (0, 0.0);
+    while *app.world().resource::<Work>() == Work::Serve {
+        let reply = handle.call("world.query", json!({ "components": ["Request"] }));
+        app.update();
+        let list = reply.try_recv().unwrap().unwrap();
+        let views: Vec<&Value> =
+            list["entities"].as_array().unwrap().iter().map(|entity| &entity["components"]["Request"]).collect();
+        let known = [
+            "id",
+            "priority",
+            "state",
+            "num_prompt_tokens",
+            "num_computed_tokens",
+            "num_generated_tokens",
+            "max_new_tokens",
+            "num_blocks",
+            "age_secs",
+        ];
+        for view in &views {
+            let keys: Vec<&String> = view.as_object().unwrap().keys().collect();
+            assert_eq!(keys, known, "numbers, and no text");
+            let (prompt, params) = &asked[view["id"].as_u64().unwrap() as usize];
+            assert_eq!(
+                (&view["num_prompt_tokens"], &view["max_new_tokens"]),
+                (&json!(prompt.len()), &json!(params.max_tokens))
+            );
+            let holds = view["num_blocks"].as_u64().unwrap() > 0;
+            assert_eq!(view["state"] == "running", holds, "{view}");
+            states.insert(view["state"].as_str().unwrap().to_owned());
+        }
+        // The list is of the time between the last step and this one.
+        if let Some((running, waiting)) = last {
+            let count = |state: &str| views.iter().filter(|view| view["state"] == state).count() as f64;
+            assert_eq!((count("running"), count("waiting") + count("preempted")), (running, waiting));
+        }
+        let Ok(step) = steps.try_recv() else { continue };
+        let of = |name: &str| step.scalar(name).unwrap_or_else(|| panic!("{name}: {:?}", step.scalars));
+        last = Some((of("num_running"), of("num_waiting")));
+        (num_steps, num_generated) = (num_steps + 1, num_generated + of("num_generated_tokens"));
+        assert_eq!((step.step, of("num_blocks")), (num_steps, 16.0));
+        assert_eq!(of("cache_usage"), of("num_used_blocks") / 16.0);
+        let kinds: BTreeSet<&str> = step.spans.iter().map(|span| span.kind.0).collect();
+        assert!(of("tokens_per_sec") > 0.0 && kinds.contains("attention_cached"), "{kinds:?}, {:?}", step.scalars);
+        let loads = &step.histograms.iter().find(|(name, _)| name == "load/layer 1").unwrap().1;
+        assert_eq!(loads.iter().sum::<f64>(), 2.0 * of("num_step_tokens"), "each token chooses two experts");
+    }
+    let got: Vec<Collected> = answers.iter().map(Answer::get).collect();
+    assert_eq!(tokens(&got), want);
+    assert_eq!(num_generated as usize, want.iter().map(Vec::len).sum::<usize>());
+    assert_eq!(num_steps, counters(&app).num_steps, "every step is told");
+    assert_eq!(states.iter().map(String::as_str).collect::<Vec<_>>(), ["preempted", "running", "waiting"]);
+}
+
+#[test]
+fn a_server_can_be_paused_and_stopped_and_ends_all_the_same() {
+    let long = Params { max_tokens: 100, temperature: 0.0, ignore_eos: true, ..Params::default() };
+    let ask = |service: &Service| Answer::ask(service, vec![1, 2, 3], Task::Generate(long.clone()), None).unwrap();
+    // Paused, and told to end: what it has taken is answered.
+    let (mut app, service, handle) = watched(wide());
+    app.world_mut().resource_mut::<Server>().then = None;
+    app.finish();
+    app.cleanup();
+    let answer = ask(&service);
+    (0..4).for_each(|_| app.update());
+    let paused = handle.call("run.pause", Value::Null);
+    (0..4).for_each(|_| app.update());
+    let at = answer.get().tokens.len();
+    assert_eq!((&paused.try_recv().unwrap().unwrap()["state"], at), (&json!("paused"), 4));
+    let stepped = handle.call("run.step", Value::Null);
+    (0..4).for_each(|_| app.update());
+    assert_eq!((stepped.try_recv().unwrap().is_ok(), answer.get().tokens.len()), (true, at + 1));
+    let refused = |method: &str, params| {
+        let reply = handle.call(method, params);
+        move || reply.try_recv().unwrap().unwrap_err().message
+    };
+    let (lr, saved) =
+        (refused("run.set", json!({ "path": "lr", "value": 1e-3 })), refused("run.checkpoint", Value::Null));
+    app.update();
+    assert_eq!(lr(), "there is no live value `lr`; there are: none");
+    assert!(saved().starts_with("there is no method `run.checkpoint`"));
+    service.close();
+    run_to_rest(&mut app).unwrap();
+    assert_eq!(answer.get().finish.unwrap().num_generated_tokens, 100);
+
+    // Stopped: who waits is told, with what there is.
+    let (mut app, service, handle) = watched(wide());
+    app.finish();
+    app.cleanup();
+    let answer = ask(&service);
+    (0..4).for_each(|_| app.update());
+    let _stopped = handle.call("run.stop", Value::Null);
+    run_to_rest(&mut app).unwrap();
+    let finish = answer.get().finish.unwrap();
+    assert_eq!((finish.reason, finish.num_generated_tokens), (FinishReason::Cancelled, 4));
 }

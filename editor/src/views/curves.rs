@@ -18,7 +18,7 @@ struct Group {
     is_log: bool,
 }
 
-const GROUPS: [Group; 12] = [
+const GROUPS: [Group; 14] = [
     Group {
         title: "loss, nats a token",
         names: &["loss_nats_per_token", "val_loss_nats_per_token", "mtp_loss_nats_per_token/"],
@@ -27,7 +27,9 @@ const GROUPS: [Group; 12] = [
     Group { title: "bits per byte", names: &["bits_per_byte", "val_bits_per_byte"], is_log: false },
     Group { title: "gradient norm", names: &["grad_norm"], is_log: true },
     Group { title: "learning rate", names: &["lr"], is_log: false },
-    Group { title: "tokens/s", names: &["tokens_per_sec"], is_log: false },
+    Group { title: "tokens/s", names: &["tokens_per_sec", "generated_tokens_per_sec"], is_log: false },
+    Group { title: "requests", names: &["num_running", "num_waiting"], is_log: false },
+    Group { title: "cache in use, share", names: &["cache_usage"], is_log: false },
     Group { title: "MFU", names: &["mfu"], is_log: false },
     Group { title: "MaxVio", names: &["max_vio"], is_log: false },
     Group { title: "idle share", names: &["idle_fraction", "overhead_share"], is_log: false },

@@ -156,6 +156,50 @@ pub fn snapshot(step: u64) -> Snapshot {
     }
 }
 
+/// A step of a model that serves: its forward tasks, and how many requests there were.
+pub fn serving(step: u64) -> Snapshot {
+    let trained = snapshot(step);
+    let tasks = trained.spans.iter().filter(|span| span.rank == 0 && span.pass == Some(Pass::Forward));
+    let running = 4.0 + (step % 5) as f64;
+    let scalars = [
+        ("step_secs", 0.004),
+        ("num_running", running),
+        ("num_waiting", (step / 6) as f64),
+        ("num_preemptions", 3.0),
+        ("num_blocks", 64.0),
+        ("num_used_blocks", 20.0 + 2.0 * step as f64 % 40.0),
+        ("cache_usage", 0.5),
+        ("tokens_per_sec", 2000.0 + 100.0 * (random(step) % 10) as f64),
+        ("generated_tokens_per_sec", 250.0 * running),
+    ];
+    Snapshot {
+        spans: tasks.map(|task| Span { waited_for: None, ..task.clone() }).collect(),
+        scalars: scalars.map(|(name, value)| (name.to_owned(), value)).into(),
+        histograms: trained.histograms.into_iter().filter(|(name, _)| name.starts_with("load/")).collect(),
+        ..trained
+    }
+}
+
+/// Requests as a run lists them, in no order.
+fn requests() -> Value {
+    let request = |id: u64, state: &str, [prompt, computed, generated]: [u64; 3], priority: i64, age_secs: f64| {
+        let view = json!({
+            "id": id, "priority": priority, "state": state, "num_prompt_tokens": prompt, "num_computed_tokens": computed,
+            "num_generated_tokens": generated, "max_new_tokens": 64, "num_blocks": computed.div_ceil(16), "age_secs": age_secs,
+        });
+        json!({ "entity": 1000 + id, "name": format!("request {id}"), "components": { "Request": view } })
+    };
+    let list = [
+        request(41, "running", [120, 160, 41], 0, 4.25),
+        request(38, "running", [31, 90, 60], 0, 9.5),
+        request(44, "waiting", [700, 0, 0], 0, 0.35),
+        request(42, "preempted", [200, 0, 17], -1, 3.1),
+        request(43, "running", [512, 128, 0], 2, 0.8),
+        request(45, "waiting", [12, 0, 0], 0, 0.02),
+    ];
+    json!({ "entities": list, "num_left_out": 0 })
+}
+
 /// What a source is told to give, and what it was asked.
 #[derive(Default)]
 pub struct Script {
@@ -174,6 +218,11 @@ impl FakeSource {
 
     pub fn step(&self, step: u64) {
         self.tell(SourceEvent::Snapshot(Arc::new(snapshot(step))));
+    }
+
+    /// The same of a model that serves.
+    pub fn serves(&self, step: u64) {
+        self.tell(SourceEvent::Snapshot(Arc::new(serving(step))));
     }
 
     pub fn called(&self, method: &str) -> Vec<Value> {
@@ -215,6 +264,7 @@ impl Source for FakeSource {
                 { "entity": 2, "name": "layer 1", "components": ["Layer"], "parent": 1 },
                 { "entity": 3, "name": "expert 7", "components": ["ExpertKey", "ExpertLoad"], "parent": 2 },
             ]),
+            "world.query" => requests(),
             "world.get" => {
                 json!({ "entity": params["entity"], "components": { "ExpertLoad": 12, "ExpertKey": { "layer": 1, "expert": 7 } } })
             }

@@ -106,7 +106,8 @@ impl Control {
         self.paused = true;
     }
 
-    pub(super) fn resume(&mut self) {
+    /// The run goes on, as if a request had said so.
+    pub fn resume(&mut self) {
         self.paused = false;
     }
 

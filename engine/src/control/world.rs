@@ -88,21 +88,19 @@ fn entities(
     limit: usize,
     components: impl Fn(EntityRef, &[ExposedKind]) -> Value,
 ) -> RpcResult {
-    let all = world.query::<EntityRef>();
+    let ids = {
+        let exposed = world.get_resource::<Exposed>().map_or(&[][..], |exposed| &exposed.0);
+        known_ids(exposed, with)?
+    };
+    // Who asks for some components need not wait for a look at every task.
+    let mut all = QueryBuilder::<EntityRef>::new(world);
+    ids.iter().for_each(|&id| {
+        all.with_id(id);
+    });
+    let all = all.build();
     let world: &World = world;
     let exposed = world.get_resource::<Exposed>().map_or(&[][..], |exposed| &exposed.0);
-    let id_of = |name: &String| {
-        let found = exposed.iter().find(|kind| kind.name == name).map(|kind| kind.id);
-        found.ok_or_else(|| {
-            let known: Vec<_> = exposed.iter().map(|kind| format!("`{}`", kind.name)).collect();
-            RpcError::params(format!("no component `{name}` can be seen; there are: {}", known.join(", ")))
-        })
-    };
-    let with: Vec<ComponentId> = with.iter().map(id_of).collect::<Result<_, _>>()?;
-    let is_wanted = |entity: &EntityRef| match &with[..] {
-        [] => exposed.iter().any(|kind| entity.contains_id(kind.id)),
-        with => with.iter().all(|&id| entity.contains_id(id)),
-    };
+    let is_wanted = |entity: &EntityRef| !ids.is_empty() || exposed.iter().any(|kind| entity.contains_id(kind.id));
     let limit = limit.min(MAX_ENTITIES);
     let (mut list, mut num_more) = (Vec::new(), 0);
     for entity in all.iter_manual(world).filter(is_wanted) {
@@ -115,6 +113,18 @@ fn entities(
         list.push(Value::Object(fields));
     }
     Ok(json!({ "entities": list, "num_left_out": num_more }))
+}
+
+/// Ids of the components that are called `with`.
+fn known_ids(exposed: &[ExposedKind], with: &[String]) -> Result<Vec<ComponentId>, RpcError> {
+    let id_of = |name: &String| {
+        let found = exposed.iter().find(|kind| kind.name == name).map(|kind| kind.id);
+        found.ok_or_else(|| {
+            let known: Vec<_> = exposed.iter().map(|kind| format!("`{}`", kind.name)).collect();
+            RpcError::params(format!("no component `{name}` can be seen; there are: {}", known.join(", ")))
+        })
+    };
+    with.iter().map(id_of).collect()
 }
 
 fn head(entity: EntityRef) -> Map<String, Value> {

@@ -61,7 +61,9 @@ pub struct ServerOptions {
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
     /// The address cannot be listened on.
-    #[error("cannot listen on {address}: {source}; choose another `remote.bind`, port 0 for any that is free")]
+    #[error(
+        "cannot listen on {address}: {source}; choose another (`remote.bind` of a scene, `--remote` of a server), port 0 for any that is free"
+    )]
     Bind {
         /// The address.
         address: SocketAddr,

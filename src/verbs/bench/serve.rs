@@ -27,6 +27,7 @@ pub fn serve(args: &BenchServeArgs, output: &Output) -> Result<ExitCode, Failure
         device: args.precision.device,
         options: HostOptions::from(&args.capacity),
         progress: Arc::new(TextProgress { to_stdout: false }),
+        watch: None,
     })?;
     let load = Load {
         num_requests: args.requests,

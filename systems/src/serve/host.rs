@@ -14,6 +14,7 @@ use super::{
     schedule::Limits,
     service::Service,
     step::{Capacity, ServePlugin, Server},
+    watch::WatchPlugin,
 };
 use crate::{
     api::Progress,
@@ -40,6 +41,8 @@ pub struct HostRequest {
     pub options: HostOptions,
     /// Who is told.
     pub progress: Arc<dyn Progress>,
+    /// Who may watch, if anybody.
+    pub watch: Option<WatchPlugin>,
 }
 
 /// What a caller may say of a server's capacity; what is left out follows from the model.
@@ -103,8 +106,11 @@ impl Host {
             let config = folder.model().map_err(SessionError::input)?.config;
             let capacity = request.options.capacity(&config, request.compute);
             let on = (request.compute, request.device);
-            let loaded = Checkpoint::load(&request.checkpoint, on, capacity.max_context, false, &request.progress)?;
+            let mut loaded = Checkpoint::load(&request.checkpoint, on, capacity.max_context, false, &request.progress)?;
             let tokenizer = Arc::new(loaded.tokenizer()?);
+            if let Some(watch) = request.watch {
+                loaded.app.add_plugins(watch);
+            }
             Ok((loaded.app, tokenizer, capacity))
         })
     }

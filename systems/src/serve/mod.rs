@@ -2,7 +2,8 @@
 //! texts that grow alike: a request only ever catches up with the tokens it has.
 //!
 //! [`requests`] are the entities, [`schedule`] what a step computes of which, over the blocks of a [`pool`]; [`step`] runs it.
-//! [`service`] is the way in for whoever asks, from any thread; what is asked and what comes back is in [`request`].
+//! [`service`] is the way in for whoever asks, from any thread; what is asked and what comes back is in [`request`]. [`watch`] is what
+//! others see of it.
 
 pub mod batch;
 pub mod cache;
@@ -19,8 +20,10 @@ pub mod schedule;
 pub mod service;
 pub mod step;
 pub mod text;
+pub mod watch;
 
 pub use host::{Host, HostOptions, HostRequest};
 pub use request::{Event, Finish, FinishReason, Logprob, Params, Sink, Submission, Task, Token};
 pub use service::{Counters, Inbox, LayerLoad, Message, Refused, Service, Settings, Stats, Ticket};
 pub use step::{Capacity, ServePlugin, Server};
+pub use watch::WatchPlugin;

@@ -10,6 +10,7 @@ use std::sync::{
 
 use bevy_ecs::prelude::*;
 use kernels::ops::{logits::Adjust, sampling::Sampling};
+use serde::Serialize;
 
 use super::{
     grammar::Constraint,
@@ -63,6 +64,18 @@ struct Times {
     started: Option<u64>,
     first_token: Option<u64>,
     last_token: Option<u64>,
+}
+
+/// Where a request is, between two steps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    /// It came, and nothing was computed of it.
+    Waiting,
+    /// It holds blocks of the cache.
+    Running,
+    /// Its blocks were taken for others; it waits, and will be computed again.
+    Preempted,
 }
 
 impl Request {
@@ -122,6 +135,20 @@ impl Request {
     /// Tokens that were generated.
     pub fn num_generated(&self) -> usize {
         self.tokens.len() - self.num_prompt
+    }
+
+    /// Where it is.
+    pub fn state(&self) -> State {
+        match () {
+            () if self.is_queued => State::Waiting,
+            () if self.blocks.is_empty() => State::Preempted,
+            () => State::Running,
+        }
+    }
+
+    /// Seconds since it came.
+    pub fn age_secs(&self) -> f64 {
+        kernels::clock::now_nanos().saturating_sub(self.times.came) as f64 * 1e-9
     }
 
     /// Whether nobody waits for it any more.

@@ -29,7 +29,7 @@ use self::graph::{Shape, StepTensors};
 use super::{
     cache::{self, Caches, StepSequences},
     pool::Pool,
-    request::{FinishReason, Task},
+    request::{Event, FinishReason, Task},
     requests::Request,
     schedule::{Limits, Queues, Share},
     service::{self, Counters, Inbox, LayerLoad, Message, Service, Settings},
@@ -43,6 +43,7 @@ use crate::{
 };
 
 pub use graph::MAX_LOGPROBS;
+pub(super) use record::record as record_step;
 
 /// How long an idle model waits for a request before it looks whether it is to end.
 const IDLE: Duration = Duration::from_millis(50);
@@ -93,6 +94,7 @@ pub struct Server {
     plans: BTreeMap<Shape, StepTensors>,
     recent: VecDeque<Shape>,
     step: StepAtHand,
+    num_step_tokens: usize,
 }
 
 #[derive(Default)]
@@ -141,6 +143,7 @@ impl Server {
             plans: BTreeMap::new(),
             recent: VecDeque::new(),
             step: StepAtHand::default(),
+            num_step_tokens: 0,
         };
         world.insert_resource(server);
         world.insert_resource(caches);
@@ -156,6 +159,31 @@ impl Server {
     /// What was done so far.
     pub fn counters(&self) -> &Counters {
         &self.counters
+    }
+
+    /// Tokens that the last step computed, drafts among them; 0 if there was nothing to do.
+    pub fn num_step_tokens(&self) -> usize {
+        self.num_step_tokens
+    }
+
+    /// Which experts they chose.
+    pub fn routing(&self) -> &[LayerLoad] {
+        &self.routing
+    }
+
+    /// Whether no more requests will come.
+    pub fn is_closing(&self) -> bool {
+        self.inbox.is_closing()
+    }
+
+    /// Ends all requests that there are: what was generated of them is their answer.
+    pub(super) fn end_all(&mut self, world: &mut World, queues: &mut Queues) {
+        for entity in queues.running.iter().chain(&queues.waiting).copied().collect::<Vec<_>>() {
+            self.finish(world, queues, entity, FinishReason::Cancelled);
+        }
+        for Message::Submit(_, mut submission, _) in self.inbox.receive(Duration::ZERO) {
+            submission.sink.send(Event::Failed("the server was stopped".into()));
+        }
     }
 }
 
@@ -198,7 +226,8 @@ impl Server {
         let is_closing = self.inbox.is_closing();
         let wait = if queues.is_empty() && self.then.is_none() { IDLE } else { Duration::ZERO };
         for Message::Submit(id, submission, cancelled) in self.inbox.receive(wait) {
-            let entity = world.spawn(Request::new(id, submission, cancelled, &self.tokenizer)).id();
+            let name = Name::new(format!("request {id}"));
+            let entity = world.spawn((Request::new(id, submission, cancelled, &self.tokenizer), name)).id();
             queues.wait(entity, &query.get_mut(world)?);
         }
         for entity in queues.running.iter().chain(&queues.waiting).copied().collect::<Vec<_>>() {

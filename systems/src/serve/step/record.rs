@@ -15,7 +15,7 @@ use crate::{
     },
 };
 
-pub(super) fn record(world: &mut World) {
+pub(in crate::serve) fn record(world: &mut World) {
     world.resource_scope(|world, mut server: Mut<Server>| {
         world.resource_scope(|world, mut queues: Mut<Queues>| server.record(world, &mut queues));
     });
@@ -25,6 +25,7 @@ impl Server {
     fn record(&mut self, world: &mut World, queues: &mut Queues) {
         let step = std::mem::take(&mut self.step);
         let memory = world.resource::<Tensors>().memory().clone();
+        self.num_step_tokens = step.shape.tokens;
         if step.shape.tokens > 0 {
             let tensors = self.plans[&step.shape];
             let (mut tokens, mut drafts, mut hidden) = (Vec::new(), Vec::new(), Vec::new());
