@@ -44,7 +44,6 @@ pub struct Cli {
 
 /// What to do.
 #[derive(Debug, Subcommand)]
-#[cfg_attr(not(feature = "remote"), expect(clippy::large_enum_variant, reason = "there is one in a process"))]
 pub enum Verb {
     /// Train as a scene says: log, checkpoints and a sample go to runs/NAME
     Run(RunArgs),

@@ -1,5 +1,5 @@
-//! Attention on this machine, f32: milliseconds and GFLOP/s of forward and input gradient at training shapes, and microseconds
-//! of one generated token over a cache of latents.
+//! Attention on this machine, f32: milliseconds and GFLOP/s of forward and input gradient at training shapes, microseconds of one
+//! generated token over a cache of latents, in f32 and in FP8, and milliseconds of a prompt both ways.
 #![expect(clippy::print_stdout, clippy::unwrap_used, reason = "a benchmark")]
 
 use std::sync::Arc;
@@ -11,7 +11,11 @@ use kernels::{
     memory::Memory,
     ops::{
         attention::{self, Grads, Inputs},
-        mla::latent,
+        mla::{
+            expanded,
+            fp8_row::Fp8Row,
+            latent::{self, Prefill},
+        },
         paged::Sequences,
     },
     stream::Stream,
@@ -58,6 +62,7 @@ fn main() {
         );
     }
     generate();
+    prefill();
 }
 
 fn generate() {
@@ -67,15 +72,52 @@ fn generate() {
         let m = Memory::new(Device::Cpu);
         let mut s = Stream::new("bench", &m, &Arc::default()).unwrap();
         let (q, o) = (m.alloc(DType::F32, &[1, h, n + r]), m.alloc(DType::F32, &[1, h, v]));
-        let (w, cache) = (m.alloc(DType::F32, &[h * (n + v), c]), m.alloc(DType::F32, &[at + 1, c + r]));
+        let w = m.alloc(DType::F32, &[h * (n + v), c]);
+        let rows = m.alloc(DType::F32, &[at + 1, c + r]);
+        let fp8 = m.alloc(DType::U8, &[at + 1, Fp8Row { c, r }.bytes()]);
         let all = Sequences::one(at + 1, 1, at);
-        let ms = best_ms(&mut s, 50, |s| latent::forward(s, q, w, cache, &all, 0.1, o).unwrap());
+        let way = (0.1, Prefill::Absorbed);
+        let [ms, fp8_ms] =
+            [rows, fp8].map(|cache| best_ms(&mut s, 50, |s| latent::forward(s, q, w, cache, &all, way, o).unwrap()));
         let cost = latent::cost(1, at, [h, n, r, v, c], 4, 4);
         println!(
-            "1 token over {at}, h {h}, n {n}, r {r}, v {v}, c {c}: {:.0} us, {:.0} GFLOP/s, {:.0} GB/s",
+            "1 token over {at}, h {h}, n {n}, r {r}, v {v}, c {c}: {:.0} us, {:.0} GFLOP/s, {:.0} GB/s; FP8 cache {:.0} us",
             ms * 1e3,
             cost.flops() as f64 / ms / 1e6,
-            cost.read_bytes as f64 / ms / 1e6
+            cost.read_bytes as f64 / ms / 1e6,
+            fp8_ms * 1e3,
+        );
+    }
+}
+
+fn prefill() {
+    let (quickstart, deepseek) = ([4, 32, 16, 32, 64], [16, 128, 64, 128, 512]);
+    for (sizes, new, at) in [
+        (quickstart, 1000, 0),
+        (quickstart, 64, 936),
+        (deepseek, 1000, 0),
+        (deepseek, 512, 488),
+        (deepseek, 192, 808),
+        (deepseek, 128, 872),
+    ] {
+        let [h, n, r, v, c] = sizes;
+        let m = Memory::new(Device::Cpu);
+        let mut s = Stream::new("bench", &m, &Arc::default()).unwrap();
+        let fill = |dims: &[usize]| {
+            let n: usize = dims.iter().product();
+            m.from_slice(dims, &(0..n).map(|i| ((i * 37 % 101) as f32 - 50.0) / 50.0).collect::<Vec<_>>())
+        };
+        let (q, o) = (fill(&[new, h, n + r]), m.alloc(DType::F32, &[new, h, v]));
+        let (w, cache) = (fill(&[h * (n + v), c]), fill(&[at + new, c + r]));
+        let all = Sequences::one(at + new, new, at);
+        let [absorbed, by_cost] = [Prefill::Absorbed, Prefill::ByCost]
+            .map(|prefill| best_ms(&mut s, 5, |s| latent::forward(s, q, w, cache, &all, (0.01, prefill), o).unwrap()));
+        let [madds, fewer] = expanded::multiply_adds(new, at, sizes);
+        println!(
+            "{new} tokens after {at}, h {h}, n {n}, r {r}, v {v}, c {c}: absorbed {absorbed:.1} ms, by cost {by_cost:.1} ms ({:.1} times \
+             as fast; multiply-adds {:.2} to 1)",
+            absorbed / by_cost,
+            madds as f64 / fewer as f64,
         );
     }
 }

@@ -6,8 +6,8 @@ use std::{
     path::PathBuf,
 };
 
-use clap::Args;
-use systems::serve::HostOptions;
+use clap::{Args, ValueEnum};
+use systems::serve::{CacheFormat, HostOptions, Prefill};
 
 use super::at_least;
 #[cfg(feature = "remote")]
@@ -97,6 +97,30 @@ pub struct CapacityArgs {
     /// Let the model's first MTP module propose tokens, which the next step tries: the same answers in fewer steps
     #[arg(long)]
     pub speculate: bool,
+    /// What the cache is made of
+    #[arg(long, value_name = "FORMAT", default_value = "compute")]
+    pub cache: CacheArg,
+    /// How latent attention computes prompts, on processors; GPUs go in latent space
+    #[arg(long, value_name = "WAY", default_value = "absorbed")]
+    pub prefill: PrefillArg,
+}
+
+/// What a cache is made of.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum CacheArg {
+    /// What the model computes in
+    Compute,
+    /// Latents in E4M3 with a scale for each 128 numbers, rotated keys in bfloat16; for latent attention only
+    Fp8,
+}
+
+/// How prompts are computed.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum PrefillArg {
+    /// In latent space: an answer does not depend on the requests beside it
+    Absorbed,
+    /// With keys and values where that is less work: quicker for long prompts, whose last bits then depend on where steps cut them
+    ByCost,
 }
 
 impl From<&CapacityArgs> for HostOptions {
@@ -108,6 +132,14 @@ impl From<&CapacityArgs> for HostOptions {
             max_running: Some(args.max_running),
             max_queued: Some(args.max_queued),
             speculate: args.speculate,
+            cache: match args.cache {
+                CacheArg::Compute => CacheFormat::Compute,
+                CacheArg::Fp8 => CacheFormat::Fp8,
+            },
+            prefill: match args.prefill {
+                PrefillArg::Absorbed => Prefill::Absorbed,
+                PrefillArg::ByCost => Prefill::ByCost,
+            },
         }
     }
 }

@@ -100,6 +100,7 @@ fn generate_all(args: &GenerateArgs, file: &Path, output: &Output) -> Result<Exi
         compute: args.precision.precision.into(),
         device: args.precision.device,
         options: HostOptions::from(&args.capacity),
+        watch: None,
         progress: Arc::new(TextProgress { to_stdout: false }),
     })?;
     let params = Params {

@@ -122,11 +122,15 @@ pub struct Generation {
 
 impl Generation {
     /// Makes room for `capacity` tokens; `then` is whose turn it is after an answer.
-    pub fn add(app: &mut App, tokenizer: Arc<Tokenizer>, capacity: usize, then: Work) {
-        let service = Server::start(app.world_mut(), tokenizer.clone(), Capacity::one(capacity));
+    ///
+    /// # Errors
+    /// Those of [`Server::start`].
+    pub fn add(app: &mut App, tokenizer: Arc<Tokenizer>, capacity: usize, then: Work) -> Result<(), SessionError> {
+        let service = Server::start(app.world_mut(), tokenizer.clone(), Capacity::one(capacity))?;
         app.world_mut().resource_mut::<Server>().then = Some(then);
         let generation = Generation { tokenizer, service, answer: Answer::default() };
         app.insert_resource(generation).add_plugins(ServePlugin);
+        Ok(())
     }
 
     /// Asks; an empty prompt is the start of a document.
@@ -167,7 +171,7 @@ pub fn generate(request: GenerateRequest) -> Result<GenerateReport, SessionError
     let tokenizer = Arc::new(checkpoint.tokenizer()?);
     let weights = checkpoint.weights();
     let mut app = checkpoint.app;
-    Generation::add(&mut app, tokenizer, capacity, Work::Rest);
+    Generation::add(&mut app, tokenizer, capacity, Work::Rest)?;
     let mut generation = app.world_mut().resource_mut::<Generation>();
     let params = Params {
         max_tokens: request.max_new_tokens,

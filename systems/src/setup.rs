@@ -248,7 +248,7 @@ pub fn set_up_rank(
     app.add_plugins((TrainPlugin, EvaluatePlugin));
     memory.failure().map_err(SessionError::device)?;
     if is_solo {
-        Generation::add(&mut app, prepared.tokenizer.clone(), max_positions, Work::Train);
+        Generation::add(&mut app, prepared.tokenizer.clone(), max_positions, Work::Train)?;
     }
     Ok(app)
 }

@@ -89,7 +89,7 @@ fn logits_and_loss_are_those_of_transformers() {
 fn generate(app: &mut App, prompt: &[u32], num_new: usize) -> Vec<u32> {
     let text = "a tokenizer is asked for, and its text is not looked at ".repeat(9);
     let tokenizer = Arc::new(Tokenizer::train(&[text], 257).unwrap());
-    let service = Server::start(app.world_mut(), tokenizer, Capacity::one(80));
+    let service = Server::start(app.world_mut(), tokenizer, Capacity::one(80)).unwrap();
     app.world_mut().resource_mut::<Server>().then = Some(Work::Rest);
     let params = Params { max_tokens: num_new, temperature: 0.0, ignore_eos: true, ..Params::default() };
     let answer = Answer::ask(&service, prompt.to_vec(), Task::Generate(params), None).unwrap();

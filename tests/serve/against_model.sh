@@ -21,7 +21,7 @@ end() {
     rm -rf "$folder"
 }
 trap end EXIT
-"$hadal" run scenes/tiny.ron --set train.steps=20 --set model.max_position_embeddings=2048 --set "telemetry.dir=\"$folder/runs\"" --set 'name="tiny"' 2>"$folder/run.log" >&2 ||
+"$hadal" run scenes/tiny.ron --set train.steps=20 --set model.max_position_embeddings=8192 --set "telemetry.dir=\"$folder/runs\"" --set 'name="tiny"' 2>"$folder/run.log" >&2 ||
     { cat "$folder/run.log" >&2; exit 1; }
 
 # Starts a server on any free port with these arguments; its address is in $url, its number in $server.
@@ -47,8 +47,8 @@ HADAL_API_KEY=secret start keyed --speculate
 keyed=$url
 "$python" tests/serve/openai_client.py "$open" --busy-url "$busy"
 "$python" tests/serve/openai_client.py "$keyed" --key secret
-chat_page "$open" --pictures "$pictures"
-chat_page "$keyed" --key secret --pictures "$pictures/keyed"
+chat_page "$open" --max-tokens 1500 --pictures "$pictures"
+chat_page "$keyed" --key secret --max-tokens 1500 --pictures "$pictures/keyed"
 "$python" tests/serve/load.py "$open" --clients 200 --secs "${LOAD_SECS:-15}"
 
 # An answer that runs when the signal comes is whole, and the server ends by the signal's number.

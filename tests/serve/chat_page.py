@@ -49,7 +49,7 @@ def open_page(page, arguments):
 def talk(page, arguments):
     page.get_by_label("Temperature").fill("0.3")
     assert page.locator("#shown").inner_text() == "0.3"
-    page.get_by_label("Max tokens").fill("96")
+    page.get_by_label("Max tokens").fill(str(arguments.max_tokens))
     page.get_by_label("Your message").fill(MESSAGE)
     page.get_by_label("Your message").press("Enter")
     answer = page.locator("article.assistant .text").last
@@ -66,8 +66,8 @@ def talk(page, arguments):
     assert "tokens/s" in note and "first after" in note, note
 
 
-def stop(page):
-    page.get_by_label("Max tokens").fill("400")
+def stop(page, arguments):
+    page.get_by_label("Max tokens").fill(str(4 * arguments.max_tokens))
     page.get_by_label("Your message").fill(MESSAGE * 3)
     page.get_by_role("button", name="Send").click()
     answer = page.locator("article.assistant .text").last
@@ -95,6 +95,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("url")
     parser.add_argument("--key")
+    parser.add_argument("--max-tokens", type=int, default=96, help="of the first answer; more for a model that is quick")
     parser.add_argument("--pictures", type=pathlib.Path, default=pathlib.Path("."))
     parser.add_argument("--chromium", default=shutil.which("chromium"))
     arguments = parser.parse_args()
@@ -108,7 +109,7 @@ def main():
         page.on("request", lambda request: request.url.startswith(arguments.url) or problems.append(f"asked for {request.url}"))
         open_page(page, arguments)
         talk(page, arguments)
-        stop(page)
+        stop(page, arguments)
         look(page)
         page.screenshot(path=arguments.pictures / "light.png")
         page.emulate_media(color_scheme="dark")

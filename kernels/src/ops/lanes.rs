@@ -29,8 +29,9 @@ fn tree<const R: usize, A: Real>(lanes: &mut [[A; LANES]; R], join: impl Fn(A, A
 /// Sums the lanes of four rows in the order of [`tree`], all four side by side in its last steps.
 #[inline(never)]
 fn sums<A: Real>(rows: &[[A; LANES]; 4]) -> [A; 4] {
-    let quarters: [[A; 4]; 4] =
-        std::array::from_fn(|r| std::array::from_fn(|i| (rows[r][i] + rows[r][i + 8]) + (rows[r][i + 4] + rows[r][i + 12])));
+    let quarters: [[A; 4]; 4] = std::array::from_fn(|r| {
+        std::array::from_fn(|i| (rows[r][i] + rows[r][i + 8]) + (rows[r][i + 4] + rows[r][i + 12]))
+    });
     let column = |i: usize| -> [A; 4] { std::array::from_fn(|r| quarters[r][i]) };
     let [a, b, c, d] = [column(0), column(1), column(2), column(3)];
     std::array::from_fn(|r| (a[r] + c[r]) + (b[r] + d[r]))

@@ -6,8 +6,11 @@
 //! The norm of the latent columns is another op's; this one neither reads nor writes them.
 //!
 //! Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1. Training and long prompts use [`assemble`] and
-//! [`super::attention`]; generation uses the latent itself as the cache, in [`latent`].
+//! [`super::attention`]; generation uses the latent itself as the cache, in [`latent`], of numbers or of FP8 ([`fp8_row`]); [`expanded`] is
+//! its way with long prompts.
 
+pub mod expanded;
+pub mod fp8_row;
 pub mod latent;
 
 use crate::{

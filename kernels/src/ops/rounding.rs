@@ -1,7 +1,7 @@
 //! What rounding to 8 bits did to numbers: how large they were, how many became zero, how many were cut off. For steps that are
 //! watched: counted from the numbers and the codes that were made of them, so that it is of the very codes that products took.
 //!
-//! An op adds to `counts` F64 [6]: the largest magnitude, numbers that are not zero, those of them whose code is zero (underflow), those
+//! An op adds to `counts` F64 \[6\]: the largest magnitude, numbers that are not zero, those of them whose code is zero (underflow), those
 //! that were cut off (overflow), the least scale (0: none yet) and the largest. NaN is left out; counts are exact to 2^53.
 //!
 //! A number is cut off if it is more than 464 scales, or infinite: the next code after 448 would be 480, so that up to 464 a number is

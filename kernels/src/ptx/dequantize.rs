@@ -66,7 +66,7 @@ fn kernel(dtype: DType, wide: bool, recipe: Recipe) -> Kernel {
 }
 
 /// Codes one by one, zeros where there are none.
-fn load_bytes(k: &mut Assembler, from: Reg<B64>, slot: &Slot, words: &[Reg<B32>]) {
+pub(super) fn load_bytes(k: &mut Assembler, from: Reg<B64>, slot: &Slot, words: &[Reg<B32>]) {
     for (i, word) in words.iter().enumerate() {
         ptx!(k, "mov.b32 {word}, 0;");
         for byte in 0..4 {
@@ -79,7 +79,7 @@ fn load_bytes(k: &mut Assembler, from: Reg<B64>, slot: &Slot, words: &[Reg<B32>]
 }
 
 /// The four numbers of a word of codes.
-fn numbers(k: &mut Assembler, codes: Reg<B32>, scale: Reg<F32>, recipe: Recipe) -> [Reg<F32>; 4] {
+pub(super) fn numbers(k: &mut Assembler, codes: Reg<B32>, scale: Reg<F32>, recipe: Recipe) -> [Reg<F32>; 4] {
     let magnitudes = recipe.magnitudes(k, codes);
     [0, 1, 2, 3].map(|byte| {
         let (x, sign, bits) = (f32_op(k, "mul", magnitudes[byte], scale), k.reg::<B32>(), k.reg::<B32>());

@@ -166,7 +166,7 @@ impl Choice {
     }
 }
 
-/// Which kernel solves a problem on a device: that which was measured to be the quickest, or else [`by_model`]. Measurements change no
+/// Which kernel solves a problem on a device: that which was measured to be the quickest, or else `by_model`. Measurements change no
 /// bit of a result, as in [`gemm::choose`].
 pub fn choose(on: Target, problem: &Problem) -> Choice {
     let measured = on.tuning.and_then(|table| table.fp8_product(on, problem));

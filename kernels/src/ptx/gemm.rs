@@ -115,7 +115,7 @@ impl Choice {
     }
 }
 
-/// Which kernel solves a problem on a device: that which was measured to be the quickest, or else [`by_model`]. Which of mma and wgmma it
+/// Which kernel solves a problem on a device: that which was measured to be the quickest, or else `by_model`. Which of mma and wgmma it
 /// is, alignment decides alone; their tiles have one order of each sum, so that measurements change no bit of a result.
 ///
 /// # Panics

@@ -6,7 +6,7 @@
 
 use super::{
     Arch, Kernel, adamw, attention, balance, cross_entropy, dequantize, e5m6, elementwise, embedding, fp8_gemm, gate,
-    gemm, gemv, latent, mla, norm, paged, permute, quantize, rms_norm, rope, sampling, swiglu,
+    gemm, gemv, latent, latent_fp8, mla, norm, paged, permute, quantize, rms_norm, rope, sampling, swiglu,
 };
 
 include!(concat!(env!("OUT_DIR"), "/golden.rs"));
@@ -42,6 +42,7 @@ pub fn variants() -> Vec<Variant> {
         gemm::variants(),
         gemv::variants(),
         latent::variants(),
+        latent_fp8::variants(),
         mla::variants(),
         norm::variants(),
         paged::variants(),

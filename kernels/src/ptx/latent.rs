@@ -1,8 +1,8 @@
 //! Latent attention over a cache of latents ([`crate::ops::mla::latent`]): generation.
 //!
 //! Up-projections are absorbed: queries and outputs of heads are in latent space in f32 scratch, between four kernels.
-//! - rotate (kv_a, cos, sin, cache, items, c, width, half, at: u32): a pair of a token's shared key part a thread, into the cache; the
-//!   latents beside it are copied.
+//! - rotate (kv_a, cos, sin, cache, items, width, pitch, half, at: u32): a pair of a token's shared key part a thread, into the cache; the
+//!   latents beside it are copied, or encoded ([`super::latent_fp8`]).
 //! - absorb (q, w, out, h, n, r, v: u32): a block a head and token; a warp has every eighth row of the head's part of w, a lane
 //!   neighbouring columns, and the warps' sums meet in shared memory [8, c], in order.
 //! - the cached attention, with one key head for all and values that are the first c columns of the keys.
@@ -21,13 +21,16 @@ use super::{
     fold::Team,
     gemv::dots,
     golden::Variant,
+    latent_fp8,
     paged::rows,
     parts::{self, BLOCK, count, div_rem, element, f32_op, load, load_vector, row, special, store, strided},
+    quantize::Recipe,
     rope::pairs_name,
 };
 use crate::{
     dtype::DType,
     ops::{
+        mla::fp8_row::Fp8Row,
         paged::{Run, Sequences},
         rope::{Pairs, RopeTable},
     },
@@ -42,11 +45,17 @@ pub const MAX_LATENT: usize = 1536;
 const MAX_TOKENS: usize = 8;
 
 /// Writes the latents [m, c] and the rotated last r columns of kv_a [m, c + r] of new tokens at their rows, as
-/// [`crate::ops::mla::latent::append`].
+/// [`crate::ops::mla::latent::append`]; the recipe is that of a cache in FP8.
 ///
 /// # Panics
 /// If a position is past the table.
-pub fn append(latent: Tensor, kv_a: Tensor, table: &RopeTable, cache: Tensor, sequences: &Sequences) -> Vec<Launch> {
+pub fn append(
+    latent: Tensor,
+    kv_a: Tensor,
+    table: &RopeTable,
+    (cache, recipe): (Tensor, Recipe),
+    sequences: &Sequences,
+) -> Vec<Launch> {
     let (c, width, half) = (latent.cols(), kv_a.cols(), table.dim() / 2);
     let mut launches = Vec::new();
     for Run { tokens, position, row } in sequences.runs() {
@@ -57,34 +66,44 @@ pub fn append(latent: Tensor, kv_a: Tensor, table: &RopeTable, cache: Tensor, se
             position + tokens - 1
         );
         let part = |x: Tensor, row: usize| x.slice(row * x.cols(), tokens * x.cols()).reshape(&[tokens, x.cols()]);
-        let (latent, kv_a, rows) = (part(latent, first), part(kv_a, first), part(cache, row));
-        launches.extend(elementwise::copy_columns((latent, 0), (rows, 0), c, false));
+        let (latent, rows) = (part(latent, first), part(cache, row));
+        let from = |x: Tensor, row: usize, column: usize| x.slice(row * x.cols() + column, tokens * x.cols() - column);
+        // Where the key parts go, elements from one to the next, and what these are.
+        let (keys, pitch, dtype) = if cache.dtype == DType::U8 {
+            let layout = Fp8Row { c, r: width - c };
+            launches.extend(latent_fp8::encode(latent, rows, layout, recipe));
+            (from(cache, row, layout.key_at()), layout.bytes() / 2, DType::Bf16)
+        } else {
+            launches.extend(elementwise::copy_columns((latent, 0), (rows, 0), c, false));
+            (from(cache, row, c), width, cache.dtype)
+        };
         let items = tokens * half;
         if items > 0 {
-            let mut args: Vec<Arg> = [kv_a, table.cos, table.sin, rows].map(Arg::Tensor).into();
-            args.extend([items, c, width, half, position].map(|n| Arg::U32(count(n))));
-            let kernel = rotate_kernel(cache.dtype, table.pairs);
+            let mut args: Vec<Arg> = [from(kv_a, first, c), table.cos, table.sin, keys].map(Arg::Tensor).into();
+            args.extend([items, width, pitch, half, position].map(|n| Arg::U32(count(n))));
+            let kernel = rotate_kernel(kv_a.dtype, dtype, table.pairs);
             launches.push(Launch { kernel, grid: parts::flat_grid(items, 1), args });
         }
     }
     launches
 }
 
-fn rotate_kernel(dtype: DType, pairs: Pairs) -> Kernel {
-    parts::kernel(format!("latent_rotate_{}_{}", dtype.name(), pairs_name(pairs)), move |k| {
+fn rotate_kernel(dtype: DType, to_dtype: DType, pairs: Pairs) -> Kernel {
+    let name = format!("latent_rotate_{}_{}_{}", dtype.name(), to_dtype.name(), pairs_name(pairs));
+    parts::kernel(name, move |k| {
         let (kv_a, cos, sin, cache) = (k.pointer("kv_a"), k.pointer("cos"), k.pointer("sin"), k.pointer("cache"));
-        let (n, c, width, half, at) = (k.u32("n"), k.u32("c"), k.u32("width"), k.u32("half"), k.u32("at"));
+        let (n, width, pitch, half, at) = (k.u32("n"), k.u32("width"), k.u32("pitch"), k.u32("half"), k.u32("at"));
         let i = parts::global_index(k);
         parts::return_past(k, i, n);
         let (token, pair) = div_rem(k, i, half);
         let (first, second) = (k.reg::<B32>(), k.reg::<B32>());
         match pairs {
             Pairs::Interleaved => {
-                ptx!(k, "mad.lo.u32 {first}, {pair}, 2, {c};");
+                ptx!(k, "shl.b32 {first}, {pair}, 1;");
                 ptx!(k, "add.u32 {second}, {first}, 1;");
             }
             Pairs::HalfSplit => {
-                ptx!(k, "add.u32 {first}, {pair}, {c};");
+                ptx!(k, "mov.u32 {first}, {pair};");
                 ptx!(k, "add.u32 {second}, {first}, {half};");
             }
         }
@@ -96,31 +115,49 @@ fn rotate_kernel(dtype: DType, pairs: Pairs) -> Kernel {
             load(k, at, DType::F32)
         };
         let (cos, sin) = (factor(k, cos), factor(k, sin));
-        let (from, to) = (row(k, kv_a, token, width, dtype), row(k, cache, token, width, dtype));
+        let (from, to) = (row(k, kv_a, token, width, dtype), row(k, cache, token, pitch, to_dtype));
         let (x_at, y_at) = (element(k, from, first, dtype), element(k, from, second, dtype));
         let (x, y) = (load(k, x_at, dtype), load(k, y_at, dtype));
         let (x_cos, y_sin, x_sin, y_cos) =
             (f32_op(k, "mul", x, cos), f32_op(k, "mul", y, sin), f32_op(k, "mul", x, sin), f32_op(k, "mul", y, cos));
         let (x, y) = (f32_op(k, "sub", x_cos, y_sin), f32_op(k, "add", x_sin, y_cos));
-        let (x_at, y_at) = (element(k, to, first, dtype), element(k, to, second, dtype));
-        store(k, x_at, x, dtype);
-        store(k, y_at, y, dtype);
+        let (x_at, y_at) = (element(k, to, first, to_dtype), element(k, to, second, to_dtype));
+        store(k, x_at, x, to_dtype);
+        store(k, y_at, y, to_dtype);
     })
 }
 
 /// Assigns o [m, h, v] of the rotated queries [m, h, n + r] of the new tokens of `sequences`, as
-/// [`crate::ops::mla::latent::forward`]. The scratch is m h (2 c + r) numbers of f32, and more if the cache is cut into parts.
+/// [`crate::ops::mla::latent::forward`]. The scratch is m h (2 c + r) numbers of f32, and more if the cache is cut into parts; rows of FP8
+/// are decoded to scratch first, those of a sequence at a time.
 ///
 /// # Panics
 /// Above [`MAX_LATENT`].
-pub fn forward(q: Tensor, w_kv_b: Tensor, cache: Tensor, sequences: &Sequences, scale: f64, o: Tensor) -> Vec<Launch> {
+pub fn forward(
+    q: Tensor,
+    w_kv_b: Tensor,
+    (cache, recipe): (Tensor, Recipe),
+    sequences: &Sequences,
+    scale: f64,
+    o: Tensor,
+) -> Vec<Launch> {
     let mut launches = Vec::new();
     for (first, sequence) in sequences.iter() {
         let (h, tokens) = (q.dim(1), sequence.num_new);
         let part = |x: Tensor| x.slice(first * h * x.cols(), tokens * h * x.cols()).reshape(&[tokens, h, x.cols()]);
-        let (rows, copy) = rows(cache, sequences, sequence, 4);
-        launches.extend(copy);
-        let keys = (rows, Elements::of(cache), cache.cols());
+        let keys = if cache.dtype == DType::U8 {
+            let c = w_kv_b.dim(1);
+            let layout = Fp8Row { c, r: q.cols() + o.cols() - w_kv_b.dim(0) / h.max(1) };
+            let (rows, decode) = latent_fp8::rows((cache, layout, recipe), q.dtype, (sequences, sequence), 4);
+            launches.extend(decode);
+            let widest = 16 / q.dtype.size_bytes();
+            let lanes = if (c + layout.r).is_multiple_of(widest) { widest } else { 1 };
+            (rows, Elements { dtype: q.dtype, lanes }, c + layout.r)
+        } else {
+            let (rows, copy) = rows(cache, sequences, sequence, 4);
+            launches.extend(copy);
+            (rows, Elements::of(cache), cache.cols())
+        };
         launches.extend(forward_one(part(q), w_kv_b, keys, sequence.context, scale, part(o)));
     }
     launches
@@ -285,7 +322,7 @@ fn expand_kernel(o_dtype: DType, w_dtype: DType, lanes: usize, tokens: usize) ->
 pub fn variants() -> Vec<Variant> {
     use DType::Bf16;
     vec![
-        Variant::new(rotate_kernel(Bf16, Pairs::Interleaved), 40),
+        Variant::new(rotate_kernel(Bf16, Bf16, Pairs::Interleaved), 40),
         Variant::new(absorb_kernel(Bf16, Bf16, 8, 512), 64),
         Variant::new(expand_kernel(Bf16, Bf16, 8, 1), 48),
     ]
@@ -297,12 +334,20 @@ mod tests {
     use crate::{
         device::Device,
         memory::Memory,
-        ops::{mla::latent as cpu, paged::Sequence, rope::Rope},
+        ops::{
+            mla::latent::{self as cpu, Prefill},
+            paged::Sequence,
+            rope::Rope,
+        },
         ptx::case::{Case, Data},
     };
 
     const R: usize = 4;
     const SCALE: f64 = 0.8;
+
+    fn recipe() -> Recipe {
+        Recipe::committed()[1]
+    }
 
     fn rope(pairs: Pairs) -> impl Fn(&Memory) -> RopeTable {
         move |m| Rope { theta: 1e3, dim: R, yarn: None }.table(m, DType::F32, 20, pairs)
@@ -323,7 +368,7 @@ mod tests {
                         let table = table(&s.memory().clone());
                         cpu::append(s, x[0], x[1], &table, x[2], &Sequences::one(12, tokens, at))
                     })
-                    .ptx_with(|m, x| append(x[0], x[1], &table(m), x[2], &Sequences::one(12, tokens, at)))
+                    .ptx_with(|m, x| append(x[0], x[1], &table(m), (x[2], recipe()), &Sequences::one(12, tokens, at)))
                     .equal();
             }
         }
@@ -349,15 +394,16 @@ mod tests {
                 ];
                 // Four sums in other orders one after another.
                 Case::new(&inputs)
-                    .cpu(|s, t| cpu::forward(s, t[0], t[1], t[2], &all, SCALE, t[3]))
-                    .ptx(|t| forward(t[0], t[1], t[2], &all, SCALE, t[3]))
+                    .cpu(|s, t| cpu::forward(s, t[0], t[1], t[2], &all, (SCALE, Prefill::Absorbed), t[3]))
+                    .ptx(|t| forward(t[0], t[1], (t[2], recipe()), &all, SCALE, t[3]))
                     .close(1e-5);
             }
         }
         let memory = Memory::new(Device::Cpu);
         let q = memory.alloc(DType::F32, &[0, 2, 8]);
         let (w, cache) = (memory.alloc(DType::F32, &[16, 4]), memory.alloc(DType::F32, &[3, 8]));
-        assert!(forward(q, w, cache, &Sequences::one(3, 0, 1), SCALE, memory.alloc(DType::F32, &[0, 2, 4])).is_empty());
+        let o = memory.alloc(DType::F32, &[0, 2, 4]);
+        assert!(forward(q, w, (cache, recipe()), &Sequences::one(3, 0, 1), SCALE, o).is_empty());
     }
 
     #[test]
@@ -374,7 +420,7 @@ mod tests {
                     let table = table(&s.memory().clone());
                     cpu::append(s, x[0], x[1], &table, x[2], &all)
                 })
-                .ptx_with(|m, x| append(x[0], x[1], &table(m), x[2], &all))
+                .ptx_with(|m, x| append(x[0], x[1], &table(m), (x[2], recipe()), &all))
                 .equal();
             let inputs = [
                 Data::random(dtype, &[3, h, n + R], 1),
@@ -383,8 +429,8 @@ mod tests {
                 Data::poison(dtype, &[3, h, v]),
             ];
             Case::new(&inputs)
-                .cpu(|s, t| cpu::forward(s, t[0], t[1], t[2], &all, SCALE, t[3]))
-                .ptx(|t| forward(t[0], t[1], t[2], &all, SCALE, t[3]))
+                .cpu(|s, t| cpu::forward(s, t[0], t[1], t[2], &all, (SCALE, Prefill::Absorbed), t[3]))
+                .ptx(|t| forward(t[0], t[1], (t[2], recipe()), &all, SCALE, t[3]))
                 .close(1e-5);
         }
     }

@@ -26,6 +26,7 @@ pub mod gemv;
 pub mod golden;
 pub mod grouped_gemm;
 pub mod latent;
+pub mod latent_fp8;
 pub mod mla;
 pub mod norm;
 pub mod paged;

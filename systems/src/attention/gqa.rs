@@ -219,8 +219,8 @@ pub(crate) fn gqa_cached(
     let (a, gqa) = (&task.acts, &task.gqa);
     let Some(cache) = task.cache else { return Ok(()) };
     task.project(s, &rotary)?;
-    attention::cached::append(s, a.k, a.v, cache, &sequences.0)?;
-    attention::cached::forward(s, a.q, cache, &sequences.0, task.sizes.scale, a.o)?;
+    attention::cached::append(s, a.k, a.v, cache, &sequences.all)?;
+    attention::cached::forward(s, a.q, cache, &sequences.all, task.sizes.scale, a.o)?;
     gqa.out.forward_onto(s, Rows::High(flat(a.o)), task.room, a.x, a.out)
 }
 

@@ -216,7 +216,7 @@ impl Mla {
         Ok(acts)
     }
 
-    /// Emits F of new tokens over `cache` [capacity, c + r], which they are appended to. Only the output is of use after it.
+    /// Emits F of new tokens over `cache` ([`mla::latent::append`] says of what rows), which they are appended to. Only the output is of use after it.
     pub fn lower_cached(&self, l: &mut Lowering, x: Tensor, cache: Tensor) -> Result<MlaActivations> {
         let acts = self.allocate(l, x, true);
         let task = MlaTask { cache: Some(cache), ..self.task(l, acts, None) };
@@ -342,8 +342,9 @@ pub(crate) fn mla_cached(
     let Some(cache) = task.cache else { return Ok(()) };
     task.down(s)?;
     task.queries(s, &rotary)?;
-    mla::latent::append(s, a.kv_normed.high()?, a.kv_latent, &rotary.0, cache, &sequences.0)?;
-    mla::latent::forward(s, a.q, mla.kv_up.value, cache, &sequences.0, task.sizes.scale, a.o)?;
+    mla::latent::append(s, a.kv_normed.high()?, a.kv_latent, &rotary.0, cache, &sequences.all)?;
+    let way = (task.sizes.scale, sequences.prefill);
+    mla::latent::forward(s, a.q, mla.kv_up.value, cache, &sequences.all, way, a.o)?;
     mla.out.forward_onto(s, Rows::High(flat(a.o)), task.room, a.x, a.out)
 }
 

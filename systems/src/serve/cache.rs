@@ -1,22 +1,60 @@
 //! What a model remembers of the tokens so far: of each layer rows of one tensor, shared by all requests, in pages.
 //!
-//! With latent attention a row is a latent and a rotated key (arXiv 2405.04434, section 2.1); else keys and values of the heads
-//! that have some.
+//! With latent attention a row is a latent and a rotated key (arXiv 2405.04434, section 2.1), in the type of activations or with the latent
+//! in FP8 ([`kernels::ops::mla::fp8_row`]); else keys and values of the heads that have some.
 
 use bevy_ecs::prelude::*;
 use kernels::{
     dtype::DType,
     memory::Memory,
-    ops::{attention::cached::KvCache, paged::Sequences},
+    ops::{
+        attention::cached::KvCache,
+        mla::{fp8_row::Fp8Row, latent::Prefill},
+        paged::Sequences,
+    },
     tensor::Tensor,
 };
 
 use crate::model_config::{Attention, ModelConfig};
 
+/// What a cache is made of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CacheFormat {
+    /// What the model computes in.
+    #[default]
+    Compute,
+    /// Latents in 8 bits with a scale for each 128, and rotated keys in bf16: answers differ a little.
+    Fp8,
+}
+
+impl CacheFormat {
+    /// `Err` with a sentence if a model's cache cannot be made of this.
+    ///
+    /// # Errors
+    /// If it is FP8, and the model has no latents.
+    pub fn check(self, config: &ModelConfig) -> Result<(), String> {
+        match (self, &config.attention) {
+            (CacheFormat::Fp8, Attention::Gqa { num_key_value_heads, .. }) => Err(format!(
+                "an FP8 cache is for models with latent attention; this one caches keys and values of {num_key_value_heads} heads: leave \
+                 the cache in the format that the model computes in"
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// Type and elements of a row of latents.
+    fn latent_row(self, compute: DType, c: usize, r: usize) -> (DType, usize) {
+        match self {
+            CacheFormat::Compute => (compute, c + r),
+            CacheFormat::Fp8 => (DType::U8, Fp8Row { c, r }.bytes()),
+        }
+    }
+}
+
 /// What one layer remembers.
 #[derive(Clone, Copy, Debug)]
 pub enum LayerCache {
-    /// Normed latents and rotated keys [rows, c + r].
+    /// Normed latents and rotated keys [rows, c + r], or the bytes of an [`Fp8Row`] each.
     Latent(Tensor),
     /// Keys and values of each head.
     Heads(KvCache),
@@ -28,14 +66,26 @@ pub struct Caches(pub Vec<LayerCache>);
 
 /// The sequences of the step at hand, and where they are in the caches; read at launch.
 #[derive(Resource, Clone, Debug, Default)]
-pub struct StepSequences(pub Sequences);
+pub struct StepSequences {
+    /// Each with its new tokens.
+    pub all: Sequences,
+    /// Which way latent attention takes through prompts.
+    pub prefill: Prefill,
+}
 
 impl Caches {
     /// Room for `num_rows` tokens, in MTP modules too if there is something to predict.
-    pub fn allocate(config: &ModelConfig, memory: &Memory, compute: DType, num_rows: usize, mtp: bool) -> Self {
+    pub fn allocate(
+        config: &ModelConfig,
+        memory: &Memory,
+        (compute, format): (DType, CacheFormat),
+        num_rows: usize,
+        mtp: bool,
+    ) -> Self {
         let cache = |_| match config.attention {
             Attention::Mla { kv_lora_rank, qk_rope_head_dim, .. } => {
-                LayerCache::Latent(memory.alloc(compute, &[num_rows, kv_lora_rank + qk_rope_head_dim]))
+                let (dtype, width) = format.latent_row(compute, kv_lora_rank, qk_rope_head_dim);
+                LayerCache::Latent(memory.alloc(dtype, &[num_rows, width]))
             }
             Attention::Gqa { num_key_value_heads: g, head_dim, .. } => LayerCache::Heads(KvCache {
                 k: memory.alloc(compute, &[num_rows, g, head_dim]),
@@ -48,10 +98,12 @@ impl Caches {
 }
 
 /// Bytes of cache that a token takes in `num_layers` layers.
-pub fn bytes_per_token(config: &ModelConfig, num_layers: usize, dtype: DType) -> u64 {
-    let width = match config.attention {
-        Attention::Mla { kv_lora_rank, qk_rope_head_dim, .. } => kv_lora_rank + qk_rope_head_dim,
-        Attention::Gqa { num_key_value_heads, head_dim, .. } => 2 * num_key_value_heads * head_dim,
+pub fn bytes_per_token(config: &ModelConfig, num_layers: usize, compute: DType, format: CacheFormat) -> u64 {
+    let (dtype, width) = match config.attention {
+        Attention::Mla { kv_lora_rank, qk_rope_head_dim, .. } => {
+            format.latent_row(compute, kv_lora_rank, qk_rope_head_dim)
+        }
+        Attention::Gqa { num_key_value_heads, head_dim, .. } => (compute, 2 * num_key_value_heads * head_dim),
     };
     (width * num_layers * dtype.size_bytes()) as u64
 }
@@ -89,7 +141,8 @@ mod tests {
             "n_group": 8, "topk_group": 4, "norm_topk_prob": true, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
             "routed_scaling_factor": 2.5, "max_position_embeddings": 163840, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}"#,
         );
-        assert_eq!(bytes_per_token(&v3, 61, DType::Bf16), 70_272);
+        assert_eq!(bytes_per_token(&v3, 61, DType::Bf16, CacheFormat::Compute), 70_272);
+        assert_eq!(bytes_per_token(&v3, 61, DType::Bf16, CacheFormat::Fp8), 61 * 656);
         assert_eq!(mha_bytes_per_token(&v3, 61, DType::Bf16), 61 * 128 * (128 + 64 + 128) * 2);
     }
 
@@ -100,7 +153,10 @@ mod tests {
             "num_key_value_heads": 2, "intermediate_size": 96, "max_position_embeddings": 128, "rms_norm_eps": 1e-6,
             "rope_theta": 1e4, "tie_word_embeddings": true}"#,
         );
-        assert_eq!(bytes_per_token(&qwen, 3, DType::F32), 3 * 2 * 2 * 8 * 4);
-        assert_eq!(mha_bytes_per_token(&qwen, 3, DType::F32), 4 * bytes_per_token(&qwen, 3, DType::F32));
+        assert_eq!(bytes_per_token(&qwen, 3, DType::F32, CacheFormat::Compute), 3 * 2 * 2 * 8 * 4);
+        assert_eq!(
+            mha_bytes_per_token(&qwen, 3, DType::F32),
+            4 * bytes_per_token(&qwen, 3, DType::F32, CacheFormat::Compute)
+        );
     }
 }

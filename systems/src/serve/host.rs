@@ -7,10 +7,10 @@ use std::{
 };
 
 use bevy_app::App;
-use kernels::device::Device;
+use kernels::{device::Device, ops::mla::latent::Prefill};
 
 use super::{
-    cache,
+    cache::{self, CacheFormat},
     schedule::Limits,
     service::Service,
     step::{Capacity, ServePlugin, Server},
@@ -60,6 +60,10 @@ pub struct HostOptions {
     pub max_queued: Option<usize>,
     /// Let the MTP module propose tokens.
     pub speculate: bool,
+    /// What the cache is made of.
+    pub cache: CacheFormat,
+    /// Which way latent attention takes through prompts.
+    pub prefill: Prefill,
 }
 
 const CACHE_BYTES: u64 = 1 << 30;
@@ -70,7 +74,8 @@ impl HostOptions {
         let longest = config.max_position_embeddings;
         let max_context = self.max_context.unwrap_or(8192).min(longest);
         let mtp_layers = if self.speculate { config.num_nextn_predict_layers.min(1) } else { 0 };
-        let per_token = cache::bytes_per_token(config, config.num_hidden_layers + mtp_layers, dtype(compute));
+        let per_token =
+            cache::bytes_per_token(config, config.num_hidden_layers + mtp_layers, dtype(compute), self.cache);
         let cache_tokens = (self.cache_bytes.unwrap_or(CACHE_BYTES) / per_token.max(1)) as usize;
         let max_running = self.max_running.unwrap_or(64);
         // More than all of them could fill is of no use but to the prefix cache.
@@ -82,6 +87,8 @@ impl HostOptions {
             limits: Limits { step_tokens: self.step_tokens.unwrap_or(512), max_running },
             max_queued: self.max_queued.unwrap_or(256),
             speculate: self.speculate,
+            cache: self.cache,
+            prefill: self.prefill,
         }
     }
 }
@@ -104,6 +111,8 @@ impl Host {
         Self::start_with(move || {
             let folder = HfFolder::open(&request.checkpoint).map_err(SessionError::input)?;
             let config = folder.model().map_err(SessionError::input)?.config;
+            // Before weights are read.
+            request.options.cache.check(&config).map_err(SessionError::input)?;
             let capacity = request.options.capacity(&config, request.compute);
             let on = (request.compute, request.device);
             let mut loaded = Checkpoint::load(&request.checkpoint, on, capacity.max_context, false, &request.progress)?;
@@ -124,10 +133,10 @@ impl Host {
     ) -> Result<Host, SessionError> {
         let (ready, is_ready) = mpsc::sync_channel(1);
         let serve = move || {
-            let built = build().map(|(mut app, tokenizer, capacity)| {
-                let service = Server::start(app.world_mut(), tokenizer.clone(), capacity);
+            let built = build().and_then(|(mut app, tokenizer, capacity)| {
+                let service = Server::start(app.world_mut(), tokenizer.clone(), capacity)?;
                 app.insert_resource(Work::Serve).add_plugins(ServePlugin);
-                (app, service, tokenizer)
+                Ok((app, service, tokenizer))
             });
             match built {
                 Ok((mut app, service, tokenizer)) => {

@@ -22,7 +22,9 @@ pub mod step;
 pub mod text;
 pub mod watch;
 
+pub use cache::CacheFormat;
 pub use host::{Host, HostOptions, HostRequest};
+pub use kernels::ops::mla::latent::Prefill;
 pub use request::{Event, Finish, FinishReason, Logprob, Params, Sink, Submission, Task, Token};
 pub use service::{Counters, Inbox, LayerLoad, Message, Refused, Service, Settings, Stats, Ticket};
 pub use step::{Capacity, ServePlugin, Server};

@@ -1,4 +1,4 @@
-//! A serving step: Admit schedules, Plan lowers for so many tokens ([`graph`]), Record hands out what was chosen ([`record`]).
+//! A serving step: Admit schedules, Plan lowers for so many tokens (`graph`), Record hands out what was chosen (`record`).
 //!
 //! The model's tasks are those of training; they find the caches in the lowering and the step's sequences at launch. Products are made
 //! so that a token's bits do not depend on the tokens beside it ([`kernels::stream::Stream::set_batch_invariant`]): on processors a
@@ -20,6 +20,7 @@ use kernels::{
     memory::Memory,
     ops::{
         logits::Adjust,
+        mla::latent::Prefill,
         paged::{Sequence, Sequences},
         sampling::Sampling,
     },
@@ -27,7 +28,7 @@ use kernels::{
 
 use self::graph::{Shape, StepTensors};
 use super::{
-    cache::{self, Caches, StepSequences},
+    cache::{self, CacheFormat, Caches, StepSequences},
     pool::Pool,
     request::{Event, FinishReason, Task},
     requests::Request,
@@ -38,7 +39,7 @@ use crate::{
     data::{packing::Batch, tokenizer::Tokenizer},
     model::Model,
     routing::ExpertCounts,
-    session::Session,
+    session::{Session, SessionError},
     work::{Turn, Work, turn_of},
 };
 
@@ -69,13 +70,27 @@ pub struct Capacity {
     /// The first MTP module proposes a token after each one that is chosen, and the next step tries it: answers are the same, and
     /// steps are fewer.
     pub speculate: bool,
+    /// What the cache is made of.
+    pub cache: CacheFormat,
+    /// Which way latent attention takes through prompts. By cost is quicker on processors, and lets bits depend on how prompts are cut, hence
+    /// on company; GPUs have no kernels of the other way and go in latent space in any case.
+    pub prefill: Prefill,
 }
 
 impl Capacity {
     /// For one request of so many tokens at a time.
     pub fn one(max_context: usize) -> Self {
         let limits = Limits { step_tokens: 64, max_running: 1 };
-        Capacity { max_context, cache_tokens: max_context, block_tokens: 16, limits, max_queued: 1, speculate: false }
+        Capacity {
+            max_context,
+            cache_tokens: max_context,
+            block_tokens: 16,
+            limits,
+            max_queued: 1,
+            speculate: false,
+            cache: CacheFormat::Compute,
+            prefill: Prefill::Absorbed,
+        }
     }
 }
 
@@ -109,20 +124,29 @@ struct StepAtHand {
 
 impl Server {
     /// Allocates caches in `world`, and opens a way in.
-    pub fn start(world: &mut World, tokenizer: Arc<Tokenizer>, mut capacity: Capacity) -> Service {
+    ///
+    /// # Errors
+    /// If the model has no cache of that format.
+    pub fn start(
+        world: &mut World,
+        tokenizer: Arc<Tokenizer>,
+        mut capacity: Capacity,
+    ) -> Result<Service, SessionError> {
         let memory = world.resource::<Tensors>().memory().clone();
         let model = world.resource::<Model>();
+        capacity.cache.check(&model.config).map_err(SessionError::input)?;
         capacity.speculate &= !model.mtp.is_empty();
         let num_blocks = capacity.cache_tokens.max(capacity.max_context).div_ceil(capacity.block_tokens);
         let num_rows = num_blocks * capacity.block_tokens;
-        let caches = Caches::allocate(&model.config, &memory, model.compute, num_rows, capacity.speculate);
+        let caches =
+            Caches::allocate(&model.config, &memory, (model.compute, capacity.cache), num_rows, capacity.speculate);
         let num_layers = caches.0.len();
         let settings = Settings {
             max_context_tokens: capacity.max_context,
             max_queued: capacity.max_queued,
             vocab_size: model.config.vocab_size,
             hidden_size: model.config.hidden_size,
-            cache_bytes_per_token: cache::bytes_per_token(&model.config, num_layers, model.compute),
+            cache_bytes_per_token: cache::bytes_per_token(&model.config, num_layers, model.compute, capacity.cache),
             mha_cache_bytes_per_token: cache::mha_bytes_per_token(&model.config, num_layers, model.compute),
             cache_capacity_tokens: num_rows,
         };
@@ -148,7 +172,7 @@ impl Server {
         world.insert_resource(server);
         world.insert_resource(caches);
         world.init_resource::<Queues>();
-        service
+        Ok(service)
     }
 
     /// Blocks of the cache.
@@ -296,7 +320,8 @@ impl Server {
             memory.upload(tensors.chosen_rows, &chosen);
             memory.upload(tensors.embedded_rows, &embedded);
             memory.upload(tensors.next_tokens, &next);
-            world.insert_resource(StepSequences(Sequences::new(sequences, self.capacity.block_tokens)));
+            let all = Sequences::new(sequences, self.capacity.block_tokens);
+            world.insert_resource(StepSequences { all, prefill: self.capacity.prefill });
         }
         self.step = step;
     }

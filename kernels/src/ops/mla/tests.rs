@@ -2,9 +2,10 @@
 #![expect(clippy::unwrap_used, reason = "tests")]
 use half::bf16;
 
-use super::*;
+use super::{fp8_row::Fp8Row, latent::Prefill, *};
 use crate::{
     dtype::DType,
+    memory::Memory,
     ops::{
         attention::{self, Inputs},
         gemm,
@@ -128,7 +129,7 @@ impl Layer {
             rope::forward(&mut s, q, n, positions, &table).unwrap();
             latent::append(&mut s, part(&latent, &[c]), part(&kv_a, &[c + R]), &table, cache, &all).unwrap();
             let o = m.alloc(T::DTYPE, &[len, h, v]);
-            latent::forward(&mut s, q, w, cache, &all, SCALE, o).unwrap();
+            latent::forward(&mut s, q, w, cache, &all, (SCALE, Prefill::Absorbed), o).unwrap();
             s.synchronize().unwrap();
             out.extend(m.download::<T>(o).iter().map(|x| x.as_f64()));
             at += len;
@@ -176,12 +177,16 @@ fn wrong_calls_say_what_is_wrong() {
     let f32s = |dims: &[usize]| m.alloc(DType::F32, dims);
     let table = ROPE.table(&m, DType::F32, 8, Pairs::Interleaved);
     let (q, w, o) = (f32s(&[2, 3, 9]), f32s(&[3 * 11, 7]), f32s(&[2, 3, 6]));
+    let way = (1.0, Prefill::Absorbed);
     let error =
-        latent::forward(&mut s, q, w, f32s(&[8, 11]), &Sequences::one(8, 2, 7), 1.0, o).unwrap_err().to_string();
+        latent::forward(&mut s, q, w, f32s(&[8, 11]), &Sequences::one(8, 2, 7), way, o).unwrap_err().to_string();
     assert!(error.contains("at least 9 rows to hold 2 more after 7"), "{error}");
     let error =
-        latent::forward(&mut s, q, w, f32s(&[8, 12]), &Sequences::one(8, 2, 0), 1.0, o).unwrap_err().to_string();
+        latent::forward(&mut s, q, w, f32s(&[8, 12]), &Sequences::one(8, 2, 0), way, o).unwrap_err().to_string();
     assert!(error.contains("`q` should be [2, 3, 10]"), "{error}");
+    let bytes = m.alloc(DType::U8, &[8, 27]);
+    let error = latent::forward(&mut s, q, w, bytes, &Sequences::one(8, 2, 0), way, o).unwrap_err().to_string();
+    assert!(error.contains("`cache` should be [8, 20]"), "{error}");
     let at = m.from_slice(&[2], &[0u32, 1]);
     let x = Projections { kv_a: f32s(&[2, 11]), kv_b: f32s(&[2, 3, 10]) };
     let error = assemble(&mut s, x, at, &table, q, o).unwrap_err().to_string();
@@ -189,7 +194,7 @@ fn wrong_calls_say_what_is_wrong() {
 }
 
 /// What three sequences of 5, 9 and 2 tokens give, fed in `steps`: of each step, how many tokens of which.
-fn in_company(steps: &[&[(usize, usize)]], pages: [&[u32]; 3]) -> Vec<Vec<u32>> {
+fn in_company(fp8: bool, steps: &[&[(usize, usize)]], pages: [&[u32]; 3]) -> Vec<Vec<u32>> {
     let (h, n, v, c) = (3, 8, 8, 16);
     let mut s = stream();
     let m = s.memory().clone();
@@ -200,7 +205,10 @@ fn in_company(steps: &[&[(usize, usize)]], pages: [&[u32]; 3]) -> Vec<Vec<u32>> 
     let w: Vec<f32> = random(h * (n + v) * c, 9).iter().map(|&x| x as f32).collect();
     let w = m.from_slice(&[h * (n + v), c], &w);
     let table = ROPE.table(&m, DType::F32, 16, Pairs::Interleaved);
-    let cache = m.from_slice(&[32, c + R], &vec![f32::NAN; 32 * (c + R)]);
+    let cache = match fp8 {
+        true => m.from_slice(&[32, Fp8Row { c, r: R }.bytes()], &vec![0xffu8; 32 * Fp8Row { c, r: R }.bytes()]),
+        false => m.from_slice(&[32, c + R], &vec![f32::NAN; 32 * (c + R)]),
+    };
     let (mut done, mut out) = ([0; 3], vec![Vec::new(); 3]);
     for step in steps {
         let rows = |x: &[Vec<f32>; 3], width: usize| -> Vec<f32> {
@@ -213,7 +221,7 @@ fn in_company(steps: &[&[(usize, usize)]], pages: [&[u32]; 3]) -> Vec<Vec<u32>> 
         let (q, o) = (m.from_slice(&[t, h, n + R], &rows(&q, h * (n + R))), m.alloc(DType::F32, &[t, h, v]));
         let (latent, kv_a) = (m.from_slice(&[t, c], &rows(&latent, c)), m.from_slice(&[t, c + R], &rows(&kv_a, c + R)));
         latent::append(&mut s, latent, kv_a, &table, cache, &all).unwrap();
-        latent::forward(&mut s, q, w, cache, &all, SCALE, o).unwrap();
+        latent::forward(&mut s, q, w, cache, &all, (SCALE, Prefill::Absorbed), o).unwrap();
         s.synchronize().unwrap();
         let o = m.download::<f32>(o);
         let mut at = 0;
@@ -227,10 +235,86 @@ fn in_company(steps: &[&[(usize, usize)]], pages: [&[u32]; 3]) -> Vec<Vec<u32>> 
 
 #[test]
 fn a_sequence_has_its_bits_in_any_company_and_on_any_pages() {
-    let alone = in_company(&[&[(0, 5)], &[(1, 9)], &[(2, 2)]], [&[0, 1], &[2, 3, 4], &[5]]);
-    for steps in
-        [&[&[(0, 5), (1, 9), (2, 2)][..]][..], &[&[(1, 3), (0, 1)], &[(2, 1)], &[(0, 4), (2, 1), (1, 5)], &[(1, 1)]]]
-    {
-        assert_eq!(in_company(steps, [&[7, 2], &[3, 0, 5], &[1]]), alone);
+    for fp8 in [false, true] {
+        let alone = in_company(fp8, &[&[(0, 5)], &[(1, 9)], &[(2, 2)]], [&[0, 1], &[2, 3, 4], &[5]]);
+        let together = &[&[(0, 5), (1, 9), (2, 2)][..]][..];
+        for steps in [together, &[&[(1, 3), (0, 1)], &[(2, 1)], &[(0, 4), (2, 1), (1, 5)], &[(1, 1)]]] {
+            assert_eq!(in_company(fp8, steps, [&[7, 2], &[3, 0, 5], &[1]]), alone);
+        }
+    }
+}
+
+/// Three sequences on scattered pages: one long, one of a single new token, one from its start.
+fn three() -> Sequences {
+    let of = |num_new, context, pages: &[u32]| Sequence { num_new, context, pages: pages.into() };
+    Sequences::new([of(70, 9, &[3, 0, 6, 1, 9]), of(1, 20, &[8, 2]), of(66, 0, &[4, 5, 7, 10, 11])], 16)
+}
+
+/// Queries of [`three`], a weight, and rows of latents and keys [192, c + r], of the layer's sizes.
+fn inputs_of_three<T: Float>(m: &Memory, [h, n, r, v, c]: [usize; 5]) -> [Tensor; 3] {
+    let cast = |dims: &[usize], seed| {
+        let x = random(dims.iter().product(), seed);
+        m.from_slice(dims, &x.into_iter().map(T::of_f64).collect::<Vec<T>>())
+    };
+    [cast(&[137, h, n + r], 1), cast(&[h * (n + v), c], 2), cast(&[192, c + r], 3)]
+}
+
+#[test]
+fn a_cache_in_fp8_is_one_of_the_numbers_it_says() {
+    for [h, n, r, v, c] in [[3, 5, 4, 6, 130], [4, 32, 16, 32, 64]] {
+        let (mut s, layout) = (stream(), Fp8Row { c, r });
+        let m = s.memory().clone();
+        let [q, w, rows] = inputs_of_three::<f32>(&m, [h, n, r, v, c]);
+        let numbers = m.download::<f32>(rows);
+        let (mut bytes, mut said) = (vec![0; 192 * layout.bytes()], vec![0f32; 192 * (c + r)]);
+        for ((x, bytes), said) in
+            numbers.chunks(c + r).zip(bytes.chunks_mut(layout.bytes())).zip(said.chunks_mut(c + r))
+        {
+            layout.encode(&x[..c], &x[c..], bytes);
+            layout.decode(bytes, said);
+        }
+        let (bytes, said) = (m.from_slice(&[192, layout.bytes()], &bytes), m.from_slice(&[192, c + r], &said));
+        let mut forward = |cache, prefill| {
+            let o = m.alloc(DType::F32, &[137, h, v]);
+            latent::forward(&mut s, q, w, cache, &three(), (0.1, prefill), o).unwrap();
+            s.synchronize().unwrap();
+            m.download::<f32>(o)
+        };
+        for prefill in [Prefill::Absorbed, Prefill::ByCost] {
+            assert_eq!(forward(bytes, prefill), forward(said, prefill), "{prefill:?}");
+        }
+        // What 3 bits of mantissa cost.
+        let wide = |x: Vec<f32>| x.into_iter().map(f64::from).collect::<Vec<f64>>();
+        let [got, want] = [bytes, rows].map(|cache| wide(forward(cache, Prefill::Absorbed)));
+        let diff = calc_diff(&got, &want);
+        assert!(diff > 1e-6 && diff < 2e-3, "{diff}");
+    }
+}
+
+#[test]
+fn keys_and_values_are_made_where_that_is_cheaper_and_give_the_same() {
+    fn both<T: Float>(sizes: [usize; 5]) -> [Vec<f64>; 2] {
+        let [h, _, _, v, _] = sizes;
+        let mut s = stream();
+        let m = s.memory().clone();
+        let [q, w, rows] = inputs_of_three::<T>(&m, sizes);
+        [Prefill::Absorbed, Prefill::ByCost].map(|prefill| {
+            let o = m.from_slice(&[137, h, v], &vec![T::of_f64(f64::NAN); 137 * h * v]);
+            latent::forward(&mut s, q, w, rows, &three(), (0.1, prefill), o).unwrap();
+            s.synchronize().unwrap();
+            m.download::<T>(o).into_iter().map(|x| x.as_f64()).collect()
+        })
+    }
+    for sizes in [[3, 5, 4, 6, 130], [4, 32, 16, 32, 64], [2, 128, 64, 128, 512]] {
+        let [absorbed, by_cost] = both::<f64>(sizes);
+        assert_close(&by_cost, &absorbed, 1e-12);
+        // The sequence of one new token is as it was, and the others went another way.
+        let token = sizes[0] * sizes[3];
+        assert_eq!(by_cost[70 * token..71 * token], absorbed[70 * token..71 * token]);
+        assert!(by_cost[..70 * token] != absorbed[..70 * token] && by_cost[71 * token..] != absorbed[71 * token..]);
+        let [absorbed, by_cost] = both::<f32>(sizes);
+        assert_close(&by_cost, &absorbed, 1e-4);
+        let [absorbed, by_cost] = both::<bf16>(sizes);
+        assert!(calc_diff(&by_cost, &absorbed) < 1e-4);
     }
 }
