@@ -74,6 +74,13 @@ pub enum Share {
     Only(u32),
 }
 
+impl Share {
+    /// Computation's and communication's, where communication has so many multiprocessors for itself; all for both where it has none.
+    pub fn split(comm_sms: u32) -> (Share, Share) {
+        if comm_sms == 0 { (Share::All, Share::All) } else { (Share::AllBut(comm_sms), Share::Only(comm_sms)) }
+    }
+}
+
 /// Multiprocessors that communication is given where it runs beside computation: 20 of 132 (DeepSeek-V3 report, section 3.2.2), in
 /// proportion; none of fewer than 7.
 pub fn default_comm_sms(num_sms: u32) -> u32 {

@@ -303,8 +303,7 @@ pub fn run(request: &Request) -> Result<Overlap> {
             advice: format!("use `--comm-sms {}`, or leave it out", default_comm_sms(num_sms)),
         });
     }
-    let (rest, own) =
-        if comm_sms == 0 { (Share::All, Share::All) } else { (Share::AllBut(comm_sms), Share::Only(comm_sms)) };
+    let (rest, own) = Share::split(comm_sms);
     let sizes = Sizes::over(request.shrink);
     let pair = Pair::new(&memory, &sizes);
     memory.failure()?;

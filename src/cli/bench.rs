@@ -31,6 +31,20 @@ pub enum Bench {
     Schedules(BenchSchedulesArgs),
 }
 
+/// What kernels are measured on, and how.
+#[derive(Debug, Args)]
+pub struct OnDevice {
+    /// Device: cpu, cuda:0
+    #[arg(long, value_name = "DEVICE", default_value = "cuda:0")]
+    pub device: kernels::device::Device,
+    /// Divide all sizes by this: for interpreters, whose times mean nothing
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = at_least::<1>)]
+    pub shrink: usize,
+    /// Give products the tiles of a file that `hadal bench kernels --tune` wrote
+    #[arg(long, value_name = "FILE")]
+    pub tuning: Option<PathBuf>,
+}
+
 /// Arguments of `bench kernels`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -39,21 +53,14 @@ Examples:
   hadal bench kernels --device cuda:0 --tune h200.ron
   hadal bench kernels --device cuda:0 --tuning h200.ron")]
 pub struct BenchKernelsArgs {
-    /// Device: cpu, cuda:0
-    #[arg(long, value_name = "DEVICE", default_value = "cuda:0")]
-    pub device: kernels::device::Device,
+    #[command(flatten)]
+    pub on: OnDevice,
     /// Runs whose median is taken, after two that are not counted
     #[arg(long, value_name = "N", default_value_t = 20, value_parser = at_least::<1>)]
     pub runs: usize,
-    /// Divide all sizes by this: for interpreters, whose times mean nothing
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = at_least::<1>)]
-    pub shrink: usize,
     /// Time every tile of every product instead, and write which is the quickest of each
     #[arg(long, value_name = "FILE", conflicts_with = "tuning")]
     pub tune: Option<PathBuf>,
-    /// Give products the tiles of such a file
-    #[arg(long, value_name = "FILE")]
-    pub tuning: Option<PathBuf>,
     #[command(flatten)]
     pub json: Json,
 }
@@ -65,21 +72,14 @@ Examples:
   hadal bench overlap --device cuda:0 --json overlap.json
   hadal bench overlap --device cuda:0 --comm-sms 24")]
 pub struct BenchOverlapArgs {
-    /// Device: cpu, cuda:0
-    #[arg(long, value_name = "DEVICE", default_value = "cuda:0")]
-    pub device: kernels::device::Device,
+    #[command(flatten)]
+    pub on: OnDevice,
     /// Pairs whose median is taken, after two that are not counted
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = at_least::<1>)]
     pub runs: usize,
-    /// Divide all sizes by this: for interpreters, whose times mean nothing
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = at_least::<1>)]
-    pub shrink: usize,
     /// Multiprocessors for communication; without it 20 of 132, in proportion
     #[arg(long, value_name = "N")]
     pub comm_sms: Option<u32>,
-    /// Give products the tiles of a file that `bench kernels --tune` wrote
-    #[arg(long, value_name = "FILE")]
-    pub tuning: Option<PathBuf>,
     #[command(flatten)]
     pub json: Json,
 }

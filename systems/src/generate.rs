@@ -11,7 +11,9 @@ use crate::{
     api::{GenerateReport, GenerateRequest, Progress},
     data::tokenizer::Tokenizer,
     probe::Checkpoint,
-    serve::{Capacity, Event, Finish, FinishReason, Params, ServePlugin, Server, Service, Sink, Submission, Task},
+    serve::{
+        Capacity, Event, Finish, FinishReason, Params, Refused, ServePlugin, Server, Service, Sink, Submission, Task,
+    },
     session::SessionError,
     work::Work,
 };
@@ -47,16 +49,14 @@ impl Answer {
         prompt: Vec<u32>,
         task: Task,
         progress: Option<Arc<dyn Progress>>,
-    ) -> Result<Answer, SessionError> {
+    ) -> Result<Answer, Refused> {
         let answer = Answer::default();
-        let sink = answer.sink(progress);
-        let submission = Submission { prompt, task, priority: 0, sink };
-        service.submit(submission).map_err(SessionError::input)?;
+        service.submit(Submission { prompt, task, priority: 0, sink: answer.sink(progress) })?;
         Ok(answer)
     }
 
-    /// Collects what comes; text is told to `progress`, if anyone is.
-    pub fn sink(&self, progress: Option<Arc<dyn Progress>>) -> Box<dyn Sink> {
+    /// Collects what comes.
+    fn sink(&self, progress: Option<Arc<dyn Progress>>) -> Box<dyn Sink> {
         let collected = self.0.clone();
         Box::new(move |event: Event| {
             let mut collected = collected.lock();
@@ -147,7 +147,8 @@ impl Generation {
         // As long as the model can, where more is asked for.
         let room = self.service.settings().max_context_tokens.saturating_sub(prompt.len());
         let params = Params { max_tokens: params.max_tokens.min(room.max(1)), ..params };
-        self.answer = Answer::ask(&self.service, prompt, Task::Generate(params), progress)?;
+        self.answer =
+            Answer::ask(&self.service, prompt, Task::Generate(params), progress).map_err(SessionError::input)?;
         Ok(())
     }
 
@@ -187,7 +188,8 @@ pub fn generate(request: GenerateRequest) -> Result<GenerateReport, SessionError
     app.insert_resource(Work::Serve);
     run_to_rest(&mut app)?;
     let answer = app.world().resource::<Generation>().answer();
-    let finish = answer.finish.clone().ok_or_else(|| SessionError::runtime("the model gave no answer"))?;
+    let why = || SessionError::runtime(answer.failure.as_deref().unwrap_or("the model gave no answer"));
+    let finish = answer.finish.clone().ok_or_else(why)?;
     let rest_secs: f64 = answer.token_secs().iter().sum();
     let ended = finish.reason == FinishReason::Stop;
     Ok(GenerateReport {

@@ -5,7 +5,11 @@
 //! there is nothing to send, and computation has all. A scene's figure is taken in either case, and replaces `comm_sms` of the hardware
 //! that it is planned for.
 
-use std::{fs, path::PathBuf, sync::Arc};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use engine::hardware::DeviceSpec;
 use kernels::{
@@ -67,17 +71,21 @@ impl OnGpu {
     pub fn shares(&self, memory: &Memory, num_ranks: u32) -> Result<Shares, SessionError> {
         let Some(gpu) = memory.gpu() else { return Ok(Shares::default()) };
         let num_sms = gpu.target().num_sms;
-        let (compute, comm) = match comm_sms(self.comm_sms, num_sms, num_ranks).map_err(SessionError::input)? {
-            0 => (Share::All, Share::All),
-            sms => (Share::AllBut(sms), Share::Only(sms)),
-        };
-        let table = |path: &PathBuf| {
-            let text = fs::read_to_string(path).map_err(|e| e.to_string());
-            let table = text.and_then(|text| Table::from_ron(&text).map_err(|e| e.to_string()));
-            table.map(Arc::new).map_err(|e| SessionError::input(format!("{}: {e}", path.display())))
-        };
-        Ok(Shares { compute, comm, tuning: self.tuning.as_ref().map(table).transpose()? })
+        let sms = comm_sms(self.comm_sms, num_sms, num_ranks).map_err(SessionError::input)?;
+        let (compute, comm) = Share::split(sms);
+        let tuning = self.tuning.as_ref().map(|path| read_table(path)).transpose().map_err(SessionError::input)?;
+        Ok(Shares { compute, comm, tuning })
     }
+}
+
+/// Reads a table of measured tiles.
+///
+/// # Errors
+/// If the file is none, with its name.
+pub fn read_table(path: &Path) -> Result<Arc<Table>, String> {
+    let text = fs::read_to_string(path).map_err(|e| e.to_string());
+    let table = text.and_then(|text| Table::from_ron(&text).map_err(|e| e.to_string()));
+    table.map(Arc::new).map_err(|e| format!("{}: {e}", path.display()))
 }
 
 /// Puts a scene's figure in place of the device's that it is planned for.
@@ -108,7 +116,7 @@ mod tests {
     #[test]
     #[expect(clippy::unwrap_used, reason = "tests")]
     fn a_plan_takes_the_scenes_figure_before_the_hardwares() {
-        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../scenes/hardware/h800.ron");
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scenes/hardware/h800.ron");
         let planned = |text: &str| {
             let mut device = crate::scene::hardware::load(&path, &[]).unwrap();
             let scene = Scene::parse(text, &[]).unwrap().scene;

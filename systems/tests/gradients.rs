@@ -8,13 +8,12 @@ use bevy_app::App;
 use engine::prelude::*;
 use kernels::{dtype::Float, tensor::Tensor};
 use systems::{
-    api::{Progress, StepReport},
     data::packing::{Batch, Packing, Rows},
     data::{corpus::Corpus, shard::Shard},
-    evaluate::EvaluationResult,
     formats::Formats,
     head::{LossScale, LossSums},
     hf::config::HfConfig,
+    local::Silent,
     lower::Lowering,
     microbatch::Inputs,
     model::{Model, Parameters, initial_values},
@@ -30,14 +29,6 @@ use systems::{
     session::{ModelSetup, app_with_model, run_plan},
     weights::Weights,
 };
-
-struct Silent;
-impl Progress for Silent {
-    fn note(&self, _: &str) {}
-    fn step(&self, _: &StepReport) {}
-    fn evaluated(&self, _: &EvaluationResult) {}
-    fn text(&self, _: &str) {}
-}
 
 const MTP_WEIGHT: f64 = 0.3;
 

@@ -7,11 +7,11 @@ use std::{path::PathBuf, sync::Arc};
 use bevy_app::App;
 use engine::{prelude::*, tensor_file::TensorFile};
 use systems::{
-    api::{Progress, StepReport},
+    api::Progress,
     data::tokenizer::Tokenizer,
     data::{packing::Batch, token_file::read_token_file},
-    evaluate::EvaluationResult,
     generate::{Answer, run_to_rest},
+    local::Silent,
     model::{self, Model, Parameters},
     optimizer::{OptimizerState, UpdateScalars},
     probe::{Checkpoint, Probe},
@@ -24,14 +24,6 @@ use systems::{
 
 const CASES: [&str; 6] =
     ["deepseek_v3_qlora", "deepseek_v3_noqlora", "deepseek_v2", "deepseek_v2_grouped", "qwen2", "qwen2_untied"];
-
-struct Silent;
-impl Progress for Silent {
-    fn note(&self, _: &str) {}
-    fn step(&self, _: &StepReport) {}
-    fn evaluated(&self, _: &EvaluationResult) {}
-    fn text(&self, _: &str) {}
-}
 
 struct Case {
     name: &'static str,

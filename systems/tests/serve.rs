@@ -11,12 +11,11 @@ use engine::{
 };
 use serde_json::{Value, json};
 use systems::{
-    api::{Progress, StepReport},
     data::{packing::Batch, tokenizer::Tokenizer},
-    evaluate::EvaluationResult,
     formats::Formats,
     generate::{Answer, Collected, run_to_rest},
     hf::config::HfConfig,
+    local::Silent,
     model::{self, initial_values},
     probe::Probe,
     ranks::Ranks,
@@ -29,14 +28,6 @@ use systems::{
     weights::Weights,
     work::Work,
 };
-
-struct Silent;
-impl Progress for Silent {
-    fn note(&self, _: &str) {}
-    fn step(&self, _: &StepReport) {}
-    fn evaluated(&self, _: &EvaluationResult) {}
-    fn text(&self, _: &str) {}
-}
 
 /// Latent attention, experts of which one is shared, and an MTP module; few tokens, so that the module is right now and then.
 const DEEPSEEK: &str = r#"{

@@ -46,24 +46,40 @@ def open_page(page, arguments):
     assert page.locator("#model").inner_text().strip(), "the page does not say which model it is"
 
 
+# Notes every other text of the last answer and every other picture of the strip, from within the page, where neither the machine's load
+# nor the speed of the model can make the test miss one.
+WATCH = """() => {
+    window.seen = { texts: [], strips: [] };
+    const note = (list, value) => { if (value !== list.at(-1)) list.push(value); };
+    setInterval(() => {
+        const answer = [...document.querySelectorAll("article.assistant .text")].at(-1);
+        if (answer) note(seen.texts, answer.innerText);
+        note(seen.strips, document.getElementById("strip").toDataURL());
+    }, 10);
+}"""
+
+
 def talk(page, arguments):
     page.get_by_label("Temperature").fill("0.3")
     assert page.locator("#shown").inner_text() == "0.3"
     page.get_by_label("Max tokens").fill(str(arguments.max_tokens))
     page.get_by_label("Your message").fill(MESSAGE)
+    page.evaluate(WATCH)
     page.get_by_label("Your message").press("Enter")
-    answer = page.locator("article.assistant .text").last
-    strip = page.locator("#strip")
-    drawn = lambda: strip.evaluate("canvas => canvas.toDataURL()")
-    before = drawn()
-    texts = grown(lambda: answer.inner_text(), "the answer")
-    assert all(len(a) < len(b) and b.startswith(a.rstrip("\ufffd")) for a, b in zip(texts, texts[1:])), texts
-    moves = grown(drawn, "the strip of experts")
-    assert moves[-1] != before, "the strip shows what it showed before the answer"
+    page.wait_for_function("() => seen.texts.length > 2", timeout=PATIENCE_SECS * 1000)
     page.screenshot(path=arguments.pictures / "streaming.png")
     expect(page.get_by_role("button", name="Stop")).to_be_disabled(timeout=PATIENCE_SECS * 1000)
+    seen = page.evaluate("() => seen")
+    texts = seen["texts"]
+    assert all(len(a) < len(b) and b.startswith(a.rstrip("\ufffd")) for a, b in zip(texts, texts[1:])), texts
+    assert len(seen["strips"]) > 3, f"expected the strip of experts to move as the answer came, found {len(seen['strips']) - 1} moves"
     note = page.locator("article.assistant .note").last.inner_text()
     assert "tokens/s" in note and "first after" in note, note
+
+
+def without_end(route):
+    """The page's request with `ignore_eos`, so that no answer ends of itself."""
+    route.continue_(post_data={**route.request.post_data_json, "ignore_eos": True})
 
 
 def stop(page, arguments):
@@ -107,6 +123,7 @@ def main():
         problems = []
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("request", lambda request: request.url.startswith(arguments.url) or problems.append(f"asked for {request.url}"))
+        page.route("**/v1/chat/completions", without_end)
         open_page(page, arguments)
         talk(page, arguments)
         stop(page, arguments)

@@ -36,12 +36,7 @@ impl Token {
     /// Whether a request carries it; `None` if it carries none at all. Takes the same time whatever is wrong with it.
     pub(super) fn in_headers(&self, headers: &HeaderMap) -> Option<bool> {
         let given = headers.get(header::AUTHORIZATION)?.as_bytes();
-        // Names of schemes have no case (RFC 9110, section 11.1).
-        let given = match given.split_at_checked(b"Bearer ".len()) {
-            Some((scheme, token)) if scheme.eq_ignore_ascii_case(b"Bearer ") => token,
-            _ => given,
-        };
-        Some(given.ct_eq(self.0.as_bytes()).into())
+        Some(bearer(given).unwrap_or(given).ct_eq(self.0.as_bytes()).into())
     }
 }
 
@@ -78,7 +73,7 @@ impl Drop for Files {
 }
 
 /// Where a client of this machine finds a server that listens on `address`.
-pub(super) fn url(address: SocketAddr) -> String {
+pub fn url(address: SocketAddr) -> String {
     let mut reachable = address;
     if address.ip().is_unspecified() {
         reachable.set_ip(if address.is_ipv4() {
@@ -88,6 +83,13 @@ pub(super) fn url(address: SocketAddr) -> String {
         });
     }
     format!("http://{reachable}")
+}
+
+/// The secret of an `Authorization` header, if it is of the scheme `Bearer`.
+pub fn bearer(header: &[u8]) -> Option<&[u8]> {
+    // Names of schemes have no case (RFC 9110, section 11.1).
+    let (scheme, secret) = header.split_at_checked(b"Bearer ".len())?;
+    scheme.eq_ignore_ascii_case(b"Bearer ").then_some(secret)
 }
 
 /// Why a request is refused before it is looked at, if it is.
@@ -105,7 +107,7 @@ pub(super) fn refusal(headers: &HeaderMap, is_loopback: bool) -> Option<String> 
 }
 
 /// Whether a request's `host:port` names this machine or one by its number.
-fn is_of_this_machine(host: &str) -> bool {
+pub fn is_of_this_machine(host: &str) -> bool {
     let name = match host.strip_prefix('[') {
         Some(rest) => rest.split(']').next().unwrap_or_default(),
         None => host.rsplit_once(':').map_or(host, |(name, _)| name),

@@ -13,7 +13,7 @@
 //!     | websocat -n ws://$HOST/rpc
 //! ```
 
-mod access;
+pub mod access;
 pub mod client;
 mod http;
 pub mod protocol;

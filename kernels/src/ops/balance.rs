@@ -243,10 +243,10 @@ pub fn bias_update(s: &mut Stream, counts: Tensor, speed: f32, bias: Tensor) -> 
 }
 
 /// Load violation: how far the busiest expert is above the mean, as a fraction of it; 0 is balance, 0 also for no load.
-pub fn max_vio(counts: &[u32]) -> f64 {
-    let total: u64 = counts.iter().map(|&c| u64::from(c)).sum();
-    let max = counts.iter().copied().max().unwrap_or(0);
-    if total == 0 { 0.0 } else { f64::from(max) * counts.len() as f64 / total as f64 - 1.0 }
+pub fn max_vio<T: Copy + Into<u64>>(counts: &[T]) -> f64 {
+    let counts = counts.iter().map(|&count| count.into());
+    let (total, max, len) = (counts.clone().sum::<u64>(), counts.clone().max().unwrap_or(0), counts.len());
+    if total == 0 { 0.0 } else { max as f64 * len as f64 / total as f64 - 1.0 }
 }
 
 /// Cost of either loss or its gradient over t tokens and e experts.
@@ -387,7 +387,8 @@ mod tests {
 
     #[test]
     fn max_vio_is_the_excess_of_the_busiest() {
-        for (counts, want) in [(&[2, 2, 2][..], 0.0), (&[6, 0, 0], 2.0), (&[3, 2, 1], 0.5), (&[0, 0], 0.0), (&[], 0.0)]
+        for (counts, want) in
+            [(&[2u32, 2, 2][..], 0.0), (&[6, 0, 0], 2.0), (&[3, 2, 1], 0.5), (&[0, 0], 0.0), (&[], 0.0)]
         {
             assert_eq!(max_vio(counts), want, "{counts:?}");
         }

@@ -43,15 +43,25 @@ pub fn scatter(s: &mut Stream, x: Tensor, rows: Tensor, y: Tensor) -> Result<()>
     expect_tensor(OP, "x", x, DType::U32, &[rows.len()])?;
     expect_tensor(OP, "rows", rows, DType::U32, &[x.len()])?;
     expect_tensor(OP, "y", y, DType::U32, &[y.len()])?;
+    s.account(Cost::stream(x.len() as u64, 8 * x.len() as u64, 4 * x.len() as u64));
     let kernels = |_: &Target| Some(ptx::elementwise::scatter(x, rows, y));
     // What stays of y is read, too.
     s.launch_kernel(&[x, rows, y], &[y], kernels, move |m| {
         let (x, rows, mut y) = (m.read::<u32>(x), m.read::<u32>(rows), m.write::<u32>(y));
-        for (&x, &row) in x.iter().zip(rows.iter()) {
-            y[row as usize] = x;
+        let len = y.len();
+        for (i, (&x, &row)) in x.iter().zip(rows.iter()).enumerate() {
+            match y.get_mut(row as usize) {
+                Some(y) => *y = x,
+                None => panic!("{}", no_such_row(i, row, len)),
+            }
         }
     });
     Ok(())
+}
+
+/// What is said of a row that is not there.
+pub(crate) fn no_such_row(position: usize, row: u32, len: usize) -> String {
+    format!("expected rows below {len}, found {row} at position {position}")
 }
 
 /// [`copy`] as a part of another op's work.

@@ -14,14 +14,7 @@ use crate::{
     device::Target,
     dtype::Float,
     error::Result,
-    ops::{
-        are_fast,
-        elementwise::copy_now,
-        expect::expect_residual,
-        expect_shape,
-        gemv::{gemv, linear},
-        is_fast,
-    },
+    ops::{are_fast, elementwise::copy_now, expect::expect_residual, expect_shape, gemv::linear, is_fast},
     ptx,
     stream::Stream,
     tensor::Tensor,
@@ -86,8 +79,9 @@ pub fn gemm<T: Float>(a: Mat<T>, b: Mat<T>, beta: f64, c: &mut [T], c_stride: us
     if !has_work(a, b, c, c_stride) {
         return;
     }
+    // As in generation: bound by reading the weight, so nothing is packed or widened.
     if m == 1 && a.col_stride == 1 && b.row_stride == 1 && b.col_stride == k {
-        return one_row(a.data, b.data, k, beta, &mut c[..n], threads);
+        return linear::<T, T>(&a.data[..k], &b.data[..n * k], k, &mut c[..n], beta, threads);
     }
     match T::DTYPE {
         crate::dtype::DType::Bf16 => widened(a, b, beta, c, c_stride, |a, b, c| native(a, b, 0.0, c, n, threads)),
@@ -160,16 +154,6 @@ fn steady<T: Float>(a: Mat<T>, b: Mat<T>, beta: f64, c: &mut [T], c_stride: usiz
     }
 }
 
-/// One row against the rows of a weight, as in generation: bound by reading the weight, so nothing is packed or widened.
-fn one_row<T: Float>(x: &[T], w: &[T], k: usize, beta: f64, y: &mut [T], threads: Threads) {
-    let mut sums = vec![T::Acc::default(); y.len()];
-    gemv::<T, T>(&w[..y.len() * k], &x[..k], k, &mut sums, threads);
-    for (y, sum) in y.iter_mut().zip(sums) {
-        let old = if beta == 0.0 { T::Acc::default() } else { T::Acc::of_f64(beta) * y.to_acc() };
-        *y = T::from_acc(old + sum);
-    }
-}
-
 fn native<T: Float>(a: Mat<T>, b: Mat<T>, beta: f64, c: &mut [T], c_stride: usize, threads: Threads) {
     let (m, k, n) = (a.rows, a.cols, b.cols);
     let parallelism = match threads {
@@ -228,6 +212,15 @@ fn widened<T: Float>(
     }
 }
 
+/// `y_to = beta y_to + x_ti w_oi^T`; `by_row` as [`Stream::set_batch_invariant`] says.
+fn by_weight<T: Float>(by_row: bool, x: &[T], w: &[T], [t, o, i]: [usize; 3], beta: f64, y: &mut [T]) {
+    if by_row {
+        linear::<T, T>(x, w, i, y, beta, Threads::All);
+    } else {
+        gemm(Mat::new(x, t, i), Mat::new(w, o, i).t(), beta, y, o, Threads::All);
+    }
+}
+
 /// F: `y_to = x_ti w_oi^T`, plus `bias_o` if given.
 pub fn forward(s: &mut Stream, x: Tensor, w: Tensor, bias: Option<Tensor>, y: Tensor) -> Result<()> {
     let (o, i) = (w.dim(0), w.dim(1));
@@ -248,11 +241,7 @@ pub fn forward(s: &mut Stream, x: Tensor, w: Tensor, bias: Option<Tensor>, y: Te
                 y.chunks_exact_mut(o).for_each(|row| row.copy_from_slice(&bias));
                 beta = 1.0;
             }
-            if by_row {
-                linear::<T, T>(&x, &w, i, &mut y, beta != 0.0, Threads::All);
-            } else {
-                gemm(Mat::new(&x, t, i), Mat::new(&w, o, i).t(), beta, &mut y, o, Threads::All);
-            }
+            by_weight(by_row, &x, &w, [t, o, i], beta, &mut y);
         });
     });
     Ok(())
@@ -278,11 +267,7 @@ pub fn forward_onto(s: &mut Stream, x: Tensor, w: Tensor, residual: Tensor, y: T
         }
         with_float!(x.dtype, T => {
             let (x, w, mut y) = (m.read::<T>(x), m.read::<T>(w), m.write::<T>(y));
-            if by_row {
-                linear::<T, T>(&x, &w, i, &mut y, true, Threads::All);
-            } else {
-                gemm(Mat::new(&x, t, i), Mat::new(&w, o, i).t(), 1.0, &mut y, o, Threads::All);
-            }
+            by_weight(by_row, &x, &w, [t, o, i], 1.0, &mut y);
         });
     });
     Ok(())

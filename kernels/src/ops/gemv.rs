@@ -1,19 +1,25 @@
-//! `y_no = x_ni w_oi^T` by dot products: what generation does with every weight, once a step.
+//! `y_no = x_ni w_oi^T` by rows: what generation does with every weight, once a step.
 //!
-//! For a few rows of x one read of the weight is the whole cost, so there is no packing: each row of w is dotted with the rows of x
-//! while it is in the first cache. A small product stays on the calling thread, where it is faster than waking another. w may be bf16
-//! under f32 activations; it is widened in registers.
+//! Nothing of w is packed but a panel at a time, in the first cache, under every row of x: for a few rows of x one read of the weight
+//! is the whole cost. A small product stays on the calling thread, where it is faster than waking another. w may be bf16 under f32
+//! activations; it is widened in registers.
 //!
-//! The bits of a row of y follow from its row of x and from w alone: not from how many rows are beside it, nor from the threads.
+//! The bits of a row of y follow from its row of x and from w alone: not from how many rows are beside it, nor from the threads, nor
+//! from the processor.
 
+mod panel;
+
+use std::borrow::Cow;
+
+use panel::WIDTH;
 use rayon::prelude::*;
 
 use crate::{
     cost::Cost,
     device::Target,
-    dtype::Float,
+    dtype::{Element, Float},
     error::{Error, Result},
-    ops::{expect_shape, gemm::Threads, is_fast, lanes},
+    ops::{expect_shape, gemm::Threads, is_fast},
     ptx,
     simd::vectorize,
     stream::Stream,
@@ -24,10 +30,6 @@ use crate::{
 const MIN_PARALLEL_BYTES: usize = 1 << 20;
 /// Weight bytes one thread takes at a time, at most.
 const CHUNK_BYTES: usize = 128 << 10;
-/// Bytes of x that stay in the first cache.
-const X_BYTES: usize = 16 << 10;
-/// Rows of w dotted at once.
-const BLOCK: usize = 4;
 
 /// Runs `$body` with `$t` and `$w` bound to the types of activations and weights: equal, or bf16 weights under f32.
 macro_rules! with_weight {
@@ -57,55 +59,7 @@ pub(crate) fn expect_weight(op: &'static str, x: Tensor, weight: Tensor) -> Resu
     Err(Error::Shape { op, role: "weight", expected, found: weight })
 }
 
-/// Assigns `y_on = w_oi x_ni^T`: row o of y holds the products of row o of w. `i` is the row length.
-///
-/// # Panics
-/// If a slice is shorter than `y` implies.
-pub fn gemv<T: Float, W: Float<Acc = T::Acc>>(w: &[W], x: &[T], i: usize, y_on: &mut [T::Acc], threads: Threads) {
-    let n = x.len() / i.max(1);
-    let o = y_on.len() / n.max(1);
-    assert!(o * n == y_on.len() && o * i == w.len() && n * i == x.len(), "sizes of a product agree");
-    if y_on.is_empty() {
-        return;
-    }
-    if threads == Threads::One || size_of_val(w) * n.div_ceil(BLOCK) < MIN_PARALLEL_BYTES {
-        return vectorize(
-            #[inline(always)]
-            || rows(w, x, i, n, y_on),
-        );
-    }
-    let share = o.div_ceil(2 * rayon::current_num_threads());
-    let chunk = (CHUNK_BYTES / (i * size_of::<W>())).clamp(1, share).next_multiple_of(BLOCK);
-    y_on.par_chunks_mut(chunk * n).zip(w.par_chunks(chunk * i)).for_each(|(y, w)| {
-        vectorize(
-            #[inline(always)]
-            || rows(w, x, i, n, y),
-        )
-    });
-}
-
-#[inline(always)]
-fn rows<T: Float, W: Float<Acc = T::Acc>>(w: &[W], x: &[T], i: usize, n: usize, y: &mut [T::Acc]) {
-    let per_block = (X_BYTES / (i * size_of::<T>()).max(1)).max(BLOCK) / BLOCK * BLOCK;
-    for first in (0..n).step_by(per_block) {
-        let x = &x[first * i..(first + per_block).min(n) * i];
-        for (w, y) in w.chunks(BLOCK * i).zip(y.chunks_mut(BLOCK * n)) {
-            for (j, x) in (first..).zip(x.chunks_exact(i)) {
-                if w.len() == BLOCK * i {
-                    for (b, sum) in lanes::dot4(w, x).into_iter().enumerate() {
-                        y[b * n + j] = sum;
-                    }
-                } else {
-                    for (w, y) in w.chunks_exact(i).zip(y.chunks_exact_mut(n)) {
-                        y[j] = lanes::dot(w, x);
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// Assigns `y_no = x_ni w_oi^T`, or adds it to what y holds.
+/// `y_no = beta y_no + x_ni w_oi^T`, rounded once; what y holds is not read where beta is 0.
 ///
 /// # Panics
 /// If sizes do not agree.
@@ -114,19 +68,54 @@ pub(super) fn linear<T: Float, W: Float<Acc = T::Acc>>(
     w: &[W],
     i: usize,
     y: &mut [T],
-    accumulate: bool,
+    beta: f64,
     threads: Threads,
 ) {
     let n = x.len() / i.max(1);
-    let mut y_on = vec![T::Acc::default(); y.len()];
-    gemv(w, x, i, &mut y_on, threads);
     let o = y.len() / n.max(1);
-    for (j, y) in y.chunks_exact_mut(o.max(1)).enumerate() {
-        for (y, &sum) in y.iter_mut().zip(y_on[j..].iter().step_by(n)) {
-            let old = if accumulate { y.to_acc() } else { T::Acc::default() };
-            *y = T::from_acc(old + sum);
+    assert!(o * n == y.len() && o * i == w.len() && n * i == x.len(), "sizes of a product agree");
+    if y.is_empty() {
+        return;
+    }
+    let mut panels = vec![[T::Acc::default(); WIDTH]; o.div_ceil(WIDTH) * n];
+    products(w, &widened(x), i, &mut panels, threads);
+    for (first, panel) in (0..o).step_by(WIDTH).zip(panels.chunks_exact(n)) {
+        for (y, sums) in y.chunks_exact_mut(o).zip(panel) {
+            for (y, &sum) in y[first..].iter_mut().zip(sums) {
+                let old = if beta == 0.0 { T::Acc::default() } else { T::Acc::of_f64(beta) * y.to_acc() };
+                *y = T::from_acc(old + sum);
+            }
         }
     }
+}
+
+fn widened<T: Float>(x: &[T]) -> Cow<'_, [T::Acc]> {
+    if T::DTYPE == T::Acc::DTYPE {
+        Cow::Borrowed(bytemuck::cast_slice(x))
+    } else {
+        Cow::Owned(x.iter().map(|x| x.to_acc()).collect())
+    }
+}
+
+/// Adds to the panels of y, each `[n, WIDTH]`.
+fn products<W: Float>(w: &[W], x: &[W::Acc], i: usize, y: &mut [[W::Acc; WIDTH]], threads: Threads) {
+    let n = x.len() / i;
+    let some = |y: &mut [[W::Acc; WIDTH]], w: &[W]| {
+        vectorize(
+            #[inline(always)]
+            || {
+                for (y, w) in y.chunks_mut(n).zip(w.chunks(WIDTH * i)) {
+                    panel::product(w, x, i, y);
+                }
+            },
+        );
+    };
+    if threads == Threads::One || size_of_val(w) * n.div_ceil(4) < MIN_PARALLEL_BYTES {
+        return some(y, w);
+    }
+    let share = y.len().div_ceil(2 * n * rayon::current_num_threads());
+    let chunk = (CHUNK_BYTES / (WIDTH * i * size_of::<W>())).clamp(1, share);
+    y.par_chunks_mut(chunk * n).zip(w.par_chunks(chunk * WIDTH * i)).for_each(|(y, w)| some(y, w));
 }
 
 /// F: `y_no = x_ni w_oi^T`, plus `bias_o` (of x's or w's type) if given. The contract of [`super::gemm::forward`].
@@ -148,26 +137,22 @@ pub fn forward(s: &mut Stream, x: Tensor, w: Tensor, bias: Option<Tensor>, y: Te
         |_: &Target| (reads.iter().all(|t| is_fast(*t)) && is_fast(y)).then(|| ptx::gemv::forward(x, w, bias, y));
     s.launch_kernel(&reads, &[y], kernels, move |m| {
         with_weight!(x, w, T, W => {
-            let mut y_on = vec![<T as Float>::Acc::default(); o * n];
-            gemv::<T, W>(&m.read::<W>(w), &m.read::<T>(x), i, &mut y_on, Threads::All);
+            let (w_dtype, x, w, mut y) = (w.dtype, m.read::<T>(x), m.read::<W>(w), m.write::<T>(y));
             match bias {
-                Some(bias) if bias.dtype == w.dtype => add_bias(&mut y_on, n, &m.read::<W>(bias)),
-                Some(bias) => add_bias(&mut y_on, n, &m.read::<T>(bias)),
+                Some(bias) if bias.dtype == w_dtype => fill::<T, W>(&mut y, &m.read::<W>(bias)),
+                Some(bias) => fill::<T, T>(&mut y, &m.read::<T>(bias)),
                 None => (),
             }
-            for (j, y) in m.write::<T>(y).chunks_exact_mut(o).enumerate() {
-                for (y, &sum) in y.iter_mut().zip(y_on[j..].iter().step_by(n)) {
-                    *y = T::from_acc(sum);
-                }
-            }
+            linear::<T, W>(&x, &w, i, &mut y, if bias.is_some() { 1.0 } else { 0.0 }, Threads::All);
         });
     });
     Ok(())
 }
 
-fn add_bias<B: Float>(y_on: &mut [B::Acc], n: usize, bias: &[B]) {
-    for (y, bias) in y_on.chunks_exact_mut(n).zip(bias) {
-        y.iter_mut().for_each(|y| *y += bias.to_acc());
+/// Each row of y is the bias; one of bf16 is a number of f32 too.
+fn fill<T: Float, B: Float<Acc = T::Acc>>(y: &mut [T], bias: &[B]) {
+    for y in y.chunks_exact_mut(bias.len().max(1)) {
+        y.iter_mut().zip(bias).for_each(|(y, bias)| *y = T::from_acc(bias.to_acc()));
     }
 }
 

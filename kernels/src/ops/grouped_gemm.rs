@@ -61,9 +61,9 @@ impl Task {
     fn forward<T: Float>(&self, z: Sizes, x: &[T], w: &[T], y: &mut [T]) {
         let x = &x[self.rows.start * z.i..self.rows.end * z.i];
         if z.by_row {
-            return linear::<T, T>(x, &w[self.expert * z.o * z.i..][..z.o * z.i], z.i, y, false, Threads::One);
+            return linear::<T, T>(x, self.weight(z, w), z.i, y, 0.0, Threads::One);
         }
-        let (x, w) = (Mat::new(x, self.rows.len(), z.i), self.weight(z, w).t());
+        let (x, w) = (Mat::new(x, self.rows.len(), z.i), self.matrix(z, w).t());
         if z.n < FEW_ROWS {
             gemm(x, w, 0.0, y, z.o, Threads::One);
         } else {
@@ -74,7 +74,7 @@ impl Task {
     /// The task's rows of dx = dy w_e, `stride` elements from row to row.
     fn input_grad<T: Float>(&self, z: Sizes, dy: &[T], w: &[T], dx: &mut [T], stride: usize) {
         let dy = Mat::new(&dy[self.rows.start * z.o..self.rows.end * z.o], self.rows.len(), z.o);
-        gemm_by_row(dy, self.weight(z, w), 0.0, dx, stride);
+        gemm_by_row(dy, self.matrix(z, w), 0.0, dx, stride);
     }
 
     /// The task's outputs of dw_e += dy^T x.
@@ -85,8 +85,12 @@ impl Task {
         gemm_by_row(dy.t(), x, 1.0, dw, z.i);
     }
 
-    fn weight<'a, T>(&self, z: Sizes, w: &'a [T]) -> Mat<'a, T> {
-        Mat::new(&w[self.expert * z.o * z.i..][..z.o * z.i], z.o, z.i)
+    fn weight<'a, T>(&self, z: Sizes, w: &'a [T]) -> &'a [T] {
+        &w[self.expert * z.o * z.i..][..z.o * z.i]
+    }
+
+    fn matrix<'a, T>(&self, z: Sizes, w: &'a [T]) -> Mat<'a, T> {
+        Mat::new(self.weight(z, w), z.o, z.i)
     }
 }
 

@@ -10,23 +10,22 @@ use crate::dtype::{Float, Real};
 /// Partial results kept side by side: one AVX-512 register of f32.
 pub const LANES: usize = 16;
 
-/// Joins the lanes of each row. Not inlined, and given copies: seen beside the loops that fill the lanes, it would make
-/// compilers split these into its halves, or keep the lanes in memory.
+/// Joins the lanes. Not inlined, and given a copy: seen beside the loops that fill the lanes, it would make compilers split these into
+/// its halves, or keep the lanes in memory.
 #[inline(never)]
-fn tree<const R: usize, A: Real>(lanes: &mut [[A; LANES]; R], join: impl Fn(A, A) -> A) -> [A; R] {
+fn tree<A: Real>(lanes: &[A; LANES], join: impl Fn(A, A) -> A) -> A {
+    let mut lanes = *lanes;
     let mut width = LANES / 2;
     while width > 0 {
-        for row in &mut *lanes {
-            for i in 0..width {
-                row[i] = join(row[i], row[i + width]);
-            }
+        for i in 0..width {
+            lanes[i] = join(lanes[i], lanes[i + width]);
         }
         width /= 2;
     }
-    std::array::from_fn(|r| lanes[r][0])
+    lanes[0]
 }
 
-/// Sums the lanes of four rows in the order of [`tree`], all four side by side in its last steps.
+/// Sums the lanes of four rows in the order of [`tree`], all four side by side in its last steps. Not inlined, for the same reason.
 #[inline(never)]
 fn sums<A: Real>(rows: &[[A; LANES]; 4]) -> [A; 4] {
     let quarters: [[A; 4]; 4] = std::array::from_fn(|r| {
@@ -52,7 +51,7 @@ pub fn max<A: Real>(x: &[A]) -> A {
             lanes[i] = larger(lanes[i], chunk[i]);
         }
     }
-    let [top] = tree(&mut [lanes], larger);
+    let top = tree(&{ lanes }, larger);
     rest.iter().fold(top, |a, &b| larger(a, b))
 }
 
@@ -69,7 +68,7 @@ pub fn exp_and_sum<A: Real>(x: &mut [A], shift: A) -> A {
             lanes[i] += chunk[i];
         }
     }
-    let [mut sum] = tree(&mut [lanes], |a, b| a + b);
+    let mut sum = tree(&{ lanes }, |a, b| a + b);
     for x in rest {
         *x = (*x - shift).exp_fast();
         sum += *x;
@@ -100,7 +99,7 @@ pub fn dot<T: Float, U: Float<Acc = T::Acc>>(a: &[T], b: &[U]) -> T::Acc {
     for (a, b) in a.iter().zip(b) {
         multiply_add(&mut lanes, a, b);
     }
-    let [sum] = tree(&mut [lanes], |a, b| a + b);
+    let sum = tree(&{ lanes }, |a, b| a + b);
     dot_from(sum, a_rest, b_rest)
 }
 

@@ -19,7 +19,7 @@ use crate::{
     error::{Error, Result},
     ops::{
         expect::{expect_tensor, expect_that},
-        sampling::unusable_logits,
+        sampling::{argmax, unusable_logits},
     },
     simd::vectorize,
     stream::Stream,
@@ -156,28 +156,24 @@ pub fn adjust(s: &mut Stream, logits: Tensor, rows: &[Adjust], out: Tensor) -> R
             });
         }
     }
-    let changed: Vec<(usize, Adjust)> =
-        rows.iter().enumerate().filter(|(_, adjust)| !adjust.is_none()).map(|(row, a)| (row, a.clone())).collect();
+    let num_changed = rows.iter().filter(|adjust| !adjust.is_none()).count();
     let in_place = out == logits;
-    if in_place && changed.is_empty() {
+    if in_place && num_changed == 0 {
         return Ok(());
     }
-    let touched = if in_place { changed.len() } else { n };
+    let touched = if in_place { num_changed } else { n };
     let bytes = (touched * v * logits.dtype.size_bytes()) as u64;
-    s.account(Cost::stream((changed.len() * v) as u64, bytes, bytes));
+    s.account(Cost::stream((num_changed * v) as u64, bytes, bytes));
     let reads: &[Tensor] = if in_place { &[] } else { &[logits] };
+    let rows = rows.to_vec();
     s.launch(reads, &[out], move |m| {
         with_float!(logits.dtype, T => {
             let mut out = m.write::<T>(out);
             if !in_place {
                 out.copy_from_slice(&m.read::<T>(logits));
             }
-            let mut all: Vec<Option<&mut [T]>> = out.chunks_exact_mut(v).map(Some).collect();
-            let mut work: Vec<(usize, &Adjust, &mut [T])> = changed
-                .iter()
-                .filter_map(|(row, adjust)| Some((*row, adjust, all.get_mut(*row)?.take()?)))
-                .collect();
-            work.par_iter_mut().for_each(|(row, adjust, logits)| adjust.apply(logits, *row));
+            let changed = out.par_chunks_exact_mut(v).zip(&rows).enumerate().filter(|(_, (_, adjust))| !adjust.is_none());
+            changed.for_each(|(row, (logits, adjust))| adjust.apply(logits, row));
         });
     });
     Ok(())
@@ -256,14 +252,7 @@ fn log_softmax<T: Float>(logits: &[T], row: usize, token: u32, top: usize) -> (T
 /// ln sum exp, summed in f64.
 fn log_sum_exp<T: Float>(logits: &[T], row: usize) -> f64 {
     const LANES: usize = 16;
-    let max = logits.iter().fold(f64::NEG_INFINITY, |max, x| {
-        let x = x.as_f64();
-        if x > max || x.is_nan() { x } else { max }
-    });
-    if !max.is_finite() {
-        unusable_logits(row, max).raise();
-    }
-    let shift = T::Acc::of_f64(max);
+    let (_, shift) = argmax(logits, row);
     let sums = vectorize(
         #[inline(always)]
         || {
@@ -276,7 +265,7 @@ fn log_sum_exp<T: Float>(logits: &[T], row: usize) -> f64 {
             sums
         },
     );
-    max + sums.iter().sum::<f64>().ln()
+    shift.as_f64() + sums.iter().sum::<f64>().ln()
 }
 
 /// The `k` largest and where they are, largest first, of equal ones the earlier first.

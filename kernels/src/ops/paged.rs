@@ -86,13 +86,14 @@ impl Sequences {
         Self::new([Sequence { num_new, context, pages: [0].into() }], capacity.max(1).next_power_of_two())
     }
 
-    /// Each with its first token among the new ones.
+    /// Those that have new tokens, each with its first among all of them.
     pub fn iter(&self) -> impl Iterator<Item = (usize, &Sequence)> {
-        self.all.iter().scan(0, |next, sequence| {
+        let each = self.all.iter().scan(0, |next, sequence| {
             let first = *next;
             *next += sequence.num_new;
             Some((first, sequence))
-        })
+        });
+        each.filter(|(_, sequence)| sequence.num_new > 0)
     }
 
     /// New tokens of all.
@@ -122,10 +123,14 @@ impl Sequences {
         })
     }
 
+    /// Pages that hold tokens of a sequence.
+    pub(crate) fn pages<'a>(&self, sequence: &'a Sequence) -> &'a [u32] {
+        &sequence.pages[..sequence.len().div_ceil(self.page())]
+    }
+
     /// The row that all rows of a sequence follow, if its pages do follow each other.
     pub(crate) fn contiguous(&self, sequence: &Sequence) -> Option<usize> {
-        let num_pages = sequence.len().div_ceil(self.page());
-        let pages = &sequence.pages[..num_pages];
+        let pages = self.pages(sequence);
         let follow = pages.array_windows::<2>().all(|[a, b]| a + 1 == *b);
         follow.then(|| pages.first().map_or(0, |&page| (page as usize) << self.shift))
     }
@@ -139,14 +144,14 @@ impl Sequences {
         for (_, sequence) in self.iter() {
             let (num_new, context, len) = (sequence.num_new, sequence.context, sequence.len());
             let num_pages = len.div_ceil(self.page());
-            let rows = format!("at least {len} rows to hold {num_new} more after {context}");
+            let rows = || format!("at least {len} rows to hold {num_new} more after {context}");
             if sequence.pages.len() < num_pages {
-                return wrong(format!("{rows}, {num_pages} pages and not {}", sequence.pages.len()));
+                return wrong(format!("{}, {num_pages} pages and not {}", rows(), sequence.pages.len()));
             }
             let table = self.table(sequence);
             let last_of_page = |page: usize| ((page + 1) * self.page()).min(len) - 1;
             if (0..num_pages).any(|page| table.row(last_of_page(page)) >= cache.dim(0)) {
-                return wrong(rows);
+                return wrong(rows());
             }
         }
         Ok(())

@@ -246,7 +246,7 @@ fn encode_block<'a>(
 }
 
 /// Checks `q` [i, t], or [i, padded(t, e)] with offsets U32 \[e + 1\]; what is read besides x.
-fn check_columns(op: &'static str, (t, i): (usize, usize), offsets: Option<Tensor>, q: Tiles) -> Result<()> {
+pub(super) fn check_columns(op: &'static str, (t, i): (usize, usize), offsets: Option<Tensor>, q: Tiles) -> Result<()> {
     let columns = match offsets {
         Some(offsets) => {
             expect_tensor(op, "offsets", offsets, DType::U32, &[offsets.len().max(1)])?;
@@ -257,7 +257,7 @@ fn check_columns(op: &'static str, (t, i): (usize, usize), offsets: Option<Tenso
     expect_tiles(op, "q", q, i, columns)
 }
 
-fn groups_of(m: &crate::memory::Memory, offsets: Option<Tensor>, t: usize) -> Vec<Group> {
+pub(super) fn groups_of(m: &crate::memory::Memory, offsets: Option<Tensor>, t: usize) -> Vec<Group> {
     offsets.map_or_else(|| vec![Group { rows: 0..t, start: 0 }], |offsets| groups(&m.read::<u32>(offsets), t))
 }
 

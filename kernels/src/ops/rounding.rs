@@ -19,7 +19,7 @@ use crate::{
     memory::Memory,
     ops::{
         expect::{expect_blocks, expect_float, expect_tensor, expect_tiles},
-        quantize::{Group, groups, to_f32},
+        quantize::{check_columns, groups_of, to_f32},
     },
     stream::Stream,
     tensor::Tensor,
@@ -209,16 +209,13 @@ pub fn columns(s: &mut Stream, x: Numbers, offsets: Option<Tensor>, q: Tiles, co
     const OP: &str = "count rounding of columns";
     let (t, c) = x.dims();
     x.check(OP)?;
-    let columns = offsets.map_or(t, |offsets| crate::fp8::padded(t, offsets.len().max(1) - 1));
-    expect_tiles(OP, "q", q, c, columns)?;
-    check_rest(OP, offsets, counts)?;
+    check_columns(OP, (t, c), offsets, q)?;
+    expect_tensor(OP, "counts", counts, DType::F64, &[LEN])?;
+    let columns = q.codes.cols();
     let others: Vec<Tensor> = offsets.into_iter().collect();
     launch(s, (x, q.tensors(), &others), counts, move |m| {
         let (codes, scales, pitch) = (m.read::<u8>(q.codes), m.read::<f32>(q.scales), q.scales.dim(1));
-        let groups = match offsets {
-            Some(offsets) => groups(&m.read::<u32>(offsets), t),
-            None => vec![Group { rows: 0..t, start: 0 }],
-        };
+        let groups = groups_of(m, offsets, t);
         x.with(m, &|x| {
             sum(c, |column| {
                 let mut counts = Counts::default();
@@ -247,7 +244,7 @@ pub fn blocks(s: &mut Stream, w: Tensor, q: Blocks, counts: Tensor) -> Result<()
     let dims: Vec<usize> = w.shape.dims().collect();
     expect_float(OP, "w", w)?;
     expect_blocks(OP, "q", q, &dims)?;
-    check_rest(OP, None, counts)?;
+    expect_tensor(OP, "counts", counts, DType::F64, &[LEN])?;
     let (o, i) = (dims[dims.len() - 2], w.cols());
     let rows = w.len() / i.max(1);
     let flat = w.reshape(&[rows, i]);

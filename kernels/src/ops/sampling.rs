@@ -128,7 +128,7 @@ fn sample<T: Float>(logits: &[T], row: usize, sampling: Sampling) -> u32 {
 }
 
 /// The largest logit and the first place it is at.
-fn argmax<T: Float>(logits: &[T], row: usize) -> (usize, T::Acc) {
+pub(super) fn argmax<T: Float>(logits: &[T], row: usize) -> (usize, T::Acc) {
     const LANES: usize = 16;
     let (max, nan) = vectorize(
         #[inline(always)]

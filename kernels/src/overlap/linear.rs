@@ -6,7 +6,7 @@ use super::filled;
 use crate::{
     dtype::DType::{Bf16, F32, U8},
     error::Result,
-    fp8::{Blocks, Scaling, Tiles, padded},
+    fp8::{Blocks, Scaling, TILE, Tiles, padded},
     memory::Memory,
     ops::{fp8_gemm, fp8_grouped_gemm, quantize},
     stream::Stream,
@@ -26,7 +26,7 @@ pub(super) struct Room {
 impl Room {
     /// For operands of so many numbers, and rows or columns.
     pub fn new(memory: &Memory, numbers: usize, most_rows: usize) -> Self {
-        let scales = numbers / 128 + 4 * most_rows;
+        let scales = numbers / TILE + 4 * most_rows;
         Room {
             codes: [(); 2].map(|()| memory.alloc(U8, &[numbers])),
             scales: [(); 2].map(|()| memory.alloc(F32, &[scales])),

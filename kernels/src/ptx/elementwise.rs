@@ -1,11 +1,12 @@
 //! Zero, copy, add: what only moves bytes. Flat, for any grid, 16 bytes a thread and tensor; add in f32 (f64 for f64), rounded once on store.
 //!
-//! Signatures: zero (y, n: u32); copy, add_acc (x, y, n: u32); copy_columns (x, y, n: u32 groups, groups a row: u32,
-//! c, from, e, to: u32 elements). Time: bytes moved over memory bandwidth.
+//! Signatures: zero (y, n: u32); copy, add_acc (x, y, n: u32); copy_columns (x, y, n: u32 groups, groups a row: u32, c, from, e,
+//! to: u32 elements); scatter (x, rows, y, n, len: u32, fault), one thread an element. Time: bytes moved over memory bandwidth.
 
 use super::{
     Arg, Kernel, Launch,
     asm::{Assembler, B32, B64, F64, Pred, Reg},
+    fault::{Fault, Report},
     golden::Variant,
     parts::{
         self, copy_bits, count, div_rem, element, flat, flat_grid, flat_over_grid, load, load_f64, load_u32,
@@ -26,21 +27,25 @@ pub fn copy(x: Tensor, y: Tensor) -> Vec<Launch> {
     launch(copy_kernel(x.dtype, y.dtype, lanes), n, lanes, vec![Arg::Tensor(x), Arg::Tensor(y), Arg::U32(count(n))])
 }
 
-/// `y[rows[i]] = x[i]`, all u32; rows that y does not have are left alone.
+/// `y[rows[i]] = x[i]`, all u32.
 pub fn scatter(x: Tensor, rows: Tensor, y: Tensor) -> Vec<Launch> {
-    let args = [x, rows, y].map(Arg::Tensor).into_iter().chain([x.len(), y.len()].map(|n| Arg::U32(count(n))));
-    launch(scatter_kernel(), x.len(), 1, args.collect())
+    let mut args: Vec<Arg> = [x, rows, y].map(Arg::Tensor).into();
+    args.extend([x.len(), y.len()].map(|n| Arg::U32(count(n))));
+    args.push(Arg::Fault(Fault::Row { len: count(y.len()) }));
+    launch(scatter_kernel(), x.len(), 1, args)
 }
 
 fn scatter_kernel() -> Kernel {
     parts::kernel("scatter_b32".into(), move |k| {
         let (x, rows, y) = (k.pointer("x"), k.pointer("rows"), k.pointer("y"));
         let (n, len) = (k.u32("n"), k.u32("len"));
+        let fault = Report::param(k);
         flat(k, n, 1, |k, i, _| {
-            let (value, row, inside) = (load_u32(k, x, i), load_u32(k, rows, i), k.reg::<Pred>());
-            ptx!(k, "setp.lt.u32 {inside}, {row}, {len};");
+            let (value, row, wrong) = (load_u32(k, x, i), load_u32(k, rows, i), k.reg::<Pred>());
+            ptx!(k, "setp.ge.u32 {wrong}, {row}, {len};");
+            fault.tell(k, wrong, i, row);
             let at = element(k, y, row, DType::U32);
-            ptx!(k, "@{inside} st.global.u32 [{at}], {value};");
+            ptx!(k, "@!{wrong} st.global.u32 [{at}], {value};");
         });
     })
 }
@@ -216,6 +221,12 @@ mod tests {
             ];
             Case::new(&inputs).cpu(|s, t| cpu::scatter(s, t[0], t[1], t[2])).ptx(|t| scatter(t[0], t[1], t[2])).equal();
         }
+    }
+
+    #[test]
+    fn a_row_that_is_not_there_is_told_of() {
+        let case = Case::new(&[Data::u32(&[2], &[1, 2]), Data::u32(&[2], &[0, 6]), Data::u32(&[6], &[1; 6])]);
+        case.same_error(|s, t| cpu::scatter(s, t[0], t[1], t[2]), |_, t| scatter(t[0], t[1], t[2]));
     }
 
     #[test]

@@ -47,6 +47,11 @@ pub enum Fault {
     Count,
     /// A position past the rope table; 0, the position.
     Position,
+    /// A row to write that is not there; its place in the list, the row.
+    Row {
+        /// Rows that are.
+        len: u32,
+    },
 }
 
 impl Fault {
@@ -66,6 +71,7 @@ impl Fault {
             }
             Fault::Count => ops::balance::too_many(a as usize),
             Fault::Position => ops::rope::past_the_table(b as usize),
+            Fault::Row { len } => ops::elementwise::no_such_row(a as usize, b, *len as usize),
         };
         Error::Task { stream: stream.to_owned(), task: task.to_owned(), message }
     }

@@ -105,6 +105,11 @@ impl Choice {
         simt.into_iter().chain(mma).chain(wgmma)
     }
 
+    /// Whether it is the same kernel, whatever its tile.
+    fn is_like(self, other: Choice) -> bool {
+        std::mem::discriminant(&self) == std::mem::discriminant(&other)
+    }
+
     /// One product by it; it is among [`candidates`].
     pub(super) fn launch(self, on: Target, problem: &Problem) -> Launch {
         match self {
@@ -121,8 +126,9 @@ impl Choice {
 /// # Panics
 /// If the operands are neither f32 nor bf16.
 pub fn choose(on: Target, problem: &Problem) -> Choice {
+    let model = by_model(on, problem);
     let measured = on.tuning.and_then(|table| table.product(on, problem));
-    measured.filter(|choice| candidates(on, problem).contains(choice)).unwrap_or_else(|| by_model(on, problem))
+    measured.filter(|choice| choice.is_like(model)).unwrap_or(model)
 }
 
 /// Which kernel should be the quickest: decided by shapes, types and alignment.
@@ -139,8 +145,8 @@ pub(super) fn by_model(on: Target, problem: &Problem) -> Choice {
 
 /// The kernels that are to choose from.
 pub(super) fn candidates(on: Target, problem: &Problem) -> Vec<Choice> {
-    let is_alike = |choice: &Choice| std::mem::discriminant(choice) == std::mem::discriminant(&by_model(on, problem));
-    Choice::all().filter(is_alike).collect()
+    let model = by_model(on, problem);
+    Choice::all().filter(|choice| choice.is_like(model)).collect()
 }
 
 /// The launches of one product; none if there is no element to write.

@@ -15,7 +15,8 @@ use super::{
     asm::{B32, F32, Pred, vector},
     dequantize::{load_bytes, numbers},
     golden::Variant,
-    parts::{count, element, load_u32, row},
+    paged::{page_table, row_of},
+    parts::{count, element, row},
     quantize::{
         Recipe, aligned,
         rows::{COLUMNS, Slot, grid, place},
@@ -63,18 +64,17 @@ fn decode(
     y: Arg,
     dtype: DType,
 ) -> Vec<Launch> {
-    let (Fp8Row { c, r }, len, page) = (layout, sequence.len(), sequences.page());
+    let (Fp8Row { c, r }, len) = (layout, sequence.len());
     let (tiles, all) = (c.div_ceil(TILE), c.div_ceil(TILE) + r.div_ceil(TILE));
     if len * all == 0 {
         return vec![];
     }
     let wide = aligned(&[cache], 1) && [c, r, layout.key_at()].iter().all(|n| n.is_multiple_of(COLUMNS));
-    let pages = &sequence.pages[..len.div_ceil(page)];
-    let pages: Vec<u8> = pages.iter().flat_map(|page| page.to_le_bytes()).collect();
-    let mut args = vec![Arg::Tensor(cache), y, Arg::Bytes(pages.into())];
+    let (pages, of_page) = page_table(sequences, sequence);
+    let mut args = vec![Arg::Tensor(cache), y, pages];
     let offsets = [layout.bytes(), layout.scales_at(), layout.key_at()];
     args.extend([len, c, r, tiles, all].into_iter().chain(offsets).map(|n| Arg::U32(count(n))));
-    args.extend([page.trailing_zeros() as usize, page - 1].map(|n| Arg::U32(count(n))));
+    args.extend(of_page);
     vec![Launch { kernel: decode_kernel(dtype, wide, recipe), grid: grid(len, all), args }]
 }
 
@@ -112,12 +112,8 @@ fn decode_kernel(dtype: DType, wide: bool, recipe: Recipe) -> Kernel {
         // No lane waits for another.
         ptx!(k, "@!{there} bra {end};");
         k.note("row `index & mask` of its page");
-        let (page, from, width, in_key) = (k.reg::<B32>(), k.reg::<B32>(), k.reg::<B32>(), k.reg::<Pred>());
-        ptx!(k, "shr.u32 {page}, {index}, {shift};");
-        let page = load_u32(k, pages, page);
-        ptx!(k, "and.b32 {from}, {index}, {mask};");
-        ptx!(k, "shl.b32 {page}, {page}, {shift};");
-        ptx!(k, "or.b32 {from}, {from}, {page};");
+        let from = row_of(k, pages, index, [shift, mask]);
+        let (width, in_key) = (k.reg::<B32>(), k.reg::<Pred>());
         let from = row(k, cache, from, pitch, DType::U8);
         ptx!(k, "add.u32 {width}, {c}, {r};");
         let to = row(k, y, index, width, dtype);
@@ -161,7 +157,7 @@ pub fn variants() -> Vec<Variant> {
     let [_, pow2, _] = Recipe::committed();
     vec![
         Variant::new(encode_kernel(DType::Bf16, true, pow2), 40),
-        Variant::new(decode_kernel(DType::Bf16, true, pow2), 64),
+        Variant::new(decode_kernel(DType::Bf16, true, pow2), 40),
     ]
 }
 

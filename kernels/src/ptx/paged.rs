@@ -5,7 +5,7 @@
 
 use super::{
     Arg, Kernel, Launch,
-    asm::{B32, B64},
+    asm::{Assembler, B32, B64, Reg},
     golden::Variant,
     parts::{self, copy_bits, count, div_rem, flat, load_u32},
 };
@@ -25,13 +25,30 @@ pub(super) fn rows(cache: Tensor, sequences: &Sequences, sequence: &Sequence, sl
     }
     let y = Arg::Scratch { slot, bytes: (len * width * cache.dtype.size_bytes()) as u64 };
     let lanes = parts::lanes(&[cache], width);
-    let num_pages = len.div_ceil(sequences.page());
-    let pages: Vec<u8> = sequence.pages[..num_pages].iter().flat_map(|page| page.to_le_bytes()).collect();
-    let mut args = vec![Arg::Tensor(cache), y.clone(), Arg::Bytes(pages.into())];
-    let (items, page) = (len * width / lanes, sequences.page());
-    args.extend([items, width / lanes, page.trailing_zeros() as usize, page - 1].map(|n| Arg::U32(count(n))));
+    let ((pages, of_page), items) = (page_table(sequences, sequence), len * width / lanes);
+    let mut args = vec![Arg::Tensor(cache), y.clone(), pages];
+    args.extend([items, width / lanes].map(|n| Arg::U32(count(n))));
+    args.extend(of_page);
     let kernel = gather_kernel(cache.dtype.size_bytes(), lanes);
     (y, vec![Launch { kernel, grid: parts::flat_grid(items, 1), args }])
+}
+
+/// The pages of a sequence, and shift and mask of a position in them.
+pub(super) fn page_table(sequences: &Sequences, sequence: &Sequence) -> (Arg, [Arg; 2]) {
+    let pages: Vec<u8> = sequences.pages(sequence).iter().flat_map(|page| page.to_le_bytes()).collect();
+    let page = sequences.page();
+    (Arg::Bytes(pages.into()), [page.trailing_zeros() as usize, page - 1].map(|n| Arg::U32(count(n))))
+}
+
+/// Row of a position: `position & mask` of page `pages[position >> shift]`.
+pub(super) fn row_of(k: &mut Assembler, pages: Reg<B64>, position: Reg<B32>, [shift, mask]: [Reg<B32>; 2]) -> Reg<B32> {
+    let (page, row) = (k.reg::<B32>(), k.reg::<B32>());
+    ptx!(k, "shr.u32 {page}, {position}, {shift};");
+    let page = load_u32(k, pages, page);
+    ptx!(k, "and.b32 {row}, {position}, {mask};");
+    ptx!(k, "shl.b32 {page}, {page}, {shift};");
+    ptx!(k, "or.b32 {row}, {row}, {page};");
+    row
 }
 
 fn gather_kernel(elem_bytes: usize, lanes: usize) -> Kernel {
@@ -40,13 +57,7 @@ fn gather_kernel(elem_bytes: usize, lanes: usize) -> Kernel {
         let (n, per_row, shift, mask) = (k.u32("n"), k.u32("per_row"), k.u32("shift"), k.u32("mask"));
         flat(k, n, 1, |k, i, _| {
             let (row, column) = div_rem(k, i, per_row);
-            let (page, within) = (k.reg::<B32>(), k.reg::<B32>());
-            ptx!(k, "shr.u32 {page}, {row}, {shift};");
-            ptx!(k, "and.b32 {within}, {row}, {mask};");
-            let page = load_u32(k, pages, page);
-            let from = k.reg::<B32>();
-            ptx!(k, "shl.b32 {from}, {page}, {shift};");
-            ptx!(k, "or.b32 {from}, {from}, {within};");
+            let from = row_of(k, pages, row, [shift, mask]);
             let (at_x, at_y, part) = (k.reg::<B64>(), k.reg::<B64>(), k.reg::<B64>());
             let bytes = elem_bytes * lanes;
             ptx!(k, "mul.wide.u32 {part}, {column}, {bytes};");

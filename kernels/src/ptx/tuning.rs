@@ -24,7 +24,7 @@ use crate::{
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Scales {
     /// No FP8.
-    None,
+    Unscaled,
     /// 128 x 128 weights.
     Blocks,
     /// 128 numbers of a row.
@@ -155,7 +155,7 @@ pub enum TableError {
 /// Tiles of products like this one, by name.
 fn tiles_for(product: &Key) -> Vec<(String, Tile)> {
     match product.scales {
-        Scales::None => gemm::Choice::all().map(|choice| (choice.name(), Tile::Plain(choice))).collect(),
+        Scales::Unscaled => gemm::Choice::all().map(|choice| (choice.name(), Tile::Plain(choice))).collect(),
         Scales::Blocks | Scales::Tiles => {
             let mut tiles: Vec<_> = fp8_gemm::Choice::all().map(|choice| (choice.name(), Tile::Fp8(choice))).collect();
             tiles.sort_by(|a, b| a.0.cmp(&b.0));
@@ -232,7 +232,7 @@ impl Table {
 
     /// The quickest tile of a product, if it was measured.
     pub(super) fn product(&self, on: Target, problem: &gemm::Problem) -> Option<gemm::Choice> {
-        match self.tiles.get(&Key::new(on, problem, Scales::None)) {
+        match self.tiles.get(&Key::new(on, problem, Scales::Unscaled)) {
             Some(Tile::Plain(choice)) => Some(*choice),
             Some(Tile::Fp8(_)) | None => None,
         }
@@ -260,7 +260,7 @@ impl Product {
     /// Where a table has it.
     pub fn key(&self, on: Target) -> Key {
         match self {
-            Product::Plain(problem) => Key::new(on, problem, Scales::None),
+            Product::Plain(problem) => Key::new(on, problem, Scales::Unscaled),
             Product::Fp8(problem) => Key::of_fp8(on, problem),
         }
     }

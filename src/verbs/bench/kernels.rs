@@ -93,7 +93,7 @@ pub fn kernels(args: &BenchKernelsArgs, output: &Output) -> Result<ExitCode, Fai
     if let Some(to) = &args.tune {
         return tune(args, to, output);
     }
-    let device = args.device;
+    let device = args.on.device;
     let mut head = Some(format!(
         "{device}, median of {}\n  {:29}  {:5}  {:40}  {:6}  {:>12}  {:>9}  {:>9}  {:>13}\n",
         args.runs, "op", "type", "shape", "ran on", "time", "TFLOP/s", "GB/s", "DeepGEMM H800"
@@ -103,8 +103,8 @@ pub fn kernels(args: &BenchKernelsArgs, output: &Output) -> Result<ExitCode, Fai
             report::stream(&format!("{}{}\n", head.take().unwrap_or_default(), Line::of(speed).text()));
         }
     };
-    let tuning = args.tuning.as_deref().map(table).transpose()?;
-    let request = Request { device, runs: args.runs, shrink: args.shrink, tuning };
+    let tuning = args.on.tuning.as_deref().map(table).transpose()?;
+    let request = Request { device, runs: args.runs, shrink: args.on.shrink, tuning };
     let speeds = speed::run(request, tell).map_err(Failure::runtime)?;
     let launch = speed::launch_cost(device).map_err(Failure::runtime)?;
     let most = |of: &dyn Fn(&Speed) -> Option<f64>| speeds.iter().filter_map(of).fold(0.0, f64::max);
@@ -128,7 +128,7 @@ pub fn kernels(args: &BenchKernelsArgs, output: &Output) -> Result<ExitCode, Fai
         name: info.as_ref().map(|info| info.name.clone()),
         driver_cuda: info.as_ref().map(|info| info.driver_version),
         runs: args.runs,
-        shrink: args.shrink,
+        shrink: args.on.shrink,
         ceiling_bytes_per_sec: ceiling_bytes,
         ceiling_flops_per_sec: ceiling_flops,
         launch: LaunchReport {

@@ -43,7 +43,7 @@ fn notes(args: &BenchOverlapArgs, found: &Overlap) -> Vec<String> {
             notes.push(text.to_owned());
         }
     };
-    note(args.shrink > 1, "sizes are divided: times say nothing of a layer of DeepSeek-V3");
+    note(args.on.shrink > 1, "sizes are divided: times say nothing of a layer of DeepSeek-V3");
     note(found.num_sms == 0, "processors: threads stand for streams, and no cores are set apart for the copies");
     note(found.num_sms > 0 && found.comm_sms == 0, "no multiprocessors are set apart for the copies");
     note(found.host_ops > 0, "some ops ran on the host, for want of a kernel");
@@ -55,16 +55,16 @@ fn notes(args: &BenchOverlapArgs, found: &Overlap) -> Vec<String> {
 /// # Errors
 /// If the device cannot be used, an op fails, or the report cannot be written.
 pub fn overlap(args: &BenchOverlapArgs, output: &Output) -> Result<ExitCode, Failure> {
-    let tuning = args.tuning.as_deref().map(table).transpose()?;
+    let tuning = args.on.tuning.as_deref().map(table).transpose()?;
     let request =
-        Request { device: args.device, runs: args.runs, shrink: args.shrink, comm_sms: args.comm_sms, tuning };
+        Request { device: args.on.device, runs: args.runs, shrink: args.on.shrink, comm_sms: args.comm_sms, tuning };
     let found = overlap::run(&request).map_err(Failure::runtime)?;
     let report = Report {
         version: env!("CARGO_PKG_VERSION"),
         date: engine::log::today(),
-        device: args.device.to_string(),
+        device: args.on.device.to_string(),
         runs: args.runs,
-        shrink: args.shrink,
+        shrink: args.on.shrink,
         num_sms: found.num_sms,
         comm_sms: found.comm_sms,
         compute_on_all_secs: found.whole_secs,

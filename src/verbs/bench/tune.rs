@@ -9,6 +9,7 @@ use kernels::{
     speed::{self, Request},
 };
 use serde::Serialize;
+use systems::on_gpu::read_table;
 
 use crate::{
     cli::BenchKernelsArgs,
@@ -21,11 +22,7 @@ use crate::{
 /// # Errors
 /// If the file is none.
 pub fn table(path: &Path) -> Result<Arc<Table>, Failure> {
-    let failed = |e: &dyn std::fmt::Display| {
-        Failure::usage(format!("{}: {e}", path.display()), "`hadal bench kernels --tune FILE` writes one")
-    };
-    let text = fs::read_to_string(path).map_err(|e| failed(&e))?;
-    Table::from_ron(&text).map(Arc::new).map_err(|e| failed(&e))
+    read_table(path).map_err(|e| Failure::usage(e, "`hadal bench kernels --tune FILE` writes one"))
 }
 
 #[derive(Serialize)]
@@ -66,7 +63,7 @@ fn line(row: &Row) -> Line {
 pub fn tune(args: &BenchKernelsArgs, to: &Path, output: &Output) -> Result<ExitCode, Failure> {
     let mut head = Some(format!(
         "{}, medians of {}\n  {:66}  {:>20}  {:>12}  {:>20}  {:>12}\n",
-        args.device, args.runs, "product", "quickest", "time", "by the model", "time"
+        args.on.device, args.runs, "product", "quickest", "time", "by the model", "time"
     ));
     let tell = |row: &Row| {
         if output.is_text() {
@@ -82,9 +79,9 @@ pub fn tune(args: &BenchKernelsArgs, to: &Path, output: &Output) -> Result<ExitC
             ));
         }
     };
-    let request = Request { device: args.device, runs: args.runs, shrink: args.shrink, tuning: None };
+    let request = Request { device: args.on.device, runs: args.runs, shrink: args.on.shrink, tuning: None };
     let rows = speed::tune(request, tell).map_err(Failure::runtime)?;
-    let Device::Cuda(ordinal) = args.device else { return Err(Failure::runtime("only GPUs have tiles")) };
+    let Device::Cuda(ordinal) = args.on.device else { return Err(Failure::runtime("only GPUs have tiles")) };
     let gpu = cuda::open(ordinal).map_err(Failure::runtime)?;
     let (name, num_sms) = (gpu.info().name.clone(), gpu.target().num_sms);
     let table = Table::new(&name, num_sms, rows).map_err(Failure::runtime)?;
@@ -102,11 +99,11 @@ pub fn tune(args: &BenchKernelsArgs, to: &Path, output: &Output) -> Result<ExitC
     let report = Report {
         version: env!("CARGO_PKG_VERSION"),
         date: engine::log::today(),
-        device: args.device.to_string(),
+        device: args.on.device.to_string(),
         name,
         num_sms,
         runs: args.runs,
-        shrink: args.shrink,
+        shrink: args.on.shrink,
         rows,
     };
     output.result(&report, &summary)?;

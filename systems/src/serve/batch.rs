@@ -2,7 +2,7 @@
 
 use std::{collections::VecDeque, time::Duration};
 
-use super::{Params, Refused, Submission, Task, host::Host};
+use super::{Params, Task, host::Host};
 use crate::{
     generate::{Answer, Collected, prompt_tokens},
     session::SessionError,
@@ -18,19 +18,17 @@ pub fn run(
     params: &Params,
     mut each: impl FnMut(usize, Collected) -> Result<(), SessionError>,
 ) -> Result<(), SessionError> {
-    let longest = host.service.settings().max_context_tokens;
+    let settings = host.service.settings();
     let (mut asked, mut next, mut done) = (VecDeque::new(), 0, 0);
     while done < prompts.len() {
-        while next < prompts.len() {
+        // No more than can wait, so that none is refused.
+        while next < prompts.len() && asked.len() < settings.max_queued {
             let tokens = prompt_tokens(&host.tokenizer, &prompts[next])?;
-            let room = longest.saturating_sub(tokens.len()).max(1);
+            let room = settings.max_context_tokens.saturating_sub(tokens.len()).max(1);
             let seed = params.seed.wrapping_add(next as u64);
             let task = Task::Generate(Params { max_tokens: params.max_tokens.min(room), seed, ..params.clone() });
-            match submit(host, tokens, task) {
-                Ok(answer) => asked.push_back(answer),
-                Err(Refused::QueueFull { .. }) => break,
-                Err(refused) => return Err(SessionError::input(format!("prompt {}: {refused}", next + 1))),
-            }
+            let answer = Answer::ask(&host.service, tokens, task, None);
+            asked.push_back(answer.map_err(|e| SessionError::input(format!("prompt {}: {e}", next + 1)))?);
             next += 1;
         }
         while asked.front().is_some_and(Answer::is_done) {
@@ -48,10 +46,4 @@ pub fn run(
         std::thread::sleep(Duration::from_micros(500));
     }
     Ok(())
-}
-
-fn submit(host: &Host, prompt: Vec<u32>, task: Task) -> Result<Answer, Refused> {
-    let answer = Answer::default();
-    host.service.submit(Submission { prompt, task, priority: 0, sink: answer.sink(None) })?;
-    Ok(answer)
 }

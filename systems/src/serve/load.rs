@@ -122,15 +122,12 @@ pub fn run(host: &Host, load: &Load) -> Result<LoadReport, SessionError> {
         }
         wait_until(host, || running(&answers) < load.concurrency)?;
         let asked = kernels::clock::now_nanos();
-        answers.push((asked, ask(service, prompt, params)?));
+        let answer = Answer::ask(service, prompt, Task::Generate(params), None);
+        answers.push((asked, answer.map_err(SessionError::input)?));
     }
     wait_until(host, || running(&answers) == 0)?;
     let collected: Vec<(u64, Collected)> = answers.iter().map(|(asked, answer)| (*asked, answer.get())).collect();
     Ok(report(service, &collected, (begin, kernels::clock::now_nanos()), &before))
-}
-
-fn ask(service: &Service, prompt: Vec<u32>, params: Params) -> Result<Answer, SessionError> {
-    Answer::ask(service, prompt, Task::Generate(params), None)
 }
 
 fn running(answers: &[(u64, Answer)]) -> usize {

@@ -57,9 +57,7 @@ impl Queues {
 
     /// Puts a request among those that wait.
     pub fn wait(&mut self, entity: Entity, requests: &Query<&mut Request>) {
-        let order = |entity: &Entity| requests.get(*entity).ok().map(Request::order);
-        let at = self.waiting.partition_point(|other| order(other) < order(&entity));
-        self.waiting.insert(at, entity);
+        insert(&mut self.waiting, entity, requests);
     }
 
     /// Forgets a request.
@@ -68,7 +66,7 @@ impl Queues {
         self.waiting.retain(|other| *other != entity);
     }
 
-    /// The shares of the next step, and how many requests stopped waiting for the first time.
+    /// The shares of the next step.
     pub fn schedule(&mut self, requests: &mut Query<&mut Request>, pool: &mut Pool, limits: Limits) -> Vec<Share> {
         let mut step = Step { shares: Vec::new(), left: limits.step_tokens, preempted: false };
         let pending = |requests: &Query<&mut Request>, entity| requests.get(entity).map_or(0, Request::num_pending);
@@ -169,13 +167,18 @@ impl Queues {
             return false;
         }
         self.waiting.remove(0);
-        let order = |entity: &Entity| requests.get(*entity).ok().map(Request::order);
-        let at = self.running.partition_point(|other| order(other) < order(&entity));
-        self.running.insert(at, entity);
+        insert(&mut self.running, entity, requests);
         step.left -= num_tokens;
         step.shares.push(Share { entity, num_tokens, draft: None });
         true
     }
+}
+
+/// Puts a request at its place.
+fn insert(queue: &mut Vec<Entity>, entity: Entity, requests: &Query<&mut Request>) {
+    let order = |entity: &Entity| requests.get(*entity).ok().map(Request::order);
+    let at = queue.partition_point(|other| order(other) < order(&entity));
+    queue.insert(at, entity);
 }
 
 struct Step {

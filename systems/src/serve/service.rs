@@ -92,7 +92,7 @@ impl Ticket {
 /// Numbers that only grow.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Counters {
-    /// Tokens of prompts that were computed or found in the cache.
+    /// Tokens of prompts that were begun.
     pub num_prompt_tokens: u64,
     /// Those that were found in the cache.
     pub num_cached_tokens: u64,

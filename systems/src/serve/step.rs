@@ -151,7 +151,10 @@ impl Server {
             cache_capacity_tokens: num_rows,
         };
         let (service, inbox) = service::channel(settings);
-        let routing = world.resource::<ExpertCounts>().0.iter().map(|(layer, counts)| LayerLoad {
+        // A module that proposes nothing takes no part.
+        let num_working = if capacity.speculate { usize::MAX } else { model.config.num_hidden_layers };
+        let counts = world.resource::<ExpertCounts>().0.iter().filter(|(layer, _)| *layer < num_working);
+        let routing = counts.map(|(layer, counts)| LayerLoad {
             layer: *layer,
             total: vec![0; counts.len()],
             last_step: vec![0; counts.len()],
@@ -260,9 +263,14 @@ impl Server {
             }
         }
         let shares = queues.schedule(&mut query.get_mut(world)?, &mut self.pool, self.capacity.limits);
-        let mut left =
-            |share: &Share| world.get_mut::<Request>(share.entity).is_some_and(|mut request| request.leave_queue());
-        self.inbox.admitted(shares.iter().filter(|share| left(share)).count());
+        for share in &shares {
+            let Some(mut request) = world.get_mut::<Request>(share.entity) else { continue };
+            if request.leave_queue() {
+                self.inbox.admitted(1);
+                self.counters.num_prompt_tokens += request.num_prompt as u64;
+                self.counters.num_cached_tokens += request.num_cached() as u64;
+            }
+        }
         self.fill(world, shares);
         if queues.is_empty() {
             match self.then {

@@ -138,8 +138,7 @@ fn tell(
         telemetry.scalar(name, value);
     }
     let routing = server.routing();
-    // A module that proposes nothing takes no part in the step: its experts are not idle.
-    for load in routing.iter().filter(|load| load.last_step.iter().any(|&tokens| tokens > 0)) {
+    for load in routing {
         let loads = load.last_step.iter().map(|&tokens| f64::from(tokens)).collect();
         telemetry.histogram(format!("load/layer {}", load.layer), loads);
     }

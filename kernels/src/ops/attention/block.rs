@@ -56,7 +56,7 @@ pub(crate) struct Part<'a> {
     pub q: Rows,
     pub k: Rows,
     pub v: Rows,
-    /// Where keys and values of a position are.
+    /// Where keys and values of a position are; read by [`forward_rows`] only, the others' are in order.
     pub table: Table<'a>,
     pub o: Rows,
     /// Query tokens.

@@ -68,7 +68,7 @@ impl Fp8Row {
             }
         }
         for (out, bytes) in key.iter_mut().zip(row[self.key_at()..].as_chunks::<2>().0) {
-            *out = A::of_f64(f64::from(f32::from_bits(u32::from(u16::from_le_bytes(*bytes)) << 16)));
+            *out = A::of_f64(f64::from(half::bf16::from_le_bytes(*bytes).to_f32()));
         }
     }
 }

@@ -190,7 +190,7 @@ pub enum Prefill {
     /// Always in latent space: on processors a token's bits follow from its own sequence alone, however it is cut.
     #[default]
     Absorbed,
-    /// With keys and values where they are cheaper, [`expanded::is_cheaper`]. Cutting a prompt in other places then changes bits.
+    /// On processors with keys and values where they are cheaper, [`expanded::is_cheaper`]. Cutting a prompt in other places then changes bits.
     ByCost,
 }
 

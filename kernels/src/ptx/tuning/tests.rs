@@ -96,9 +96,8 @@ fn a_table_is_read_as_it_was_written_a_row_a_line() {
     let table = table(vec![row(keys[0], "wgmma_128x64_s8"), row(keys[1], "wgmma_64x32_s12")]);
     let text = table.to_ron().unwrap();
     assert_eq!(Table::from_ron(&text).unwrap(), table);
-    // RON writes `r#None` for what is called so and is no `Option`.
     let expected = "(\n    device: \"NVIDIA H200\",\n    num_sms: 132,\n    rows: [\n        (product: (kind: One, layout: Nt, \
-                    input: Bf16, output: Bf16, scales: r#None, add: false, m: 8, n: 16, k: 24, groups: 1, sms: 132), \
+                    input: Bf16, output: Bf16, scales: Unscaled, add: false, m: 8, n: 16, k: 24, groups: 1, sms: 132), \
                     tile: \"wgmma_128x64_s8\", micros: 10.5, model_tile: \"mma\", model_micros: 11.0),\n";
     assert!(text.starts_with(expected), "{text}");
     assert_eq!(text.lines().count(), 8, "{text}");

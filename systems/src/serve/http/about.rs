@@ -8,6 +8,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use base64::{Engine, prelude::BASE64_STANDARD};
+use kernels::ops::balance::max_vio;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
@@ -15,8 +16,8 @@ use super::{
     app::App,
     config::Loaded,
     error::{ApiError, ApiResult, json_response},
-    metrics::max_vio,
 };
+use crate::serve::LayerLoad;
 
 /// The page: one file, with nothing from elsewhere.
 const PAGE: &str = include_str!("page.html");
@@ -79,9 +80,9 @@ fn model_body(app: &App, loaded: &Loaded) -> Value {
 /// `GET /v1/routing`: tokens by layer and expert, since the model was loaded and in its last step.
 pub(super) async fn routing(State(app): State<Arc<App>>) -> ApiResult<Response> {
     let stats = app.loaded()?.service.stats();
-    let layer = |layer| {
+    let layer = |layer: &LayerLoad| {
         let mut body = json!(layer);
-        body["max_vio"] = max_vio(layer).into();
+        body["max_vio"] = max_vio(&layer.total).into();
         body
     };
     Ok(json_response(&json!({

@@ -3,7 +3,7 @@
 //! Without a key the server is for whoever reaches it. One on this machine's own address then answers only requests that name this
 //! machine, since a page from anywhere can have its own name point here.
 
-use std::{net::IpAddr, sync::Arc};
+use std::sync::Arc;
 
 use axum::{
     extract::{Request, State},
@@ -11,6 +11,7 @@ use axum::{
     middleware::Next,
     response::{IntoResponse, Response},
 };
+use engine::remote::access::{bearer, is_of_this_machine};
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 use tokio::time::Instant;
@@ -65,10 +66,8 @@ fn check_key(headers: &HeaderMap, key: &str) -> ApiResult<()> {
     let Some(given) = headers.get(header::AUTHORIZATION) else {
         return refuse("expected the server's key as `Authorization: Bearer KEY`, found no such header");
     };
-    // Names of schemes have no case (RFC 9110, section 11.1).
-    let given = match given.as_bytes().split_at_checked(b"Bearer ".len()) {
-        Some((scheme, given)) if scheme.eq_ignore_ascii_case(b"Bearer ") => given,
-        _ => return refuse("expected `Authorization: Bearer KEY`, found another scheme"),
+    let Some(given) = bearer(given.as_bytes()) else {
+        return refuse("expected `Authorization: Bearer KEY`, found another scheme");
     };
     // Digests, so that the time says nothing of the key, nor of its length.
     if Sha256::digest(given).as_slice().ct_eq(Sha256::digest(key).as_slice()).into() {
@@ -80,11 +79,7 @@ fn check_key(headers: &HeaderMap, key: &str) -> ApiResult<()> {
 
 fn check_host(headers: &HeaderMap) -> ApiResult<()> {
     let host = headers.get(header::HOST).map_or("", |host| host.to_str().unwrap_or("?"));
-    let name = match host.strip_prefix('[') {
-        Some(rest) => rest.split(']').next().unwrap_or_default(),
-        None => host.rsplit_once(':').map_or(host, |(name, _)| name),
-    };
-    if host.is_empty() || name.eq_ignore_ascii_case("localhost") || name.parse::<IpAddr>().is_ok() {
+    if host.is_empty() || is_of_this_machine(host) {
         return Ok(());
     }
     let message = format!(

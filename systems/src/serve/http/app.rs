@@ -7,7 +7,10 @@ use std::{
     task::{Context, Poll},
 };
 
-use axum::http::StatusCode;
+use axum::{
+    body::Body,
+    http::{HeaderMap, StatusCode},
+};
 use kernels::clock::now_nanos;
 use tokio::{
     sync::{mpsc, watch},
@@ -18,6 +21,7 @@ use tokio_stream::{Stream, StreamExt};
 use super::{
     config::{HttpConfig, Loaded},
     error::{ApiError, ApiResult},
+    fields::Fields,
     metrics::{Metrics, Timer},
     sampling::Prompt,
 };
@@ -50,6 +54,14 @@ impl App {
             }
             _ => Ok(()),
         }
+    }
+
+    /// The fields of a request for this model, and the model.
+    pub(super) async fn open(&self, headers: &HeaderMap, body: Body) -> ApiResult<(Fields, Arc<Loaded>)> {
+        let mut fields = Fields::read(headers, body, self.config.max_body_bytes).await?;
+        let loaded = self.loaded()?;
+        self.check_model(fields.text("model")?.as_deref())?;
+        Ok((fields, loaded))
     }
 
     /// Returns when a request must end, with what to say.

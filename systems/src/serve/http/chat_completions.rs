@@ -11,13 +11,12 @@ use super::{
     config::Loaded,
     error::{ApiError, ApiResult, json_response},
     fields::Fields,
+    frame::Frame,
     grammar, logprobs,
     messages::Chat,
-    random,
     sampling::{Common, MAX_LOGPROBS, Prompt, common},
     stream::{self, Pieces},
     tools::{self, CallParser, Part},
-    usage::Usage,
 };
 use crate::{
     data::tokenizer::Tokenizer,
@@ -31,14 +30,13 @@ pub(super) async fn complete(
     headers: HeaderMap,
     body: Body,
 ) -> ApiResult<Response> {
-    let mut fields = Fields::read(&headers, body, app.config.max_body_bytes).await?;
-    let loaded = app.loaded()?;
-    app.check_model(fields.text("model")?.as_deref())?;
+    let (mut fields, loaded) = app.open(&headers, body).await?;
     let Common { mut params, num_choices, is_stream, includes_usage, priority } =
         common(&mut fields, &loaded, app.config.max_choices)?;
     let max_context_tokens = loaded.service.settings().max_context_tokens;
     let older = fields.count("max_tokens", 1, max_context_tokens)?;
     let max_tokens = fields.count("max_completion_tokens", 1, max_context_tokens)?.or(older);
+    params.stop.extend(loaded.chat.stops().iter().map(|&text| text.to_owned()));
     params.logprobs = likeliest(&mut fields)?;
     params.grammar = grammar::of_request(&mut fields, &loaded).await?;
     let chat = Chat::read(&mut fields)?;
@@ -51,12 +49,8 @@ pub(super) async fn complete(
         app.submit(&loaded, prompt.clone(), Task::Generate(Params { seed, ..params.clone() }), priority)
     };
     let answers = (0..num_choices).map(submit).collect::<ApiResult<Vec<Generation>>>()?;
-    let frame = json!({
-        "id": random::name("chatcmpl"),
-        "object": if is_stream { "chat.completion.chunk" } else { "chat.completion" },
-        "created": jiff::Timestamp::now().as_second(),
-        "model": app.config.model_name,
-    });
+    let object = if is_stream { "chat.completion.chunk" } else { "chat.completion" };
+    let mut frame = Frame::new("chatcmpl", object, &app.config.model_name, includes_usage);
     let parser = || has_tools.then(CallParser::default);
     if is_stream {
         let form = Form {
@@ -65,15 +59,13 @@ pub(super) async fn complete(
             has_logprobs: params.logprobs.is_some(),
             parsers: (0..num_choices).map(|_| parser()).collect(),
             num_calls: vec![0; num_choices],
-            usage: Usage::default(),
-            includes_usage,
         };
         return Ok(stream::respond(&app, deadline, answers, form));
     }
-    let (mut usage, mut choices) = (Usage::default(), Vec::new());
+    let mut choices = Vec::new();
     for (index, answer) in answers.into_iter().enumerate() {
         let answer = answer.collect().await?;
-        usage.count(&answer.finish, index == 0);
+        frame.usage.count(&answer.finish, index == 0);
         let (message, has_calls) = message(&answer.text(), parser());
         let logprobs = match params.logprobs {
             Some(_) => logprobs::of_chat(&loaded.tokenizer, &answer.tokens),
@@ -84,10 +76,7 @@ pub(super) async fn complete(
             "index": index, "message": message, "logprobs": logprobs, "finish_reason": finish_reason
         }));
     }
-    let mut whole = frame;
-    whole["choices"] = choices.into();
-    whole["usage"] = usage.body();
-    Ok(json_response(&whole))
+    Ok(json_response(&frame.whole(choices)))
 }
 
 /// How many likeliest tokens are wanted with each.
@@ -142,27 +131,16 @@ fn finish_reason(finish: &Finish, has_calls: bool) -> Value {
 /// How answers are written in pieces.
 struct Form {
     tokenizer: Arc<Tokenizer>,
-    frame: Value,
+    frame: Frame,
     has_logprobs: bool,
     /// By answer, if there are tools to call.
     parsers: Vec<Option<CallParser>>,
     num_calls: Vec<usize>,
-    usage: Usage,
-    includes_usage: bool,
 }
 
 impl Form {
-    fn piece(&self, choices: Value) -> Value {
-        let mut piece = self.frame.clone();
-        piece["choices"] = choices;
-        if self.includes_usage {
-            piece["usage"] = Value::Null;
-        }
-        piece
-    }
-
     fn delta(&self, index: usize, delta: Value, logprobs: Value) -> Value {
-        self.piece(json!([{ "index": index, "delta": delta, "logprobs": logprobs, "finish_reason": null }]))
+        self.frame.piece(json!([{ "index": index, "delta": delta, "logprobs": logprobs, "finish_reason": null }]))
     }
 
     /// Pieces of what is certain; the log-probabilities go with the first.
@@ -207,23 +185,18 @@ impl Pieces for Form {
     }
 
     fn finish(&mut self, index: usize, finish: Finish) -> Vec<Value> {
-        self.usage.count(&finish, index == 0);
+        self.frame.usage.count(&finish, index == 0);
         let mut parts = self.parts(index, finish.text.clone());
         parts.extend(self.parsers[index].iter_mut().flat_map(CallParser::finish));
         let mut pieces = self.deltas(index, parts, Value::Null);
         let finish_reason = finish_reason(&finish, self.num_calls[index] > 0);
-        pieces.push(self.piece(json!([
+        pieces.push(self.frame.piece(json!([
             { "index": index, "delta": {}, "logprobs": null, "finish_reason": finish_reason }
         ])));
         pieces
     }
 
     fn end(&mut self) -> Vec<Value> {
-        if !self.includes_usage {
-            return Vec::new();
-        }
-        let mut piece = self.piece(json!([]));
-        piece["usage"] = self.usage.body();
-        vec![piece]
+        self.frame.end()
     }
 }

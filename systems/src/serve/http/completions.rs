@@ -2,13 +2,7 @@
 
 use std::sync::Arc;
 
-use axum::{
-    Extension,
-    body::Body,
-    extract::State,
-    http::HeaderMap,
-    response::{IntoResponse, Response},
-};
+use axum::{Extension, body::Body, extract::State, http::HeaderMap, response::Response};
 use serde_json::{Value, json};
 
 use super::{
@@ -16,12 +10,11 @@ use super::{
     app::{App, Generation, encode},
     error::{ApiError, ApiResult, json_response},
     fields::Fields,
+    frame::Frame,
     grammar,
     logprobs::Offsets,
-    random,
     sampling::{Common, MAX_LOGPROBS, common, prompts},
     stream::{self, Pieces},
-    usage::Usage,
 };
 use crate::{
     data::tokenizer::Tokenizer,
@@ -35,9 +28,7 @@ pub(super) async fn complete(
     headers: HeaderMap,
     body: Body,
 ) -> ApiResult<Response> {
-    let mut fields = Fields::read(&headers, body, app.config.max_body_bytes).await?;
-    let loaded = app.loaded()?;
-    app.check_model(fields.text("model")?.as_deref())?;
+    let (mut fields, loaded) = app.open(&headers, body).await?;
     let Common { mut params, num_choices, is_stream, includes_usage, priority } =
         common(&mut fields, &loaded, app.config.max_choices)?;
     refuse_unknown_ways(&mut fields)?;
@@ -68,16 +59,9 @@ pub(super) async fn complete(
     }
     let mut form = Form {
         tokenizer: loaded.tokenizer.clone(),
-        frame: json!({
-            "id": random::name("cmpl"),
-            "object": "text_completion",
-            "created": jiff::Timestamp::now().as_second(),
-            "model": app.config.model_name,
-        }),
+        frame: Frame::new("cmpl", "text_completion", &app.config.model_name, includes_usage),
         num_choices,
         offsets: params.logprobs.map(|_| vec![Offsets::default(); answers.len()]),
-        usage: Usage::default(),
-        includes_usage,
     };
     if is_stream {
         return Ok(stream::respond(&app, deadline, answers, form));
@@ -87,13 +71,10 @@ pub(super) async fn complete(
         let answer = answer.collect().await?;
         let text = answer.text();
         let logprobs = form.logprobs(index, &answer.tokens);
-        form.usage.count(&answer.finish, index.is_multiple_of(num_choices));
+        form.frame.usage.count(&answer.finish, index.is_multiple_of(num_choices));
         choices.push(choice(index, &text, logprobs, Some(&answer.finish)));
     }
-    let mut whole = form.frame;
-    whole["choices"] = choices.into();
-    whole["usage"] = form.usage.body();
-    Ok(json_response(&whole).into_response())
+    Ok(json_response(&form.frame.whole(choices)))
 }
 
 /// What this server does not do is said, and not left out.
@@ -117,11 +98,9 @@ fn choice(index: usize, text: &str, logprobs: Value, finish: Option<&Finish>) ->
 /// How answers are written.
 struct Form {
     tokenizer: Arc<Tokenizer>,
-    frame: Value,
+    frame: Frame,
     num_choices: usize,
     offsets: Option<Vec<Offsets>>,
-    usage: Usage,
-    includes_usage: bool,
 }
 
 impl Form {
@@ -130,15 +109,6 @@ impl Form {
             Some(offsets) => offsets[index].of_completion(&self.tokenizer, tokens),
             None => Value::Null,
         }
-    }
-
-    fn piece(&self, choices: Value) -> Value {
-        let mut piece = self.frame.clone();
-        piece["choices"] = choices;
-        if self.includes_usage {
-            piece["usage"] = Value::Null;
-        }
-        piece
     }
 }
 
@@ -152,20 +122,15 @@ impl Pieces for Form {
         if token.text.is_empty() && logprobs.is_null() {
             return Vec::new();
         }
-        vec![self.piece(json!([choice(index, &token.text, logprobs, None)]))]
+        vec![self.frame.piece(json!([choice(index, &token.text, logprobs, None)]))]
     }
 
     fn finish(&mut self, index: usize, finish: Finish) -> Vec<Value> {
-        self.usage.count(&finish, index.is_multiple_of(self.num_choices));
-        vec![self.piece(json!([choice(index, &finish.text, Value::Null, Some(&finish))]))]
+        self.frame.usage.count(&finish, index.is_multiple_of(self.num_choices));
+        vec![self.frame.piece(json!([choice(index, &finish.text, Value::Null, Some(&finish))]))]
     }
 
     fn end(&mut self) -> Vec<Value> {
-        if !self.includes_usage {
-            return Vec::new();
-        }
-        let mut piece = self.piece(json!([]));
-        piece["usage"] = self.usage.body();
-        vec![piece]
+        self.frame.end()
     }
 }

@@ -9,16 +9,13 @@ use serde_json::{Value, json};
 use super::{
     app::{App, Generation, encode},
     error::{ApiError, ApiResult, json_response},
-    fields::Fields,
     sampling::prompts,
 };
 use crate::serve::Task;
 
 /// Answers the request.
 pub(super) async fn embed(State(app): State<Arc<App>>, headers: HeaderMap, body: Body) -> ApiResult<Response> {
-    let mut fields = Fields::read(&headers, body, app.config.max_body_bytes).await?;
-    let loaded = app.loaded()?;
-    app.check_model(fields.text("model")?.as_deref())?;
+    let (mut fields, loaded) = app.open(&headers, body).await?;
     let width = loaded.service.settings().hidden_size;
     fields.count("dimensions", width, width)?;
     let is_base64 = match fields.text("encoding_format")?.as_deref() {

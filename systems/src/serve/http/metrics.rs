@@ -6,6 +6,7 @@
 
 use std::{fmt, sync::Arc};
 
+use kernels::ops::balance::max_vio;
 use prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, EncodeMetric, prometheus_text},
@@ -13,7 +14,7 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use crate::serve::{Event, FinishReason, LayerLoad, Stats};
+use crate::serve::{Event, FinishReason, Stats};
 
 const FIRST_TOKEN_SECS: [f64; 22] = [
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
@@ -125,18 +126,11 @@ impl Collector for OfModel {
         let full_name = name("expert_load_max_vio");
         let mut family = encoder.encode_descriptor(&full_name, help, None, load.metric_type())?;
         for layer in routing {
-            let value = ConstGauge::new(max_vio(layer));
+            let value = ConstGauge::new(max_vio(&layer.total));
             value.encode(family.encode_family(&[("layer", layer.layer.to_string())])?)?;
         }
         Ok(())
     }
-}
-
-/// How uneven a layer's load is: the most loaded expert over the mean, minus 1; 0 before the first token.
-pub(super) fn max_vio(layer: &LayerLoad) -> f64 {
-    let sum: u64 = layer.total.iter().sum();
-    let most = layer.total.iter().max().copied().unwrap_or(0);
-    if sum == 0 { 0.0 } else { most as f64 * layer.total.len() as f64 / sum as f64 - 1.0 }
 }
 
 /// Measures one request.
@@ -180,7 +174,7 @@ mod tests {
     #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
     use super::*;
-    use crate::serve::{Counters, Finish, Token};
+    use crate::serve::{Counters, Finish, LayerLoad, Token};
 
     fn finish(reason: FinishReason) -> Event {
         Event::Finished(Finish {

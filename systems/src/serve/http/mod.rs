@@ -27,6 +27,7 @@ mod config;
 mod embeddings;
 mod error;
 mod fields;
+mod frame;
 mod grammar;
 mod logprobs;
 mod messages;

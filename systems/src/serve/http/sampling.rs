@@ -9,11 +9,10 @@ use super::{
     random,
 };
 use crate::serve::Params;
+pub(super) use crate::serve::step::MAX_LOGPROBS;
 
 /// Stop texts of a request at most.
 const MAX_STOPS: usize = 4;
-/// Likeliest tokens reported at most.
-pub(super) const MAX_LOGPROBS: usize = 20;
 
 /// What both ways to ask for text have in common.
 pub(super) struct Common {
@@ -31,7 +30,8 @@ pub(super) struct Common {
 
 /// Reads them.
 pub(super) fn common(fields: &mut Fields, loaded: &Loaded, max_choices: usize) -> ApiResult<Common> {
-    check_model_independent(fields)?;
+    // Of no use here, and refused all the same if it is no text.
+    fields.text("user")?;
     let num_choices = fields.count("n", 1, max_choices)?.unwrap_or(1);
     if let Some(best_of) = fields.count("best_of", 1, max_choices)?
         && best_of != num_choices
@@ -50,11 +50,6 @@ pub(super) fn common(fields: &mut Fields, loaded: &Loaded, max_choices: usize) -
     // 0 leaves the likeliest token, as the least number above it does.
     let top_p = fields.number("top_p", 0.0..=1.0)?.unwrap_or(defaults.top_p).max(1e-9);
     let top_k = fields.integer("top_k", -1..=i128::from(u32::MAX))?.unwrap_or(0).max(0) as usize;
-    let mut stop = stops(fields)?;
-    let num_own = stop.len();
-    for text in loaded.chat.stops().iter().filter(|_| num_own == 0) {
-        stop.push((*text).to_owned());
-    }
     let mut stop_tokens = loaded.stop_tokens.clone();
     stop_tokens.extend(fields.tokens("stop_token_ids")?.unwrap_or_default());
     let params = Params {
@@ -67,18 +62,13 @@ pub(super) fn common(fields: &mut Fields, loaded: &Loaded, max_choices: usize) -
         frequency_penalty: fields.number("frequency_penalty", -2.0..=2.0)?.unwrap_or(0.0),
         logit_bias: biases(fields, loaded.service.settings().vocab_size)?,
         seed: seed(fields)?,
-        stop,
+        stop: stops(fields)?,
         stop_tokens,
         ignore_eos: fields.flag("ignore_eos")?.unwrap_or(false),
         ..defaults
     };
     let priority = fields.integer("priority", i128::from(i32::MIN)..=i128::from(i32::MAX))?.unwrap_or(0) as i32;
     Ok(Common { params, num_choices, is_stream, includes_usage, priority })
-}
-
-/// Fields that are looked at only to be refused if they are of a wrong type.
-fn check_model_independent(fields: &mut Fields) -> ApiResult<()> {
-    fields.text("user").map(|_| ())
 }
 
 /// The seed of the request, or one that nobody had before.

@@ -6,6 +6,7 @@
 use std::{future::Future, io, net::SocketAddr, pin::pin, sync::Arc, thread::JoinHandle, time::Duration};
 
 use axum::Extension;
+use engine::remote::access;
 use hyper::server::conn::http1;
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
@@ -21,6 +22,7 @@ use tokio::{
 use super::{
     app::App,
     config::{HttpConfig, Loaded},
+    error::ApiError,
     metrics::Metrics,
     router,
 };
@@ -36,8 +38,6 @@ const CUT_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Connections that are being told that there are too many.
 const MAX_REFUSALS: usize = 64;
-
-const TOO_MANY: &str = r#"{"error":{"message":"too many connections; try again in a moment","type":"server_error","param":null,"code":"too_many_connections"}}"#;
 
 /// A server that cannot be started.
 #[derive(Debug, thiserror::Error)]
@@ -172,7 +172,9 @@ async fn linger(mut stream: TcpStream) {
 
 /// Tells a client that there is no place.
 async fn refuse(mut stream: TcpStream, _place: OwnedSemaphorePermit) {
-    let (length, body) = (TOO_MANY.len(), TOO_MANY);
+    let error = ApiError::unavailable("too_many_connections", "too many connections; try again in a moment");
+    let body = error.body().to_string();
+    let length = body.len();
     let answer = format!(
         "HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-type: application/json\r\n\
          content-length: {length}\r\nconnection: close\r\n\r\n{body}"
@@ -191,7 +193,7 @@ pub struct HttpServer {
 }
 
 impl HttpServer {
-    /// Listens; every request but `/health` is told to wait until [`HttpServer::serve`].
+    /// Listens; who asks the model, or for its `/health`, is told to wait until [`HttpServer::serve`].
     ///
     /// # Errors
     /// An address that is not to be had, or a configuration that cannot be served.
@@ -227,13 +229,7 @@ impl HttpServer {
 
     /// Where a client of this machine finds it.
     pub fn url(&self) -> String {
-        let mut reachable = self.address;
-        match self.address {
-            SocketAddr::V4(v4) if v4.ip().is_unspecified() => reachable.set_ip([127, 0, 0, 1].into()),
-            SocketAddr::V6(v6) if v6.ip().is_unspecified() => reachable.set_ip(std::net::Ipv6Addr::LOCALHOST.into()),
-            _ => {}
-        }
-        format!("http://{reachable}")
+        access::url(self.address)
     }
 
     /// The model is there.

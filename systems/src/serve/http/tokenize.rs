@@ -9,7 +9,6 @@ use super::{
     app::{App, aside, encode},
     chat_completions,
     error::{ApiError, ApiResult, json_response},
-    fields::Fields,
     logprobs,
     messages::Chat,
     sampling::Prompt,
@@ -17,9 +16,7 @@ use super::{
 
 /// Tokens of a `prompt` (or `text`), or of `messages` under the chat template.
 pub(super) async fn tokenize(State(app): State<Arc<App>>, headers: HeaderMap, body: Body) -> ApiResult<Response> {
-    let mut fields = Fields::read(&headers, body, app.config.max_body_bytes).await?;
-    let loaded = app.loaded()?;
-    app.check_model(fields.text("model")?.as_deref())?;
+    let (mut fields, loaded) = app.open(&headers, body).await?;
     let has_texts = fields.flag("return_token_strs")?.unwrap_or(false);
     let begins = fields.flag("add_special_tokens")?.unwrap_or(true);
     let prompt = fields.text("prompt")?;
@@ -40,9 +37,7 @@ pub(super) async fn tokenize(State(app): State<Arc<App>>, headers: HeaderMap, bo
 
 /// The text of `tokens`.
 pub(super) async fn detokenize(State(app): State<Arc<App>>, headers: HeaderMap, body: Body) -> ApiResult<Response> {
-    let mut fields = Fields::read(&headers, body, app.config.max_body_bytes).await?;
-    let loaded = app.loaded()?;
-    app.check_model(fields.text("model")?.as_deref())?;
+    let (mut fields, loaded) = app.open(&headers, body).await?;
     let tokens = fields.tokens("tokens")?.ok_or_else(|| ApiError::param("tokens", "expected tokens; found none"))?;
     let vocab_size = loaded.service.settings().vocab_size;
     if let Some(token) = tokens.iter().find(|&&token| token as usize >= vocab_size) {

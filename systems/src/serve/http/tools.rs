@@ -19,8 +19,8 @@ pub(super) enum Part {
 #[derive(Clone, Debug, Default)]
 pub(super) struct CallParser {
     held: String,
-    /// Calls found so far.
-    num_calls: usize,
+    /// Whether nothing but white space came since the last call: it is of the form, not of the answer.
+    follows_call: bool,
 }
 
 impl CallParser {
@@ -39,7 +39,7 @@ impl CallParser {
                 Some(part) => {
                     self.give(begin, &mut parts);
                     self.held.drain(..end - begin);
-                    self.num_calls += 1;
+                    self.follows_call = true;
                     parts.push(part);
                 }
                 None => self.give(end, &mut parts),
@@ -57,17 +57,12 @@ impl CallParser {
         parts
     }
 
-    /// Whether there was a call.
-    pub(super) fn has_calls(&self) -> bool {
-        self.num_calls > 0
-    }
-
     fn give(&mut self, length: usize, parts: &mut Vec<Part>) {
         let text: String = self.held.drain(..length).collect();
-        // White space around calls is of the form, not of the answer.
-        let is_blank = text.trim().is_empty() && self.has_calls();
-        if !text.is_empty() && !is_blank {
-            parts.push(Part::Text(text));
+        let text = if self.follows_call { text.trim_start() } else { &text };
+        if !text.is_empty() {
+            self.follows_call = false;
+            parts.push(Part::Text(text.to_owned()));
         }
     }
 }
@@ -101,7 +96,7 @@ mod tests {
     use super::*;
 
     /// Parts of a text, however it is cut; neighbouring texts as one.
-    fn parts(text: &str) -> (Vec<Part>, bool) {
+    fn parts(text: &str) -> Vec<Part> {
         let whole = |width: usize| {
             let mut parser = CallParser::default();
             let characters: Vec<char> = text.chars().collect();
@@ -115,7 +110,7 @@ mod tests {
                     (_, part) => parts.push(part),
                 }
             }
-            (parts, parser.has_calls())
+            parts
         };
         let expected = whole(text.len().max(1));
         for width in 1..text.len() {
@@ -135,11 +130,12 @@ mod tests {
     #[test]
     fn calls_are_found_however_the_text_comes() {
         let one = r#"<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>"#;
-        assert_eq!(parts("no call, <tool or so <tool_cal"), (vec![text("no call, <tool or so <tool_cal")], false));
-        assert_eq!(parts(one), (vec![call("add", r#"{"a":1}"#)], true));
+        assert_eq!(parts("no call, <tool or so <tool_cal"), [text("no call, <tool or so <tool_cal")]);
+        assert_eq!(parts(one), [call("add", r#"{"a":1}"#)]);
+        assert_eq!(parts(&format!("{one} a b\n\nc")), [call("add", r#"{"a":1}"#), text("a b\n\nc")]);
         let spaced = format!("I add.\n{}\n{one}\n", one.replace("add", "mul"));
-        assert_eq!(parts(&spaced).0, [text("I add.\n"), call("mul", r#"{"a":1}"#), call("add", r#"{"a":1}"#)]);
-        assert_eq!(parts(r#"<tool_call>{"name":"f"}</tool_call>"#).0, [call("f", "{}")]);
+        assert_eq!(parts(&spaced), [text("I add.\n"), call("mul", r#"{"a":1}"#), call("add", r#"{"a":1}"#)]);
+        assert_eq!(parts(r#"<tool_call>{"name":"f"}</tool_call>"#), [call("f", "{}")]);
     }
 
     #[test]
@@ -147,7 +143,7 @@ mod tests {
         for bad in
             ["<tool_call>{</tool_call>", r#"<tool_call>{"arguments": {}}</tool_call>x"#, "<tool_call>{\"name\": "]
         {
-            assert_eq!(parts(bad), (vec![text(bad)], false));
+            assert_eq!(parts(bad), [text(bad)]);
         }
     }
 }

@@ -53,8 +53,7 @@ impl Server {
             self.counters.num_steps += 1;
             self.count_experts(world, &memory);
         }
-        let num_preemptions = queues.num_preemptions;
-        self.counters.num_preemptions = num_preemptions;
+        self.counters.num_preemptions = queues.num_preemptions;
         let (num_blocks, num_free) = (self.pool.num_blocks(), self.pool.num_free());
         self.inbox.publish(|stats| {
             stats.num_running = queues.running.len();
@@ -71,13 +70,6 @@ impl Server {
         let end_of_text = self.tokenizer.end_of_text();
         let max_context = self.capacity.max_context;
         let mut request = world.get_mut::<Request>(share.entity)?;
-        let before = request.num_computed;
-        let prompt = |computed: usize| computed.min(request.num_prompt);
-        self.counters.num_prompt_tokens += (prompt(before + share.num_tokens) - prompt(before)) as u64;
-        if before == request.num_cached() && request.num_generated() == 0 {
-            self.counters.num_prompt_tokens += request.num_cached() as u64;
-            self.counters.num_cached_tokens += request.num_cached() as u64;
-        }
         let catches_up = share.num_tokens == request.num_pending();
         if let Task::Embed = request.task {
             rows.add_hidden(&mut request.hidden, share.num_tokens);
@@ -113,7 +105,9 @@ impl Server {
     }
 
     fn count_experts(&mut self, world: &World, memory: &Memory) {
-        for ((_, counts), load) in world.resource::<ExpertCounts>().0.iter().zip(&mut self.routing) {
+        let counts = &world.resource::<ExpertCounts>().0;
+        for load in &mut self.routing {
+            let Some((_, counts)) = counts.iter().find(|(layer, _)| *layer == load.layer) else { continue };
             load.last_step = memory.read::<u32>(*counts).to_vec();
             load.total.iter_mut().zip(&load.last_step).for_each(|(total, last)| *total += u64::from(*last));
             memory.upload(*counts, &vec![0u32; counts.len()]);
