@@ -55,7 +55,7 @@ WATCH = """() => {
         const answer = [...document.querySelectorAll("article.assistant .text")].at(-1);
         if (answer) note(seen.texts, answer.innerText);
         note(seen.strips, document.getElementById("strip").toDataURL());
-    }, 10);
+    }, 40);
 }"""
 
 
