@@ -116,10 +116,15 @@ pub struct Overrides {
 #[command(after_help = "\
 Ctrl-C stops after the step at hand, with a checkpoint; a second one stops at once.
 
+Ranks of the scene's mesh are threads of one process, or one process each where a launcher starts as many as there are ranks:
+mpiexec or srun, known by RANK and WORLD_SIZE, or by the variables of Slurm, PMI or Open MPI, first come first. They meet
+through the first MPI library that loads; HADAL_MPI names another.
+
 Examples:
   hadal run scenes/quickstart.ron
   hadal run scenes/quickstart.ron --resume
-  hadal run scenes/quickstart.ron --fresh --set schedule.peak_lr=1e-3 --json result.json")]
+  hadal run scenes/quickstart.ron --fresh --set schedule.peak_lr=1e-3 --json result.json
+  mpiexec -n 4 hadal run scenes/two_by_two.ron")]
 pub struct RunArgs {
     /// Scene file
     pub scene: PathBuf,
@@ -131,6 +136,12 @@ pub struct RunArgs {
     /// Begin anew; an earlier run of this name is moved aside, not deleted
     #[arg(long)]
     pub fresh: bool,
+    /// Which rank this process is, where no launcher's variables say so
+    #[arg(long, value_name = "N", requires = "num_ranks")]
+    pub rank: Option<u32>,
+    /// How many processes there are
+    #[arg(long, value_name = "N", requires = "rank")]
+    pub num_ranks: Option<u32>,
     #[command(flatten)]
     pub json: Json,
 }

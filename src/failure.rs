@@ -11,6 +11,8 @@ use crate::terminal;
 pub const RUNTIME: u8 = 1;
 /// Exit code of wrong usage, and of a scene that is not valid.
 pub const USAGE: u8 = 2;
+/// Exit code where another rank is gone.
+pub const PEER_LOST: u8 = 5;
 
 /// Why a verb failed.
 #[derive(Debug)]
@@ -32,6 +34,11 @@ impl Failure {
     /// An error at run time.
     pub fn runtime(message: impl Display) -> Self {
         Failure::Other { exit_code: RUNTIME, message: message.to_string(), help: None }
+    }
+
+    /// Another rank is gone.
+    pub fn from_peer(error: &kernels::error::Error) -> Self {
+        Failure::Other { exit_code: PEER_LOST, message: error.to_string(), help: None }
     }
 
     /// A request that cannot be meant.

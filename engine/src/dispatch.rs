@@ -16,6 +16,7 @@ use bevy_ecs::{
 };
 use kernels::{
     clock::now_nanos,
+    comm::Comm,
     stream::{Event, Recording, Waited},
 };
 
@@ -28,6 +29,10 @@ use crate::{
     task::{Task, TaskKind},
     telemetry::{Span, StepTimes, Telemetry},
 };
+
+/// The way to other ranks, where messages are under way only while this process attends to them: dispatch does, between tasks.
+#[derive(Resource)]
+pub struct Peers(pub Comm);
 
 type Handler = BoxedSystem<In<Entity>, Result>;
 
@@ -149,6 +154,7 @@ fn launch(world: &mut World, graph: &Graph, handlers: &mut Handlers, events: &mu
             queue.stream.finish_batch();
         }
     };
+    let peers = world.get_resource::<Peers>().map(|peers| peers.0.clone());
     let mut held = vec![false; graph.streams.len()];
     let mut task = 0;
     // One guard around the whole loop: a handler's panic names the task that was being launched.
@@ -163,6 +169,7 @@ fn launch(world: &mut World, graph: &Graph, handlers: &mut Handlers, events: &mu
                 queue.stream.start_repeating_batch(graph.id << 32 | task as u64);
             }
             launch_task(world, graph, task, &mut handlers.systems[handler], events)?;
+            peers.as_ref().map_or(Ok(()), Comm::progress)?;
             if repeats && graph.hands_over[task] {
                 finish(world, on);
                 held[on] = false;

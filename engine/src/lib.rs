@@ -35,6 +35,7 @@ pub mod prelude {
         app::{AppTaskExt as _, EnginePlugin, Exit, ExitReason},
         clock::Clock,
         control::{Access, AppControlExt as _, LiveValue, Method, RpcError, RpcResult, params_of},
+        dispatch::Peers,
         graph::{Graph, GraphBuilder, PlanKey, Plans, Recorded},
         hardware::{DeviceSpec, Format},
         step::{Finish, Step, StepIndex, StepSystems},

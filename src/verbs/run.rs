@@ -7,11 +7,13 @@ use std::{
     sync::Arc,
 };
 
+use kernels::comm::{Comm, launch};
 use systems::{
     api::{RunReport, RunRequest},
     measure::Links,
     rounding::{Lost, RoundingReport},
     run as training,
+    scene::Scene,
     traffic::Traffic,
 };
 
@@ -32,17 +34,37 @@ pub fn run(args: &RunArgs, output: &Output) -> Result<ExitCode, Failure> {
     let checked = load::scene(&args.scene, &args.overrides.set, &["model", "data", "train"])?;
     let loaded = checked.loaded;
     let has_experts = checked.model.is_some_and(|model| model.moe.is_some());
-    if !args.resume {
-        make_room(&load::run_dir(&loaded.scene), args.fresh)?;
+    let comm = join(args, &loaded.scene)?;
+    let rank = comm.as_ref().map(Comm::rank);
+    let leads = rank.is_none_or(|rank| rank == 0);
+    if !args.resume && leads {
+        make_room(&load::run_dir(&loaded.scene), args.fresh)
+            .inspect_err(|_| give_up(comm.as_ref(), "it cannot begin"))?;
+    }
+    if let Some(comm) = &comm {
+        comm.barrier().map_err(|lost| Failure::from_peer(&lost))?;
     }
     let stop = signals::listen().map_err(|e| Failure::runtime(format!("cannot listen to signals: {e}")))?;
     let log_every_steps = loaded.scene.telemetry.clone().unwrap_or_default().log_every_steps;
     let progress = Arc::new(TrainingProgress::new(log_every_steps, Arc::clone(&stop)));
     let name = loaded.scene.name.clone();
-    let request = RunRequest { loaded, resume: args.resume, stop, progress: Arc::clone(&progress) as _, control: None };
+    let request = RunRequest {
+        loaded,
+        resume: args.resume,
+        stop,
+        progress: Arc::clone(&progress) as _,
+        control: None,
+        comm: comm.clone(),
+    };
     let report = training::run(request);
     progress.finish();
-    let report = report?;
+    let report = report.inspect_err(|error| give_up(comm.as_ref(), &error.message))?;
+    if !leads {
+        if report.exit_code != 0 && report.exit_code < 128 {
+            eprintln!("rank {}: {}", rank.unwrap_or_default(), report.exit_reason);
+        }
+        return Ok(ExitCode::from(report.exit_code));
+    }
     let idle = report.idle.as_ref().map(|idle| format!("\n{}{}", idle.table(), links(&idle.links))).unwrap_or_default();
     let rounding = report.fp8_rounding.as_ref().map(rounding).unwrap_or_default();
     output.result(&report, &format!("{}{idle}{rounding}", summary(&name, has_experts, &report)))?;
@@ -55,6 +77,27 @@ pub fn run(args: &RunArgs, output: &Output) -> Result<ExitCode, Failure> {
         eprintln!("try: {program} generate {} --prompt 'Once'", report.run_dir.join("latest").display());
     }
     Ok(ExitCode::from(report.exit_code))
+}
+
+/// The other processes, if a launcher started this one among several.
+fn join(args: &RunArgs, scene: &Scene) -> Result<Option<Comm>, Failure> {
+    let variable = |name: &str| std::env::var(name).ok();
+    let said = args.rank.zip(args.num_ranks);
+    let place =
+        launch::discover(said, &variable).map_err(|e| Failure::usage(e, "hadal run --help names the variables"))?;
+    let Some(place) = place.filter(|place| place.num_ranks > 1) else { return Ok(None) };
+    let (comm, engine) = launch::join(&place, scene.mesh.ranks_per_node, &variable).map_err(Failure::runtime)?;
+    if place.rank == 0 {
+        eprintln!("{} processes by {}, over {engine}", place.num_ranks, place.source);
+    }
+    Ok(Some(comm))
+}
+
+/// Whoever waits for this rank is told that it does not come.
+fn give_up(comm: Option<&Comm>, why: &str) {
+    if let Some(comm) = comm {
+        comm.abort(comm.rank(), why);
+    }
 }
 
 /// What a rank sends in a step, if it sends anything.

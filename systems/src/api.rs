@@ -8,6 +8,7 @@ use std::{
 };
 
 use engine::control::{ControlHandle, Inbox};
+use kernels::comm::Comm;
 use serde::Serialize;
 
 use crate::{
@@ -71,6 +72,8 @@ pub struct RunRequest {
     /// Both ends of the way to the run, if the caller wants to ask it and listen to it: from [`engine::control::channel`], and
     /// the caller keeps a clone of the handle.
     pub control: Option<(ControlHandle, Inbox)>,
+    /// This process's rank among others, where ranks are processes; without, they are threads of this one.
+    pub comm: Option<Comm>,
 }
 
 /// What a run came to.

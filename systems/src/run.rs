@@ -72,20 +72,23 @@ pub fn run(mut request: RunRequest) -> Result<RunReport, SessionError> {
     let distribution = Distribution::new(scene, &prepared.config)
         .map_err(|problems| SessionError::input(request.loaded.errors(&problems)))?;
     let telemetry = scene.telemetry.clone().unwrap_or_default();
+    let ranks = ranks_here(&distribution, request.comm.as_ref())?;
+    let leads = ranks.iter().any(Ranks::is_first);
+    let across = request.comm.clone().filter(Comm::is_across_processes);
     let dir = telemetry.dir.join(&scene.name);
     std::fs::create_dir_all(&dir).map_err(|e| SessionError::runtime(format!("create {}: {e}", dir.display())))?;
     let trace = match &telemetry.trace_steps {
         None => None,
         Some(_) => {
-            let writer = TraceWriter::create(&dir.join("trace.json")).map_err(SessionError::runtime)?;
+            let name = if leads { "trace.json".into() } else { format!("trace-rank-{}.json", ranks[0].layout.rank) };
+            let writer = TraceWriter::create(&dir.join(name)).map_err(SessionError::runtime)?;
             Some(Arc::new(Mutex::new(writer)))
         }
     };
-    let ranks =
-        if distribution.mesh.num_ranks() == 1 { vec![distribution.ranks(Comm::solo())] } else { distribution.local() };
-    let num_threads = local::threads_per_rank(ranks.len());
+    let here = across.as_ref().map_or(ranks.len(), |comm| comm.ranks_per_node().min(comm.num_ranks()) as usize);
+    let num_threads = local::threads_per_rank(here);
     inbox.feed().set_num_ranks(ranks.len());
-    let server = remote::start(scene, &dir, &handle, &request.progress)?;
+    let server = if leads { Some(remote::start(scene, &dir, &handle, &request.progress)?) } else { None };
     let mut outcomes = local::run_ranks(ranks, |ranks| {
         let progress = if ranks.is_first() { request.progress.clone() } else { Arc::new(Silent) };
         let (trace, inbox) = (trace.clone(), inbox.clone());
@@ -100,12 +103,15 @@ pub fn run(mut request: RunRequest) -> Result<RunReport, SessionError> {
     {
         request.progress.note(&format!("the trace is not whole: {error}"));
     }
-    let lost = local::cause(&outcomes);
+    let lost = local::cause(&outcomes).or_else(|| lost_process(across.as_ref()?));
     let steps: Vec<RankSteps> =
         outcomes.iter_mut().flatten().flatten().filter_map(|((_, steps), _)| steps.take()).collect();
-    let idle = if steps.len() == outcomes.len() { Comparison::of(&steps)? } else { None };
+    // Both are about all ranks, so they are told where all are here.
+    let all_are_here = across.is_none() && steps.len() == outcomes.len();
+    let idle = if all_are_here { Comparison::of(&steps)? } else { None };
     let traffic = steps
         .iter()
+        .filter(|_| across.is_none())
         .map(RankSteps::traffic)
         .fold(None, |all: Option<Traffic>, one| Some(all.unwrap_or_default().and(one)));
     let peak_of = |outcome: &local::Outcome<Ran>| match outcome {
@@ -115,9 +121,10 @@ pub fn run(mut request: RunRequest) -> Result<RunReport, SessionError> {
     let peak_tensor_bytes = outcomes.iter().map(peak_of).max().unwrap_or(0);
     let first = if outcomes.is_empty() { None } else { outcomes.swap_remove(0) };
     let mut report = match (first, &lost) {
-        (Some(Ok(((report, _), _))), None) => {
+        (Some(Ok(((report, _), _))), None) if leads => {
             return with_sample(RunReport { idle, traffic, peak_tensor_bytes, ..report }, &request);
         }
+        (Some(Ok(((report, _), _))), None) => report,
         (Some(Ok(((report, _), _))), Some(_)) => report,
         (Some(Err(error)), _) => return Err(error),
         (None, _) => {
@@ -130,6 +137,32 @@ pub fn run(mut request: RunRequest) -> Result<RunReport, SessionError> {
         (report.exit_reason, report.exit_code) = (reason.to_string(), exit_code(&reason));
     }
     Ok(report)
+}
+
+/// Another process that is gone, and why, if one is.
+fn lost_process(comm: &Comm) -> Option<ExitReason> {
+    match comm.lost()? {
+        kernels::error::Error::PeerLost { rank, message } if rank != comm.rank() => {
+            Some(ExitReason::PeerLost(format!("rank {rank}: {message}")))
+        }
+        _ => None,
+    }
+}
+
+/// The ranks of this process: its own among others, or all.
+fn ranks_here(distribution: &Distribution, comm: Option<&Comm>) -> Result<Vec<Ranks>, SessionError> {
+    let num_ranks = distribution.mesh.num_ranks();
+    match comm {
+        Some(comm) if comm.num_ranks() != num_ranks => Err(SessionError::input(format!(
+            "the scene's mesh has {num_ranks} ranks, and the launcher started {} processes; start {num_ranks}, or set mesh.pp, \
+             mesh.ep or mesh.dp so that their product is {}",
+            comm.num_ranks(),
+            comm.num_ranks()
+        ))),
+        Some(comm) => Ok(vec![distribution.ranks(comm.clone())]),
+        None if num_ranks == 1 => Ok(vec![distribution.ranks(Comm::solo())]),
+        None => Ok(distribution.local()),
+    }
 }
 
 /// On several ranks no rank has the whole model: the sample comes from the last checkpoint.
@@ -199,36 +232,37 @@ fn run_rank(request: &RunRequest, setup: RankSetup) -> Result<(Ran, ExitReason),
         std::fs::write(dir.join("scene.ron"), &scene_text)
             .map_err(|e| SessionError::runtime(format!("write {}: {e}", dir.join("scene.ron").display())))?;
     }
-    app.insert_resource(RunDir {
-        dir,
-        log,
-        trace,
-        tokenizer: prepared.tokenizer.clone(),
-        scene_text,
-        saved_step: (last_step > 0).then_some(last_step),
-        checkpoint: None,
-        val: None,
-        finished: false,
-    })
-    .insert_resource(Work::Train)
-    .add_systems(Step, keep.in_set(StepSystems::Keep))
-    .add_systems(Finish, last_checkpoint)
-    .add_plugins((
-        ControlPlugin {
-            name: scene.name.clone(),
-            comm: ranks.comm.clone(),
-            inbox: Some(inbox.clone()),
-            signal: stop.clone(),
-            note: {
-                let progress = progress.clone();
-                Arc::new(move |line| progress.note(line))
+    app.insert_resource(Peers(ranks.comm.clone()))
+        .insert_resource(RunDir {
+            dir,
+            log,
+            trace,
+            tokenizer: prepared.tokenizer.clone(),
+            scene_text,
+            saved_step: (last_step > 0).then_some(last_step),
+            checkpoint: None,
+            val: None,
+            finished: false,
+        })
+        .insert_resource(Work::Train)
+        .add_systems(Step, keep.in_set(StepSystems::Keep))
+        .add_systems(Finish, last_checkpoint)
+        .add_plugins((
+            ControlPlugin {
+                name: scene.name.clone(),
+                comm: ranks.comm.clone(),
+                inbox: Some(inbox.clone()),
+                signal: stop.clone(),
+                note: {
+                    let progress = progress.clone();
+                    Arc::new(move |line| progress.note(line))
+                },
             },
-        },
-        MeasurePlugin,
-        live::LivePlugin,
-        observe::ObservePlugin,
-    ))
-    .method(CHECKPOINT);
+            MeasurePlugin,
+            live::LivePlugin,
+            observe::ObservePlugin,
+        ))
+        .method(CHECKPOINT);
     if app.world().resource::<Training>().step >= app.world().resource::<Training>().train.steps {
         progress.note("all steps of the scene are done already; raise train.steps to go on");
         *app.world_mut().resource_mut::<Work>() = after_training(app.world());

@@ -60,7 +60,8 @@ fn a_run_ends_within_a_second_and_keeps_its_checkpoint() {
     let loaded = Scene::load(&scene, &sets.map(str::to_owned)).unwrap();
     let progress = Arc::new(PanicsAt { step: 6, ..PanicsAt::default() });
     let stop = Arc::new(AtomicUsize::new(0));
-    let report = run(RunRequest { loaded, resume: false, stop, progress: progress.clone(), control: None }).unwrap();
+    let report =
+        run(RunRequest { loaded, resume: false, stop, progress: progress.clone(), control: None, comm: None }).unwrap();
     let nanos = now_nanos() - progress.at_nanos.load(Ordering::Relaxed);
     assert_eq!(report.exit_code, 5, "{}", report.exit_reason);
     assert!(report.exit_reason.contains("rank 0") && report.exit_reason.contains("a cosmic ray"), "{report:?}");

@@ -60,7 +60,7 @@ fn train(dir: &Path, sets: &[&str], resume: bool, stop_after: u64) -> Outcome {
     let loaded = Scene::load(&scene, &overrides).unwrap();
     let stop = Arc::new(AtomicUsize::new(0));
     let watch = Arc::new(Watch { losses: Mutex::default(), notes: Mutex::default(), stop_after, stop: stop.clone() });
-    let report = run(RunRequest { loaded, resume, stop, progress: watch.clone(), control: None }).unwrap();
+    let report = run(RunRequest { loaded, resume, stop, progress: watch.clone(), control: None, comm: None }).unwrap();
     let (losses, notes) = (watch.losses.lock().unwrap().clone(), watch.notes.lock().unwrap().clone());
     Outcome { report, losses, notes }
 }

@@ -6,7 +6,11 @@
 
 use std::{ops::Range, sync::Arc};
 
-use super::{Call, Comm, Hub, LinkBytes, Traffic, with_element};
+use super::{
+    Call, Comm, Hub, LinkBytes, Traffic,
+    pack::{Addends, Brought},
+    with_element,
+};
 use crate::{
     cost::Cost,
     dtype::{Element, Float},
@@ -144,7 +148,7 @@ pub(super) struct Member<'a> {
 
 impl Member<'_> {
     /// What all brought; `what` is said of types and sizes, and must be the same everywhere.
-    pub fn meet<T: Send + Sync + 'static>(&self, what: String, mine: T) -> Result<Vec<Arc<T>>> {
+    pub fn meet<T: Brought>(&self, what: String, mine: T) -> Result<Vec<Arc<T>>> {
         let call = Call { op: self.op, tag: self.tag, what };
         let (all, nanos) = self.hub.meet((self.comm.lane, self.group), self.me, call, mine)?;
         self.nanos.set(self.nanos.get() + nanos);
@@ -205,8 +209,8 @@ impl Summand for u32 {
 }
 
 /// `out = sum over the members of what[range]`; out is as long as the range.
-fn sum_into<T: Summand>(member: &Member, all: &[Arc<Vec<T>>], range: Range<usize>, out: &mut [T]) -> Result<()> {
-    let parts: Vec<&[T]> = all.iter().map(|data| &data[range.clone()]).collect();
+fn sum_into<T: Summand>(member: &Member, all: &[Arc<Addends<T>>], range: Range<usize>, out: &mut [T]) -> Result<()> {
+    let parts: Vec<&[T]> = all.iter().map(|one| &one.data[range.start - one.first..range.end - one.first]).collect();
     T::check(&parts).map_err(|i| Error::Comm {
         op: member.op,
         message: format!("tag {}: the sum of element {} is more than U32 holds", member.tag, range.start + i),
@@ -220,12 +224,13 @@ fn sum_into<T: Summand>(member: &Member, all: &[Arc<Vec<T>>], range: Range<usize
     Ok(())
 }
 
-fn all_reduce<T: Summand>(member: &Member, m: &Memory, x: Tensor, parts: &[Range<usize>]) -> Result<()> {
+fn all_reduce<T: Summand>(member: &Member, m: &Memory, x: Tensor, parts: &Parts) -> Result<()> {
     if parts.len() == 1 {
         return Ok(());
     }
     let what = format!("{:?} of [{}]", x.dtype, x.len());
-    let all = member.meet(what.clone(), m.download::<T>(x))?;
+    let scattered = (x.len() >= MIN_SCATTERED).then(|| parts.clone());
+    let all = member.meet(what.clone(), Addends { first: 0, data: m.download::<T>(x), parts: scattered })?;
     let mut out = m.write::<T>(x);
     if out.len() < MIN_SCATTERED {
         return sum_into(member, &all, 0..x.len(), &mut out);
@@ -241,9 +246,9 @@ fn all_reduce<T: Summand>(member: &Member, m: &Memory, x: Tensor, parts: &[Range
     Ok(())
 }
 
-fn reduce_scatter<T: Summand>(member: &Member, m: &Memory, x: Tensor, parts: &[Range<usize>]) -> Result<()> {
+fn reduce_scatter<T: Summand>(member: &Member, m: &Memory, x: Tensor, parts: &Parts) -> Result<()> {
     let what = format!("{:?} of [{}] in parts {parts:?}", x.dtype, x.len());
-    let all = member.meet(what, m.download::<T>(x))?;
+    let all = member.meet(what, Addends { first: 0, data: m.download::<T>(x), parts: Some(parts.clone()) })?;
     let part = parts[member.me].clone();
     sum_into(member, &all, part.clone(), &mut m.write::<T>(x)[part])
 }

@@ -18,9 +18,10 @@
 use std::{ops::Range, sync::Arc};
 
 use super::{
-    Comm, LinkBytes, Spread, Wire,
-    local::{Call, Hub},
+    Comm, Hub, LinkBytes, Spread, Wire,
+    local::Call,
     meter::Traffic,
+    pack::{Brought, put, take},
     wire::Rows,
 };
 use crate::{
@@ -100,6 +101,8 @@ impl Exchange {
                     offsets: m.download(order.offsets),
                     token_of_row: m.download(order.token_of_row),
                     tokens_to,
+                    first_row: 0,
+                    d,
                 };
                 let (sent, nanos) = meeting.meet(format!("{:?} rows of {d}, {} experts", x.dtype, at.num_experts), mine)?;
                 meeting.comm.count(Traffic::Dispatch, LinkBytes {
@@ -129,6 +132,8 @@ impl Exchange {
                     offsets: m.download(order.offsets),
                     token_of_row: Vec::new(),
                     tokens_to: Vec::new(),
+                    first_row: 0,
+                    d,
                 };
                 meeting.count(Traffic::Dispatch, row_bytes, |member| at.rows_to(&mine.offsets, member) as u64);
                 let (sent, nanos) = meeting.meet(format!("{:?} rows of {d}, {} experts", rows.dtype, at.num_experts), mine)?;
@@ -141,7 +146,8 @@ impl Exchange {
                 let origin = m.read::<u32>(received.origin);
                 for_row_chunks(&mut m.write::<T>(out)[..num_rows * d], d, #[inline(always)] |first, chunk| {
                     for (out, from) in chunk.chunks_exact_mut(d).zip(origin[2 * first..].chunks_exact(2)) {
-                        sent[from[0] as usize].rows.decode(from[1] as usize, out);
+                        let sent = &sent[from[0] as usize];
+                        sent.rows.decode((from[1] - sent.first_row) as usize, out);
                     }
                 });
                 Ok(Waited { nanos, load: Some(at.load(&sent)) })
@@ -168,6 +174,7 @@ impl Exchange {
                     rows: Rows::encode(meeting.wire, &m.read::<T>(rows)[..num_rows * d], d),
                     places,
                     num_rows: num_rows as u64,
+                    d,
                 };
                 meeting.count(Traffic::Combine, row_bytes, |member| mine.places[member].len() as u64);
                 let (back, nanos) = meeting.meet(format!("{:?} rows of {d}", rows.dtype), mine)?;
@@ -256,9 +263,51 @@ impl Exchange {
 struct Sent<T> {
     rows: Rows<T>,
     offsets: Vec<u32>,
+    /// Empty where there is a row for each.
     token_of_row: Vec<u32>,
     /// Tokens that have an expert at each member.
     tokens_to: Vec<u64>,
+    /// The first row that is here.
+    first_row: u32,
+    d: usize,
+}
+
+/// A process gets the rows of its experts, and of each token that goes to it one row.
+impl<T: Float> Brought for Sent<T> {
+    fn pack(&self, member: usize, num_members: usize) -> Vec<u8> {
+        let num_local = (self.offsets.len() - 1) / num_members;
+        let [first, end] = [member, member + 1].map(|member| self.offsets[member * num_local]);
+        let (rows, token_of_row) = match self.token_of_row.get(first as usize..end as usize) {
+            None => ((first..end).collect(), Vec::new()),
+            Some(tokens) => {
+                let mut rows = tokens.to_vec();
+                rows.sort_unstable();
+                rows.dedup();
+                let place = |token| rows.partition_point(|&row| row < token) as u32;
+                let places: Vec<u32> = tokens.iter().map(|&token| place(token)).collect();
+                (rows, places)
+            }
+        };
+        let mut bytes = Vec::new();
+        put(&mut bytes, &[first, self.d as u32, self.rows.wire() as u32]);
+        put(&mut bytes, &self.offsets);
+        put(&mut bytes, &token_of_row);
+        put(&mut bytes, &self.tokens_to);
+        bytes.extend(self.rows.pack(&rows, self.d));
+        bytes
+    }
+
+    fn unpack(mut bytes: &[u8]) -> Option<Self> {
+        let [first_row, d, wire] = take::<u32>(&mut bytes)?.try_into().ok()?;
+        Some(Sent {
+            first_row,
+            d: d as usize,
+            offsets: take(&mut bytes)?,
+            token_of_row: take(&mut bytes)?,
+            tokens_to: take(&mut bytes)?,
+            rows: Rows::take(Wire::of(wire)?, &mut bytes)?,
+        })
+    }
 }
 
 /// What a rank with experts puts down.
@@ -267,6 +316,26 @@ struct Returned<T> {
     /// By source member: row in its expert order, and row here.
     places: Vec<Vec<(u32, u32)>>,
     num_rows: u64,
+    d: usize,
+}
+
+/// A process gets its own rows back.
+impl<T: Float> Brought for Returned<T> {
+    fn pack(&self, member: usize, num_members: usize) -> Vec<u8> {
+        let (places, rows): (Vec<u32>, Vec<u32>) = self.places[member].iter().copied().unzip();
+        let mut bytes = Vec::new();
+        put(&mut bytes, &[member as u64, num_members as u64, self.num_rows, self.d as u64, self.rows.wire() as u64]);
+        put(&mut bytes, &places);
+        bytes.extend(self.rows.pack(&rows, self.d));
+        bytes
+    }
+
+    fn unpack(mut bytes: &[u8]) -> Option<Self> {
+        let [member, num_members, num_rows, d, wire] = take::<u64>(&mut bytes)?.try_into().ok()?;
+        let mut places = vec![Vec::new(); num_members as usize];
+        *places.get_mut(member as usize)? = take(&mut bytes)?.into_iter().zip(0..).collect();
+        Some(Returned { places, num_rows, d: d as usize, rows: Rows::take(Wire::of(wire as u32)?, &mut bytes)? })
+    }
 }
 
 /// A rank in one exchange while it runs.
@@ -281,7 +350,7 @@ struct Meeting<'a> {
 }
 
 impl Meeting<'_> {
-    fn meet<T: Send + Sync + 'static>(&self, what: String, mine: T) -> Result<(Vec<Arc<T>>, u64)> {
+    fn meet<T: Brought>(&self, what: String, mine: T) -> Result<(Vec<Arc<T>>, u64)> {
         let call = Call { op: self.op, tag: self.tag, what: format!("{what} as {:?}", self.wire) };
         self.hub.meet((self.comm.lane, &self.group), self.me, call, mine)
     }
@@ -411,7 +480,7 @@ fn place_rows<T: Float>(
         |first, chunk| {
             for (out, from) in chunk.chunks_exact_mut(d).zip(origin[2 * first..].chunks_exact(2)) {
                 let sent = &sent[from[0] as usize];
-                sent.rows.decode(sent.token_of_row[from[1] as usize] as usize, out);
+                sent.rows.decode(sent.token_of_row[(from[1] - sent.first_row) as usize] as usize, out);
             }
         },
     );

@@ -1,8 +1,8 @@
 //! Communication between ranks, as ops on streams.
 //!
-//! A [`Comm`] is one rank's end. What it promises does not depend on the engine behind it; today there is one, [`local`](Comm::local):
-//! N ranks are N threads of a process, each with a memory and streams of its own, that share nothing but a hub. [`Comm::planned`]
-//! has no engine: streams on [`Device::Meta`](crate::device::Device::Meta) and recordings need none.
+//! A [`Comm`] is one rank's end. What it promises does not depend on the engine behind it. [`local`](Comm::local): N ranks are N threads
+//! of a process, each with a memory and streams of its own, that share nothing but a hub. [`mpi`](Comm::mpi): they are processes. Both
+//! give the same bits. [`Comm::planned`] has no engine: streams on [`Device::Meta`](crate::device::Device::Meta) and recordings need none.
 //!
 //! - Messages ([`Comm::send`], [`Comm::receive`]) are matched by sender, receiver and tag, in order. A send does not wait.
 //! - Collectives ([`Comm::all_reduce_sum`], ...) are called by all ranks of a group in one order. Their tag does not match them,
@@ -16,21 +16,26 @@
 
 pub mod collectives;
 pub mod exchange;
+pub mod launch;
 mod local;
 pub mod meter;
+mod mpi;
+mod pack;
 pub mod spread;
 pub mod wire;
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
+    path::Path,
     sync::Arc,
 };
 
-use local::{Call, Hub};
+use local::Call;
 use meter::{LinkBytes, Meter, Traffic};
 use parking_lot::Mutex;
 
 pub use exchange::{Exchange, Received};
+use pack::Brought;
 pub use spread::Spread;
 pub use wire::Wire;
 
@@ -64,8 +69,55 @@ pub struct Comm {
     num_ranks: u32,
     ranks_per_node: u32,
     lane: u32,
-    hub: Option<Arc<Hub>>,
+    hub: Option<Hub>,
     meter: Arc<Mutex<Meter>>,
+}
+
+/// What is behind an end.
+#[derive(Clone)]
+enum Hub {
+    /// Ranks are threads.
+    Local(Arc<local::Hub>),
+    /// Ranks are processes.
+    Mpi(Arc<mpi::Hub>),
+}
+
+impl Hub {
+    fn send(&self, between: (u32, u32), tag: u64, data: Storage) -> Result<u64> {
+        match self {
+            Hub::Local(hub) => hub.send(between, tag, data),
+            Hub::Mpi(hub) => hub.send(between, tag, data),
+        }
+    }
+
+    fn receive(&self, between: (u32, u32), tag: u64) -> Result<(Storage, u64)> {
+        match self {
+            Hub::Local(hub) => hub.receive(between, tag),
+            Hub::Mpi(hub) => hub.receive(between, tag),
+        }
+    }
+
+    /// What all members of a group brought, by member, and the nanoseconds until they had.
+    fn meet<T: Brought>(&self, on: (u32, &Arc<[u32]>), me: usize, call: Call, mine: T) -> Result<(Vec<Arc<T>>, u64)> {
+        match self {
+            Hub::Local(hub) => hub.meet(on, me, call, mine),
+            Hub::Mpi(hub) => hub.meet(on, me, &call, mine),
+        }
+    }
+
+    fn abort(&self, rank: u32, message: &str) {
+        match self {
+            Hub::Local(hub) => hub.abort(rank, message),
+            Hub::Mpi(hub) => hub.abort(rank, message),
+        }
+    }
+
+    fn lost(&self) -> Option<Error> {
+        match self {
+            Hub::Local(hub) => hub.lost(),
+            Hub::Mpi(hub) => hub.lost(),
+        }
+    }
 }
 
 /// The lane of what the host does; no stream has it.
@@ -74,7 +126,7 @@ const HOST_LANE: u32 = u32::MAX;
 impl Comm {
     /// The only rank of a run of one.
     pub fn solo() -> Self {
-        Self::end(0, 1, 1, Some(Arc::new(Hub::new(1))))
+        Self::end(0, 1, 1, Some(Hub::Local(Arc::new(local::Hub::new(1)))))
     }
 
     /// All ends of `num_ranks` ranks in this process, by rank; ranks are counted onto nodes of `ranks_per_node`, which links are
@@ -83,8 +135,39 @@ impl Comm {
     /// # Panics
     /// If either is 0.
     pub fn local(num_ranks: u32, ranks_per_node: u32) -> Vec<Self> {
-        let hub = Arc::new(Hub::new(num_ranks));
+        let hub = Hub::Local(Arc::new(local::Hub::new(num_ranks)));
         (0..num_ranks).map(|rank| Self::end(rank, num_ranks, ranks_per_node, Some(hub.clone()))).collect()
+    }
+
+    /// This process's end among those that a launcher started, through MPI; `None`, with what the loader said of each library, if
+    /// there is none. Once in a process.
+    ///
+    /// # Errors
+    /// If MPI does not start.
+    ///
+    /// # Panics
+    /// If `ranks_per_node` is 0.
+    pub fn mpi(libraries: &[&Path], ranks_per_node: u32) -> Result<std::result::Result<(Self, String), Vec<String>>> {
+        Ok(mpi::Hub::start(libraries)?.map(|hub| {
+            let (rank, num_ranks, version) = (hub.rank(), hub.num_ranks(), hub.version());
+            (Self::end(rank, num_ranks, ranks_per_node, Some(Hub::Mpi(Arc::new(hub)))), version)
+        }))
+    }
+
+    /// Whether other ranks are other processes.
+    pub fn is_across_processes(&self) -> bool {
+        matches!(self.hub, Some(Hub::Mpi(_))) && self.num_ranks > 1
+    }
+
+    /// Gets on with what was sent, where that needs this process: whoever drives a rank calls it between tasks.
+    ///
+    /// # Errors
+    /// If the engine failed.
+    pub fn progress(&self) -> Result<()> {
+        match &self.hub {
+            Some(Hub::Mpi(hub)) => hub.progress(),
+            _ => Ok(()),
+        }
     }
 
     /// An end without an engine, to record ops and to launch them on `Meta`.
@@ -95,7 +178,7 @@ impl Comm {
         Self::end(rank, num_ranks, ranks_per_node, None)
     }
 
-    fn end(rank: u32, num_ranks: u32, ranks_per_node: u32, hub: Option<Arc<Hub>>) -> Self {
+    fn end(rank: u32, num_ranks: u32, ranks_per_node: u32, hub: Option<Hub>) -> Self {
         assert!(rank < num_ranks && ranks_per_node > 0, "rank {rank} of {num_ranks}, {ranks_per_node} to a node");
         Comm { rank, num_ranks, ranks_per_node, lane: 0, hub, meter: Arc::default() }
     }
@@ -215,7 +298,7 @@ impl Comm {
         }
     }
 
-    fn hub(&self, op: &'static str) -> Result<&Arc<Hub>> {
+    fn hub(&self, op: &'static str) -> Result<&Hub> {
         self.hub.as_ref().ok_or_else(|| Error::Comm {
             op,
             message: format!(

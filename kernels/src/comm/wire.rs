@@ -6,6 +6,7 @@
 
 use half::bf16;
 
+use super::pack::{put, take};
 use crate::{
     dtype::{DType, Float},
     fp8::{Scaling, TILE, decode_e4m3},
@@ -28,6 +29,11 @@ pub enum Wire {
 }
 
 impl Wire {
+    /// By its number.
+    pub(super) fn of(number: u32) -> Option<Self> {
+        [Wire::Exact, Wire::Bf16, Wire::Fp8].into_iter().find(|&wire| wire as u32 == number)
+    }
+
     /// Bytes of a row of `d` columns of type `dtype`, scales included.
     pub fn row_bytes(self, dtype: DType, d: usize) -> u64 {
         let bytes = match self {
@@ -83,6 +89,41 @@ impl<T: Float> Rows<T> {
                 );
                 Rows::Fp8 { codes, scales }
             }
+        }
+    }
+
+    /// These rows alone, in this order, in bytes; rows have `d` columns.
+    pub fn pack(&self, rows: &[u32], d: usize) -> Vec<u8> {
+        fn of<T: Copy>(all: &[T], rows: &[u32], width: usize) -> Vec<T> {
+            rows.iter().flat_map(|&row| &all[row as usize * width..][..width]).copied().collect()
+        }
+        let mut bytes = Vec::new();
+        match self {
+            Rows::Exact(x) => put(&mut bytes, &of(x, rows, d)),
+            Rows::Bf16(x) => put(&mut bytes, &of(x, rows, d)),
+            Rows::Fp8 { codes, scales } => {
+                put(&mut bytes, &of(codes, rows, d));
+                put(&mut bytes, &of(scales, rows, d.div_ceil(TILE)));
+            }
+        }
+        bytes
+    }
+
+    /// Takes from bytes what [`Rows::pack`] made of rows of this encoding.
+    pub fn take(wire: Wire, from: &mut &[u8]) -> Option<Self> {
+        Some(match wire {
+            Wire::Exact => Rows::Exact(take(from)?),
+            Wire::Bf16 => Rows::Bf16(take(from)?),
+            Wire::Fp8 => Rows::Fp8 { codes: take(from)?, scales: take(from)? },
+        })
+    }
+
+    /// How the rows are encoded.
+    pub fn wire(&self) -> Wire {
+        match self {
+            Rows::Exact(_) => Wire::Exact,
+            Rows::Bf16(_) => Wire::Bf16,
+            Rows::Fp8 { .. } => Wire::Fp8,
         }
     }
 

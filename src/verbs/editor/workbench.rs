@@ -135,7 +135,8 @@ impl Workbench for Bench {
         });
         let name = loaded.scene.name.clone();
         let (source, last_words) = InProcess::new(name, handle.clone(), wake.clone(), on_drop);
-        let request = RunRequest { loaded, resume, stop, progress: Arc::new(Silent), control: Some((handle, inbox)) };
+        let request =
+            RunRequest { loaded, resume, stop, progress: Arc::new(Silent), control: Some((handle, inbox)), comm: None };
         let thread = std::thread::Builder::new().name("run".into()).spawn(move || {
             let ended = match training::run(request) {
                 Ok(report) => report.exit_reason,

@@ -1,0 +1,166 @@
+//! Which process this is among those that a launcher started, and the engine they meet through.
+//!
+//! What was said comes first, then torchrun's variables, Slurm's, and those of MPI's launchers (PMI, PMIx, Open MPI). What is found
+//! must not contradict itself. One exception: `mpirun` in a Slurm allocation has its own processes started by Slurm, whose variables
+//! are then not about this one. MPI itself has the last word, and must agree.
+
+use std::{fmt, path::PathBuf};
+
+use super::{Comm, mpi};
+use crate::error::{Error, Result};
+
+/// A process among others.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// This one.
+    pub rank: u32,
+    /// All of them.
+    pub num_ranks: u32,
+    /// Who says so.
+    pub source: &'static str,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "rank {} of {} ({})", self.rank, self.num_ranks, self.source)
+    }
+}
+
+/// Variables of rank and size, by launcher, first come first.
+const SOURCES: [(&str, &str, &str); 5] = [
+    ("RANK and WORLD_SIZE", "RANK", "WORLD_SIZE"),
+    (SLURM, "SLURM_PROCID", "SLURM_NTASKS"),
+    ("PMI_RANK and PMI_SIZE", "PMI_RANK", "PMI_SIZE"),
+    ("OMPI_COMM_WORLD_RANK and _SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("MPI_RANKID and MPI_NRANKS", "MPI_RANKID", "MPI_NRANKS"),
+];
+const SLURM: &str = "SLURM_PROCID and SLURM_NTASKS";
+/// The variable that names an MPI library.
+const LIBRARY: &str = "HADAL_MPI";
+
+/// Where this process is, by `said` (rank, number of ranks) or by variables; `None` if no launcher started it.
+///
+/// # Errors
+/// If what is found contradicts itself, or is no place.
+pub fn discover(said: Option<(u32, u32)>, variable: &dyn Fn(&str) -> Option<String>) -> Result<Option<Place>> {
+    let number = |name: &str| -> Result<Option<u32>> {
+        let Some(text) = variable(name) else { return Ok(None) };
+        let found = |_| error(format!("expected a number in {name}, found `{text}`; unset it, or correct it"));
+        text.trim().parse().map(Some).map_err(found)
+    };
+    let mut places: Vec<Place> = Vec::new();
+    places.extend(said.map(|(rank, num_ranks)| Place { rank, num_ranks, source: "--rank and --num-ranks" }));
+    for (source, rank, size) in SOURCES {
+        match (number(rank)?, number(size)?) {
+            (Some(rank), Some(num_ranks)) => places.push(Place { rank, num_ranks, source }),
+            // Slurm has one of them in batch scripts, and others have only their size on login nodes.
+            (Some(_), None) if source == SOURCES[0].0 => {
+                return Err(error(format!("expected {size} beside {rank}, found none; set both, or neither")));
+            }
+            _ => (),
+        }
+    }
+    if let Some(wrong) = places.iter().find(|place| place.rank >= place.num_ranks) {
+        return Err(error(format!("there is no {wrong}; ranks count from 0")));
+    }
+    let same = |a: &Place, b: &Place| (a.rank, a.num_ranks) == (b.rank, b.num_ranks);
+    let of_mpi = places.iter().find(|place| SOURCES[2..].iter().any(|(source, ..)| *source == place.source)).cloned();
+    if let Some(of_mpi) = of_mpi {
+        places.retain(|place| place.source != SLURM || same(place, &of_mpi));
+    }
+    let first = places.first().cloned();
+    if let Some((first, other)) = first.as_ref().and_then(|a| Some((a, places.iter().find(|b| !same(a, b))?))) {
+        return Err(error(format!(
+            "the launcher contradicts itself: {first}, and {other}; unset the variables of the one that did not start this process"
+        )));
+    }
+    Ok(first)
+}
+
+/// Meets the other processes of a launcher through MPI; with what engine, in words.
+///
+/// # Errors
+/// If there is no library, or it says something else than the launcher.
+pub fn join(place: &Place, ranks_per_node: u32, variable: &dyn Fn(&str) -> Option<String>) -> Result<(Comm, String)> {
+    let named = variable(LIBRARY).map(PathBuf::from);
+    let libraries: Vec<PathBuf> = match named {
+        Some(path) => vec![path],
+        None => mpi::Hub::names().map(PathBuf::from).to_vec(),
+    };
+    let libraries: Vec<_> = libraries.iter().map(PathBuf::as_path).collect();
+    let (comm, version) = Comm::mpi(&libraries, ranks_per_node)?.map_err(|why| {
+        error(format!(
+            "{place} needs an MPI library, and none of these loads:\n  {}\nname one in {LIBRARY}, or add its folder to \
+             LD_LIBRARY_PATH",
+            why.join("\n  ")
+        ))
+    })?;
+    if (comm.rank(), comm.num_ranks()) != (place.rank, place.num_ranks) {
+        return Err(error(format!(
+            "MPI finds rank {} of {}, where the launcher says {place}; start the processes with the mpiexec of that library ({version}), or \
+             with srun --mpi=pmi2 for MPICH",
+            comm.rank(),
+            comm.num_ranks()
+        )));
+    }
+    Ok((comm, version))
+}
+
+fn error(message: String) -> Error {
+    Error::Comm { op: "launch", message }
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "tests")]
+    use super::*;
+
+    fn found(said: Option<(u32, u32)>, variables: &str) -> std::result::Result<Option<String>, String> {
+        let value = |name: &str| {
+            variables.split_whitespace().find_map(|pair| Some(pair.strip_prefix(name)?.strip_prefix('=')?.to_owned()))
+        };
+        discover(said, &value).map(|place| place.map(|place| place.to_string())).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn launchers_are_known_by_their_variables_in_one_order() {
+        let cases = [
+            ("", None),
+            ("SLURM_NTASKS=4", None),
+            ("RANK=1 WORLD_SIZE=2 SLURM_PROCID=1 SLURM_NTASKS=2", Some("rank 1 of 2 (RANK and WORLD_SIZE)")),
+            (
+                "SLURM_PROCID=3 SLURM_NTASKS=4 PMI_RANK=3 PMI_SIZE=4",
+                Some("rank 3 of 4 (SLURM_PROCID and SLURM_NTASKS)"),
+            ),
+            ("PMI_RANK=0 PMI_SIZE=2", Some("rank 0 of 2 (PMI_RANK and PMI_SIZE)")),
+            // mpirun in an allocation.
+            (
+                "SLURM_PROCID=0 SLURM_NTASKS=2 OMPI_COMM_WORLD_RANK=5 OMPI_COMM_WORLD_SIZE=8",
+                Some("rank 5 of 8 (OMPI_COMM_WORLD_RANK and _SIZE)"),
+            ),
+        ];
+        for (variables, want) in cases {
+            assert_eq!(found(None, variables).unwrap().as_deref(), want, "{variables}");
+        }
+        assert_eq!(found(Some((0, 1)), "").unwrap().unwrap(), "rank 0 of 1 (--rank and --num-ranks)");
+    }
+
+    #[test]
+    fn contradictions_are_refused_with_both_sides() {
+        let cases = [
+            (
+                None,
+                "RANK=1 WORLD_SIZE=2 PMI_RANK=0 PMI_SIZE=2",
+                "rank 1 of 2 (RANK and WORLD_SIZE), and rank 0 of 2 (PMI",
+            ),
+            (Some((1, 4)), "RANK=1 WORLD_SIZE=2", "rank 1 of 4 (--rank and --num-ranks), and rank 1 of 2 (RANK"),
+            (None, "RANK=1", "expected WORLD_SIZE beside RANK"),
+            (None, "RANK=2 WORLD_SIZE=2", "no rank 2 of 2"),
+            (None, "PMI_RANK=x PMI_SIZE=2", "a number in PMI_RANK, found `x`"),
+        ];
+        for (said, variables, want) in cases {
+            let message = found(said, variables).unwrap_err();
+            assert!(message.contains(want), "{variables}: {message}");
+        }
+    }
+}

@@ -1,0 +1,393 @@
+//! Ranks that are processes, over MPI.
+//!
+//! A meeting is one all-to-all of envelopes, that say what each member calls and how much it has for each other, and then all-to-alls
+//! of that, in rounds that MPI can count. A sum stays what it is on one process: the members' parts in the order of ranks. So it has the same
+//! bits. A message is an envelope and its bytes, and waits at the receiver until it is asked for by its tag.
+//!
+//! Nothing blocks inside of MPI: every call is of the kind that returns at once, and whoever waits asks again and again, which is
+//! also what makes the library get on with things, and sees whether somebody has given up. Each rank has a receive open for every other's
+//! notice of that.
+
+mod abi;
+mod world;
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use abi::{Functions, Handle};
+use parking_lot::Mutex;
+use world::{Request, World, bytes};
+
+use super::{
+    local::{Call, MAX_MESSAGES},
+    pack::Brought,
+};
+use crate::{
+    clock,
+    dtype::{DType, Storage},
+    error::{Error, Result},
+};
+
+/// The loaded library and this process's place.
+pub(super) struct Hub {
+    world: World,
+    messages: Handle,
+    notices: Handle,
+    groups: Mutex<Groups>,
+    /// By sender.
+    inboxes: Vec<Mutex<Inbox>>,
+    outbox: Mutex<Vec<Request>>,
+    /// A receive of each other rank's notice.
+    open: Mutex<Vec<Request>>,
+    looked_nanos: AtomicU64,
+    is_lost: AtomicBool,
+    lost: Mutex<Option<Error>>,
+}
+
+/// Communicators by lane and group.
+type Groups = BTreeMap<(u32, Arc<[u32]>), Handle>;
+
+/// Bytes of an envelope of a meeting: how much for this member, how much at most for any, and the call, cut.
+const ENVELOPE: usize = 256;
+/// Bytes of a notice: a rank, and why it gave up, cut.
+const NOTICE: usize = 1024;
+/// Numbers of an envelope of a message: tag, type, length.
+const HEADER: usize = 6;
+const HEADERS: u16 = 0;
+const BODIES: u16 = 1;
+/// How often notices are looked for.
+const LOOK_NANOS: u64 = 1_000_000;
+
+/// Messages of one sender.
+#[derive(Default)]
+struct Inbox {
+    header: Option<Request>,
+    body: Option<(u64, Request)>,
+    messages: VecDeque<(u64, Storage)>,
+}
+
+impl Hub {
+    /// Starts the first library of these that loads; `None`, with what the loader said of each, if none does.
+    pub fn start(libraries: &[&Path]) -> Result<std::result::Result<Self, Vec<String>>> {
+        let mut why = Vec::new();
+        let loaded = libraries.iter().find_map(|path| {
+            Functions::load(path).map_err(|message| why.push(format!("{}: {message}", path.display()))).ok()
+        });
+        let Some(functions) = loaded else { return Ok(Err(why)) };
+        let world = World::start(functions)?;
+        let (messages, notices) = (world.duplicate()?, world.duplicate()?);
+        let others = (0..world.num_ranks).filter(|&rank| rank != world.rank);
+        let open = others.map(|from| world.receive(notices, from, 0, Storage::zeros(DType::U8, NOTICE)));
+        let open = open.collect::<Result<_>>()?;
+        let inboxes = (0..world.num_ranks).map(|_| Mutex::default()).collect();
+        Ok(Ok(Hub {
+            world,
+            messages,
+            notices,
+            groups: Mutex::default(),
+            inboxes,
+            outbox: Mutex::default(),
+            open: Mutex::new(open),
+            looked_nanos: AtomicU64::new(0),
+            is_lost: AtomicBool::new(false),
+            lost: Mutex::default(),
+        }))
+    }
+
+    /// Names under which libraries are looked for.
+    pub fn names() -> [&'static str; 4] {
+        abi::NAMES
+    }
+
+    pub fn rank(&self) -> u32 {
+        self.world.rank
+    }
+
+    pub fn num_ranks(&self) -> u32 {
+        self.world.num_ranks
+    }
+
+    pub fn version(&self) -> String {
+        self.world.version()
+    }
+
+    /// Gets on with what was sent. Whoever drives a rank calls it now and then; waits do so themselves.
+    pub fn progress(&self) -> Result<()> {
+        let mut failed = Ok(());
+        self.outbox.lock().retain_mut(|request| match self.world.is_done(request) {
+            Ok(is_done) => !is_done,
+            Err(error) => {
+                failed = Err(error);
+                false
+            }
+        });
+        failed?;
+        let now = clock::now_nanos();
+        if now.saturating_sub(self.looked_nanos.load(Ordering::Relaxed)) > LOOK_NANOS {
+            self.looked_nanos.store(now, Ordering::Relaxed);
+            self.look_for_notices()?;
+        }
+        Ok(())
+    }
+
+    fn look_for_notices(&self) -> Result<()> {
+        for request in &mut *self.open.lock() {
+            if self.world.is_done(request)? {
+                let notice = request.take_received();
+                let notice = bytes(&notice);
+                if let Some((rank, message)) = notice.split_first_chunk() {
+                    let message = message.split(|&b| b == 0).next().unwrap_or_default();
+                    self.lose(u32::from_le_bytes(*rank), &String::from_utf8_lossy(message));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn lose(&self, rank: u32, message: &str) {
+        self.lost.lock().get_or_insert_with(|| Error::PeerLost { rank, message: message.to_owned() });
+        self.is_lost.store(true, Ordering::Release);
+    }
+
+    pub fn send(&self, (_, to): (u32, u32), tag: u64, data: Storage) -> Result<u64> {
+        let mut waiting = Wait::default();
+        while self.outbox.lock().len() >= MAX_MESSAGES {
+            self.pause(&mut waiting)?;
+        }
+        self.check()?;
+        let [low, high] = halves(tag);
+        let [len_low, len_high] = halves(data.len() as u64);
+        let header = Storage::U32(vec![low, high, data.dtype() as u32, len_low, len_high, 0]);
+        {
+            // Both under the lock: of two streams' messages, headers and bodies come in the same order.
+            let mut outbox = self.outbox.lock();
+            outbox.push(self.world.send(self.messages, to, HEADERS, header)?);
+            outbox.push(self.world.send(self.messages, to, BODIES, data)?);
+        }
+        self.progress()?;
+        Ok(waiting.nanos())
+    }
+
+    pub fn receive(&self, (from, _): (u32, u32), tag: u64) -> Result<(Storage, u64)> {
+        let mut waiting = Wait::default();
+        loop {
+            {
+                let mut inbox = self.inboxes[from as usize].lock();
+                self.advance(from, &mut inbox)?;
+                let at = inbox.messages.iter().position(|(t, _)| *t == tag);
+                if let Some((_, data)) = at.and_then(|at| inbox.messages.remove(at)) {
+                    return Ok((data, waiting.nanos()));
+                }
+            }
+            self.pause(&mut waiting)?;
+        }
+    }
+
+    /// Takes in what has come from a rank.
+    fn advance(&self, from: u32, inbox: &mut Inbox) -> Result<()> {
+        while inbox.messages.len() < MAX_MESSAGES {
+            if let Some((_, body)) = &mut inbox.body {
+                if !self.world.is_done(body)? {
+                    return Ok(());
+                }
+                let (tag, mut body) = inbox.body.take().expect("it is there");
+                inbox.messages.push_back((tag, body.take_received()));
+            }
+            let header = match &mut inbox.header {
+                Some(header) => header,
+                none => {
+                    none.insert(self.world.receive(self.messages, from, HEADERS, Storage::zeros(DType::U32, HEADER))?)
+                }
+            };
+            if !self.world.is_done(header)? {
+                return Ok(());
+            }
+            let header = inbox.header.take().expect("it is there").take_received();
+            let Storage::U32(header) = &header else { unreachable!("as it was asked for") };
+            let dtype = [DType::F64, DType::F32, DType::Bf16, DType::U32, DType::U8];
+            let dtype = dtype.into_iter().find(|&dtype| dtype as u32 == header[2]).unwrap_or(DType::U8);
+            let into = Storage::zeros(dtype, joined([header[3], header[4]]) as usize);
+            let tag = joined([header[0], header[1]]);
+            inbox.body = Some((tag, self.world.receive(self.messages, from, BODIES, into)?));
+        }
+        Ok(())
+    }
+
+    pub fn meet<T: Brought>(
+        &self,
+        (lane, group): (u32, &Arc<[u32]>),
+        me: usize,
+        call: &Call,
+        mine: T,
+    ) -> Result<(Vec<Arc<T>>, u64)> {
+        let n = group.len();
+        let mine = Arc::new(mine);
+        if n == 1 {
+            return Ok((vec![mine], 0));
+        }
+        let comm = self.group(lane, group)?;
+        let mut waiting = Wait::default();
+        let parts: Vec<Vec<u8>> = (0..n).map(|to| if to == me { Vec::new() } else { mine.pack(to, n) }).collect();
+        let most = parts.iter().map(Vec::len).max().unwrap_or(0);
+        let call = call.to_string();
+        let said = |text: &str| text.as_bytes()[..text.len().min(ENVELOPE - 24)].to_vec();
+        let mut envelopes = Vec::with_capacity(n * ENVELOPE);
+        for part in &parts {
+            envelopes.extend([part.len(), most, said(&call).len()].iter().flat_map(|&x| (x as u64).to_le_bytes()));
+            envelopes.extend(said(&call));
+            envelopes.resize(envelopes.len().next_multiple_of(ENVELOPE), 0);
+        }
+        let mut request = self.world.all_to_all(comm, envelopes, ENVELOPE)?;
+        self.wait(&mut request, &mut waiting)?;
+        let envelopes = request.take_received();
+        let number = |at: usize| bytes(&envelopes)[at..].first_chunk().map_or(0, |b| u64::from_le_bytes(*b) as usize);
+        for (i, envelope) in bytes(&envelopes).chunks_exact(ENVELOPE).enumerate() {
+            let theirs = &envelope[24..][..number(i * ENVELOPE + 16).min(ENVELOPE - 24)];
+            if i != me && theirs != said(&call) {
+                let (first, theirs) = (group[me], String::from_utf8_lossy(theirs));
+                let message = format!(
+                    "rank {first} calls {call}, where rank {} calls {theirs}, in the group {group:?}; all members of a group call \
+                     the same collectives in the same order",
+                    group[i]
+                );
+                return Err(Error::Comm { op: "meeting", message });
+            }
+        }
+        let coming: Vec<usize> = (0..n).map(|i| if i == me { 0 } else { number(i * ENVELOPE) }).collect();
+        let most = (0..n).map(|i| number(i * ENVELOPE + 8)).max().unwrap_or(0).max(most);
+        // The same number of rounds for all, of pieces of which n fit a count.
+        let piece = (self.world.max_piece / n).max(1);
+        let mut came: Vec<Vec<u8>> = coming.iter().map(|&len| Vec::with_capacity(len)).collect();
+        for at in (0..most).step_by(piece) {
+            let cut = |len: usize| at.min(len)..(at + piece).min(len);
+            let data = parts.iter().flat_map(|part| &part[cut(part.len())]).copied().collect();
+            let to: Vec<usize> = parts.iter().map(|part| cut(part.len()).len()).collect();
+            let from: Vec<usize> = coming.iter().map(|&len| cut(len).len()).collect();
+            let mut request = self.world.all_to_all_v(comm, data, &to, &from)?;
+            self.wait(&mut request, &mut waiting)?;
+            let received = request.take_received();
+            let mut rest = bytes(&received);
+            for (came, len) in came.iter_mut().zip(from) {
+                came.extend_from_slice(rest.split_off(..len).unwrap_or_default());
+            }
+        }
+        let mut all = Vec::with_capacity(n);
+        for (i, came) in came.iter().enumerate() {
+            all.push(if i == me {
+                mine.clone()
+            } else {
+                let message = || format!("rank {} sent {} bytes that are not what {call} sends", group[i], came.len());
+                Arc::new(T::unpack(came).ok_or_else(|| Error::Comm { op: "meeting", message: message() })?)
+            });
+        }
+        Ok((all, waiting.nanos()))
+    }
+
+    /// The communicator of a group on a lane; made by its members when they first meet.
+    fn group(&self, lane: u32, group: &Arc<[u32]>) -> Result<Handle> {
+        if let Some(comm) = self.groups.lock().get(&(lane, group.clone())) {
+            return Ok(*comm);
+        }
+        // Not under the lock: members of another group may be waited for here.
+        let comm = self.world.group(group, (lane & 0x7fff) as u16)?;
+        self.groups.lock().insert((lane, group.clone()), comm);
+        Ok(comm)
+    }
+
+    fn wait(&self, request: &mut Request, waiting: &mut Wait) -> Result<()> {
+        while !self.world.is_done(request)? {
+            self.pause(waiting)?;
+        }
+        Ok(())
+    }
+
+    fn pause(&self, waiting: &mut Wait) -> Result<()> {
+        self.progress()?;
+        self.check()?;
+        waiting.pause();
+        Ok(())
+    }
+
+    pub fn abort(&self, rank: u32, message: &str) {
+        if self.is_lost.load(Ordering::Acquire) {
+            return;
+        }
+        self.lose(rank, message);
+        let mut notice = rank.to_le_bytes().to_vec();
+        notice.extend(message.bytes().take(NOTICE - 5));
+        notice.resize(NOTICE, 0);
+        for to in (0..self.world.num_ranks).filter(|&to| to != self.world.rank) {
+            // Who cannot be told either is lost itself, or ends when the launcher sees this process end.
+            if let Ok(request) = self.world.send(self.notices, to, 0, Storage::U8(notice.clone())) {
+                self.outbox.lock().push(request);
+            }
+        }
+        let _ = self.progress();
+    }
+
+    pub fn lost(&self) -> Option<Error> {
+        if self.is_lost.load(Ordering::Acquire) { self.lost.lock().clone() } else { None }
+    }
+
+    fn check(&self) -> Result<()> {
+        self.lost().map_or(Ok(()), Err)
+    }
+}
+
+impl Drop for Hub {
+    /// Ends MPI where all went well; else the process ends with what is under way, and its launcher with it.
+    fn drop(&mut self) {
+        if self.is_lost.load(Ordering::Acquire) {
+            return;
+        }
+        let mut waiting = Wait::default();
+        while !self.outbox.lock().is_empty() {
+            if self.pause(&mut waiting).is_err() {
+                return;
+            }
+        }
+        let headers = self.inboxes.iter().filter_map(|inbox| inbox.lock().header.take());
+        let open: Vec<Request> = self.open.lock().drain(..).chain(headers).collect();
+        let cancelled = open.into_iter().try_for_each(|request| self.world.cancel(request));
+        let _ = cancelled.and_then(|()| self.world.finish());
+    }
+}
+
+/// A wait, if there is one: how long it was, and how it is spent.
+#[derive(Default)]
+struct Wait {
+    began: Option<u64>,
+    num_pauses: u32,
+}
+
+impl Wait {
+    /// A while that grows: others of this machine may be what is waited for.
+    fn pause(&mut self) {
+        self.began.get_or_insert_with(clock::now_nanos);
+        self.num_pauses += 1;
+        match self.num_pauses {
+            ..64 => std::hint::spin_loop(),
+            64..256 => std::thread::yield_now(),
+            _ => std::thread::sleep(Duration::from_micros(20)),
+        }
+    }
+
+    fn nanos(&self) -> u64 {
+        self.began.map_or(0, |began| clock::now_nanos() - began)
+    }
+}
+
+fn halves(x: u64) -> [u32; 2] {
+    [x as u32, (x >> 32) as u32]
+}
+
+fn joined([low, high]: [u32; 2]) -> u64 {
+    u64::from(low) | u64::from(high) << 32
+}
