@@ -1,25 +1,20 @@
-//! `y_no = x_ni w_oi^T` by rows: what generation does with every weight, once a step.
+//! `y_no = x_ni w_oi^T` by dot products: what generation does with every weight, once a step.
 //!
-//! Nothing of w is packed but a panel at a time, in the first cache, under every row of x: for a few rows of x one read of the weight
-//! is the whole cost. A small product stays on the calling thread, where it is faster than waking another. w may be bf16 under f32
-//! activations; it is widened in registers.
+//! For a few rows of x one read of the weight is the whole cost, so there is no packing: each row of w is dotted with the rows of x
+//! while it is in the first cache. A small product stays on the calling thread, where it is faster than waking another. w may be bf16
+//! under f32 activations; it is widened in registers. (Panels of sixteen outputs, transposed and widened in the first cache, under fused
+//! multiply-adds, were faster from 8 to 32 rows on and a quarter as fast for one.)
 //!
-//! The bits of a row of y follow from its row of x and from w alone: not from how many rows are beside it, nor from the threads, nor
-//! from the processor.
+//! The bits of a row of y follow from its row of x and from w alone: not from how many rows are beside it, nor from the threads.
 
-mod panel;
-
-use std::borrow::Cow;
-
-use panel::WIDTH;
 use rayon::prelude::*;
 
 use crate::{
     cost::Cost,
     device::Target,
-    dtype::{Element, Float},
+    dtype::Float,
     error::{Error, Result},
-    ops::{expect_shape, gemm::Threads, is_fast},
+    ops::{expect_shape, gemm::Threads, is_fast, lanes},
     ptx,
     simd::vectorize,
     stream::Stream,
@@ -30,6 +25,10 @@ use crate::{
 const MIN_PARALLEL_BYTES: usize = 1 << 20;
 /// Weight bytes one thread takes at a time, at most.
 const CHUNK_BYTES: usize = 128 << 10;
+/// Bytes of x that stay in the first cache.
+const X_BYTES: usize = 16 << 10;
+/// Rows of w dotted at once.
+const BLOCK: usize = 4;
 
 /// Runs `$body` with `$t` and `$w` bound to the types of activations and weights: equal, or bf16 weights under f32.
 macro_rules! with_weight {
@@ -59,7 +58,55 @@ pub(crate) fn expect_weight(op: &'static str, x: Tensor, weight: Tensor) -> Resu
     Err(Error::Shape { op, role: "weight", expected, found: weight })
 }
 
-/// `y_no = beta y_no + x_ni w_oi^T`, rounded once; what y holds is not read where beta is 0.
+/// Assigns `y_on = w_oi x_ni^T`: row o of y holds the products of row o of w. `i` is the row length.
+///
+/// # Panics
+/// If a slice is shorter than `y` implies.
+pub fn gemv<T: Float, W: Float<Acc = T::Acc>>(w: &[W], x: &[T], i: usize, y_on: &mut [T::Acc], threads: Threads) {
+    let n = x.len() / i.max(1);
+    let o = y_on.len() / n.max(1);
+    assert!(o * n == y_on.len() && o * i == w.len() && n * i == x.len(), "sizes of a product agree");
+    if y_on.is_empty() {
+        return;
+    }
+    if threads == Threads::One || size_of_val(w) * n.div_ceil(BLOCK) < MIN_PARALLEL_BYTES {
+        return vectorize(
+            #[inline(always)]
+            || rows(w, x, i, n, y_on),
+        );
+    }
+    let share = o.div_ceil(2 * rayon::current_num_threads());
+    let chunk = (CHUNK_BYTES / (i * size_of::<W>())).clamp(1, share).next_multiple_of(BLOCK);
+    y_on.par_chunks_mut(chunk * n).zip(w.par_chunks(chunk * i)).for_each(|(y, w)| {
+        vectorize(
+            #[inline(always)]
+            || rows(w, x, i, n, y),
+        )
+    });
+}
+
+#[inline(always)]
+fn rows<T: Float, W: Float<Acc = T::Acc>>(w: &[W], x: &[T], i: usize, n: usize, y: &mut [T::Acc]) {
+    let per_block = (X_BYTES / (i * size_of::<T>()).max(1)).max(BLOCK) / BLOCK * BLOCK;
+    for first in (0..n).step_by(per_block) {
+        let x = &x[first * i..(first + per_block).min(n) * i];
+        for (w, y) in w.chunks(BLOCK * i).zip(y.chunks_mut(BLOCK * n)) {
+            for (j, x) in (first..).zip(x.chunks_exact(i)) {
+                if w.len() == BLOCK * i {
+                    for (b, sum) in lanes::dot4(w, x).into_iter().enumerate() {
+                        y[b * n + j] = sum;
+                    }
+                } else {
+                    for (w, y) in w.chunks_exact(i).zip(y.chunks_exact_mut(n)) {
+                        y[j] = lanes::dot(w, x);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// `y_no = beta y_no + x_ni w_oi^T`; what y holds is not read where beta is 0.
 ///
 /// # Panics
 /// If sizes do not agree.
@@ -72,50 +119,15 @@ pub(super) fn linear<T: Float, W: Float<Acc = T::Acc>>(
     threads: Threads,
 ) {
     let n = x.len() / i.max(1);
+    let mut y_on = vec![T::Acc::default(); y.len()];
+    gemv(w, x, i, &mut y_on, threads);
     let o = y.len() / n.max(1);
-    assert!(o * n == y.len() && o * i == w.len() && n * i == x.len(), "sizes of a product agree");
-    if y.is_empty() {
-        return;
-    }
-    let mut panels = vec![[T::Acc::default(); WIDTH]; o.div_ceil(WIDTH) * n];
-    products(w, &widened(x), i, &mut panels, threads);
-    for (first, panel) in (0..o).step_by(WIDTH).zip(panels.chunks_exact(n)) {
-        for (y, sums) in y.chunks_exact_mut(o).zip(panel) {
-            for (y, &sum) in y[first..].iter_mut().zip(sums) {
-                let old = if beta == 0.0 { T::Acc::default() } else { T::Acc::of_f64(beta) * y.to_acc() };
-                *y = T::from_acc(old + sum);
-            }
+    for (j, y) in y.chunks_exact_mut(o.max(1)).enumerate() {
+        for (y, &sum) in y.iter_mut().zip(y_on[j..].iter().step_by(n)) {
+            let old = if beta == 0.0 { T::Acc::default() } else { T::Acc::of_f64(beta) * y.to_acc() };
+            *y = T::from_acc(old + sum);
         }
     }
-}
-
-fn widened<T: Float>(x: &[T]) -> Cow<'_, [T::Acc]> {
-    if T::DTYPE == T::Acc::DTYPE {
-        Cow::Borrowed(bytemuck::cast_slice(x))
-    } else {
-        Cow::Owned(x.iter().map(|x| x.to_acc()).collect())
-    }
-}
-
-/// Adds to the panels of y, each `[n, WIDTH]`.
-fn products<W: Float>(w: &[W], x: &[W::Acc], i: usize, y: &mut [[W::Acc; WIDTH]], threads: Threads) {
-    let n = x.len() / i;
-    let some = |y: &mut [[W::Acc; WIDTH]], w: &[W]| {
-        vectorize(
-            #[inline(always)]
-            || {
-                for (y, w) in y.chunks_mut(n).zip(w.chunks(WIDTH * i)) {
-                    panel::product(w, x, i, y);
-                }
-            },
-        );
-    };
-    if threads == Threads::One || size_of_val(w) * n.div_ceil(4) < MIN_PARALLEL_BYTES {
-        return some(y, w);
-    }
-    let share = y.len().div_ceil(2 * n * rayon::current_num_threads());
-    let chunk = (CHUNK_BYTES / (WIDTH * i * size_of::<W>())).clamp(1, share);
-    y.par_chunks_mut(chunk * n).zip(w.par_chunks(chunk * WIDTH * i)).for_each(|(y, w)| some(y, w));
 }
 
 /// F: `y_no = x_ni w_oi^T`, plus `bias_o` (of x's or w's type) if given. The contract of [`super::gemm::forward`].
