@@ -47,8 +47,8 @@ HADAL_API_KEY=secret start keyed --speculate
 keyed=$url
 "$python" tests/serve/openai_client.py "$open" --busy-url "$busy"
 "$python" tests/serve/openai_client.py "$keyed" --key secret
-chat_page "$open" --max-tokens 4000 --pictures "$pictures"
-chat_page "$keyed" --key secret --max-tokens 4000 --pictures "$pictures/keyed"
+chat_page "$open" --max-tokens 3000 --pictures "$pictures"
+chat_page "$keyed" --key secret --max-tokens 3000 --pictures "$pictures/keyed"
 "$python" tests/serve/load.py "$open" --clients 200 --secs "${LOAD_SECS:-15}"
 
 # An answer that runs when the signal comes is whole, and the server ends by the signal's number.
