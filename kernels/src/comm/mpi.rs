@@ -13,6 +13,7 @@ mod world;
 
 use std::{
     collections::{BTreeMap, VecDeque},
+    hash::{DefaultHasher, Hash as _, Hasher as _},
     path::Path,
     sync::{
         Arc,
@@ -54,8 +55,11 @@ pub(super) struct Hub {
 /// Communicators by lane and group.
 type Groups = BTreeMap<(u32, Arc<[u32]>), Handle>;
 
-/// Bytes of an envelope of a meeting: how much for this member, how much at most for any, and the call, cut.
+/// Bytes of an envelope of a meeting: how much for this member, how much at most for any; then, what must be the same for all, a
+/// digest of the call, and the call, cut, for a person to read.
 const ENVELOPE: usize = 256;
+/// Where in it that begins which must be the same.
+const SAID: usize = 2 * size_of::<u64>();
 /// Bytes of a notice: a rank, and why it gave up, cut.
 const NOTICE: usize = 1024;
 /// Numbers of an envelope of a message: tag, type, length.
@@ -237,25 +241,27 @@ impl Hub {
         let parts: Vec<Vec<u8>> = (0..n).map(|to| if to == me { Vec::new() } else { mine.pack(to, n) }).collect();
         let most = parts.iter().map(Vec::len).max().unwrap_or(0);
         let call = call.to_string();
-        let said = |text: &str| text.as_bytes()[..text.len().min(ENVELOPE - 24)].to_vec();
+        let mut said = digest(&call).to_le_bytes().to_vec();
+        said.extend(call.bytes().take(ENVELOPE - SAID - said.len()));
+        said.resize(ENVELOPE - SAID, 0);
         let mut envelopes = Vec::with_capacity(n * ENVELOPE);
         for part in &parts {
-            envelopes.extend([part.len(), most, said(&call).len()].iter().flat_map(|&x| (x as u64).to_le_bytes()));
-            envelopes.extend(said(&call));
-            envelopes.resize(envelopes.len().next_multiple_of(ENVELOPE), 0);
+            envelopes.extend([part.len(), most].iter().flat_map(|&x| (x as u64).to_le_bytes()));
+            envelopes.extend_from_slice(&said);
         }
         let mut request = self.world.all_to_all(comm, envelopes, ENVELOPE)?;
         self.wait(&mut request, &mut waiting)?;
         let envelopes = request.take_received();
         let number = |at: usize| bytes(&envelopes)[at..].first_chunk().map_or(0, |b| u64::from_le_bytes(*b) as usize);
         for (i, envelope) in bytes(&envelopes).chunks_exact(ENVELOPE).enumerate() {
-            let theirs = &envelope[24..][..number(i * ENVELOPE + 16).min(ENVELOPE - 24)];
-            if i != me && theirs != said(&call) {
-                let (first, theirs) = (group[me], String::from_utf8_lossy(theirs));
+            let theirs = &envelope[SAID..];
+            if theirs != said {
+                let (mine, theirs) = (group[me], String::from_utf8_lossy(&theirs[size_of::<u64>()..]));
                 let message = format!(
-                    "rank {first} calls {call}, where rank {} calls {theirs}, in the group {group:?}; all members of a group call \
-                     the same collectives in the same order",
-                    group[i]
+                    "rank {mine} calls {call}, where rank {} calls {}, in the group {group:?}; all members of a group call the \
+                     same collectives in the same order",
+                    group[i],
+                    theirs.trim_end_matches('\0')
                 );
                 return Err(Error::Comm { op: "meeting", message });
             }
@@ -267,8 +273,9 @@ impl Hub {
         let mut came: Vec<Vec<u8>> = coming.iter().map(|&len| Vec::with_capacity(len)).collect();
         for at in (0..most).step_by(piece) {
             let cut = |len: usize| at.min(len)..(at + piece).min(len);
-            let data = parts.iter().flat_map(|part| &part[cut(part.len())]).copied().collect();
             let to: Vec<usize> = parts.iter().map(|part| cut(part.len()).len()).collect();
+            let mut data = Vec::with_capacity(to.iter().sum());
+            parts.iter().for_each(|part| data.extend_from_slice(&part[cut(part.len())]));
             let from: Vec<usize> = coming.iter().map(|&len| cut(len).len()).collect();
             let mut request = self.world.all_to_all_v(comm, data, &to, &from)?;
             self.wait(&mut request, &mut waiting)?;
@@ -382,6 +389,13 @@ impl Wait {
     fn nanos(&self) -> u64 {
         self.began.map_or(0, |began| clock::now_nanos() - began)
     }
+}
+
+/// Of the same text the same in every process of this program.
+fn digest(text: &str) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    text.hash(&mut hasher);
+    hasher.finish()
 }
 
 fn halves(x: u64) -> [u32; 2] {

@@ -95,7 +95,9 @@ impl<T: Float> Rows<T> {
     /// These rows alone, in this order, in bytes; rows have `d` columns.
     pub fn pack(&self, rows: &[u32], d: usize) -> Vec<u8> {
         fn of<T: Copy>(all: &[T], rows: &[u32], width: usize) -> Vec<T> {
-            rows.iter().flat_map(|&row| &all[row as usize * width..][..width]).copied().collect()
+            let mut some = Vec::with_capacity(rows.len() * width);
+            rows.iter().for_each(|&row| some.extend_from_slice(&all[row as usize * width..][..width]));
+            some
         }
         let mut bytes = Vec::new();
         match self {

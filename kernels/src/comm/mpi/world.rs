@@ -37,9 +37,12 @@ impl Request {
         Request { handles: Vec::new(), sent, received, counts: Vec::new() }
     }
 
-    /// What came; once, and only if the request is done.
+    /// What came; once.
+    ///
+    /// # Panics
+    /// If the request is not done: the library may still write there.
     pub fn take_received(&mut self) -> Storage {
-        debug_assert!(self.handles.is_empty(), "a request that is done");
+        assert!(self.handles.is_empty(), "what came is taken from a request that is done");
         std::mem::replace(&mut self.received, Storage::U8(Vec::new()))
     }
 }
