@@ -3,6 +3,9 @@
 //!
 //! `HADAL_TEST_MPI` has the folders of MPI libraries with their `bin/mpiexec`, first the one for all tests (MPICH from PyPI, say).
 
+#[path = "mpi/faults.rs"]
+mod faults;
+
 use std::{
     env, fs,
     path::{Path, PathBuf},

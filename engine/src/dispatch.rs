@@ -168,6 +168,9 @@ fn launch(world: &mut World, graph: &Graph, handlers: &mut Handlers, events: &mu
             {
                 queue.stream.start_repeating_batch(graph.id << 32 | task as u64);
             }
+            if let Some(peers) = &peers {
+                peers.watch().enter_host(graph.kinds[graph.kind_of[task] as usize].0);
+            }
             launch_task(world, graph, task, &mut handlers.systems[handler], events)?;
             peers.as_ref().map_or(Ok(()), Comm::progress)?;
             if repeats && graph.hands_over[task] {

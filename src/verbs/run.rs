@@ -42,6 +42,8 @@ pub fn run(args: &RunArgs, output: &Output) -> Result<ExitCode, Failure> {
             .inspect_err(|_| give_up(comm.as_ref(), "it cannot begin"))?;
     }
     if let Some(comm) = &comm {
+        let dump = load::run_dir(&loaded.scene).join(format!("lost-rank-{}.json", comm.rank()));
+        comm.watch_over(loaded.scene.watchdog.limits(dump)).map_err(|e| Failure::from_peer(&e))?;
         comm.barrier().map_err(|lost| Failure::from_peer(&lost))?;
     }
     let stop = signals::listen().map_err(|e| Failure::runtime(format!("cannot listen to signals: {e}")))?;

@@ -232,6 +232,7 @@ fn run_rank(request: &RunRequest, setup: RankSetup) -> Result<(Ran, ExitReason),
         std::fs::write(dir.join("scene.ron"), &scene_text)
             .map_err(|e| SessionError::runtime(format!("write {}: {e}", dir.join("scene.ron").display())))?;
     }
+    ranks.comm.watch().expect_faults(&scene.watchdog.faults);
     app.insert_resource(Peers(ranks.comm.clone()))
         .insert_resource(RunDir {
             dir,
@@ -268,6 +269,9 @@ fn run_rank(request: &RunRequest, setup: RankSetup) -> Result<(Ran, ExitReason),
         *app.world_mut().resource_mut::<Work>() = after_training(app.world());
     }
     let reason = engine::app::run(&mut app);
+    for fault in ranks.comm.watch().faults_left() {
+        progress.note(&format!("a fault did not come about: rank {} came to no `{}` in step {}", fault.rank, fault.at, fault.step));
+    }
     if reason.is_failure() {
         ranks.comm.abort(ranks.layout.rank, &reason.to_string());
     }
@@ -368,6 +372,7 @@ impl RunDir {
 /// All ranks take part; the first one writes.
 fn save_checkpoint(world: &World, run: &mut RunDir) -> Result {
     let training = world.resource::<Training>();
+    world.resource::<Ranks>().comm.watch().enter_host("checkpoint_write");
     if !world.resource::<Ranks>().is_first() {
         save::write_model(world, None, None)?;
         save::write_train_state(world, None)?;

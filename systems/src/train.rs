@@ -156,6 +156,7 @@ fn admit(
     // What was sent since the last step, to evaluate or to save, is not this step's.
     ranks.comm.take_meter();
     let step = training.step;
+    ranks.comm.watch().begin_step(step + 1);
     let (num_microbatches, num_sequences) = (training.num_microbatches(), training.scene.batch.microbatch_sequences);
     let num_mtp_modules = model.config.num_nextn_predict_layers;
     let (mut num_targets, mut num_mtp) = (0, 0);

@@ -165,6 +165,8 @@ fn lead(world: &mut World) -> Result {
     loop {
         let control = world.resource::<Control>();
         let holds = control.holds();
+        // Others wait for a run that is paused, and that is no reason to give it up.
+        control.comm.watch().touch();
         if control.signal.load(Ordering::Relaxed) != 0 {
             break;
         }

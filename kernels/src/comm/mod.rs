@@ -22,6 +22,7 @@ pub mod meter;
 mod mpi;
 mod pack;
 pub mod spread;
+pub mod watch;
 pub mod wire;
 
 use std::{
@@ -37,6 +38,7 @@ use parking_lot::Mutex;
 pub use exchange::{Exchange, Received};
 use pack::Brought;
 pub use spread::Spread;
+use watch::{Limits, Watch};
 pub use wire::Wire;
 
 use crate::{
@@ -71,6 +73,7 @@ pub struct Comm {
     lane: u32,
     hub: Option<Hub>,
     meter: Arc<Mutex<Meter>>,
+    watch: Arc<Watch>,
 }
 
 /// What is behind an end.
@@ -170,6 +173,24 @@ impl Comm {
         }
     }
 
+    /// What this rank is in.
+    pub fn watch(&self) -> &Watch {
+        &self.watch
+    }
+
+    /// Starts to watch over the others, where they are processes: one that is silent or does not come when it is waited for is lost
+    /// after these limits, as if it had given up, and a process that then does not end by itself is ended, with exit code 5. All
+    /// ranks do so.
+    ///
+    /// # Errors
+    /// If the engine failed.
+    pub fn watch_over(&self, limits: Limits) -> Result<()> {
+        match &self.hub {
+            Some(Hub::Mpi(hub)) if self.num_ranks > 1 => hub.watch_over(&self.watch, limits),
+            _ => Ok(()),
+        }
+    }
+
     /// An end without an engine, to record ops and to launch them on `Meta`.
     ///
     /// # Panics
@@ -180,7 +201,8 @@ impl Comm {
 
     fn end(rank: u32, num_ranks: u32, ranks_per_node: u32, hub: Option<Hub>) -> Self {
         assert!(rank < num_ranks && ranks_per_node > 0, "rank {rank} of {num_ranks}, {ranks_per_node} to a node");
-        Comm { rank, num_ranks, ranks_per_node, lane: 0, hub, meter: Arc::default() }
+        let watch = Arc::new(Watch::new(rank));
+        Comm { rank, num_ranks, ranks_per_node, lane: 0, hub, meter: Arc::default(), watch }
     }
 
     /// The same end, with collectives that meet only those of the same lane: for a second stream. Lanes start at 0, the first.
@@ -274,6 +296,8 @@ impl Comm {
     fn host_meeting(&self, op: &'static str, bytes: Vec<u8>) -> Result<Vec<Arc<Vec<u8>>>> {
         let hub = self.hub(op)?;
         let call = Call { op, tag: 0, what: String::new() };
+        let _under_way =
+            self.watch.enter(op, HOST_LANE, Rendezvous::Collective { group: self.everyone(), tag: 0 });
         let met = hub.meet((HOST_LANE, &self.everyone()), self.rank as usize, call, bytes);
         met.inspect_err(|error| self.give_up(error)).map(|(all, _)| all)
     }
@@ -321,11 +345,16 @@ impl Comm {
         if s.runs() {
             self.hub(op)?;
         }
-        s.meet(rendezvous);
+        let on = rendezvous();
+        s.meet(|| on.clone());
         s.account(cost);
         let comm = self.clone();
         s.launch_waiting(op, reads, writes, move |m| {
-            match catch_unwind(AssertUnwindSafe(|| comm.hub(op).and_then(|hub| job(&comm, hub, m)))) {
+            let watched = || {
+                let _under_way = comm.watch.enter(op, comm.lane, on);
+                comm.hub(op).and_then(|hub| job(&comm, hub, m))
+            };
+            match catch_unwind(AssertUnwindSafe(watched)) {
                 Ok(Ok(waited)) => waited,
                 Ok(Err(error)) => {
                     comm.give_up(&error);

@@ -5,30 +5,31 @@
 //! bits. A message is an envelope and its bytes, and waits at the receiver until it is asked for by its tag.
 //!
 //! Nothing blocks inside of MPI: every call is of the kind that returns at once, and whoever waits asks again and again, which is
-//! also what makes the library get on with things, and sees whether somebody has given up. Each rank has a receive open for every other's
-//! notice of that.
+//! also what makes the library get on with things, and sees whether somebody has given up.
 
 mod abi;
+mod notices;
+mod pulse;
 mod world;
 
 use std::{
     collections::{BTreeMap, VecDeque},
     hash::{DefaultHasher, Hash as _, Hasher as _},
     path::Path,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
-    },
+    sync::Arc,
     time::Duration,
 };
 
 use abi::{Functions, Handle};
+use notices::Notices;
 use parking_lot::Mutex;
+use pulse::Pulse;
 use world::{Request, World, bytes};
 
 use super::{
     local::{Call, MAX_MESSAGES},
     pack::Brought,
+    watch::{Limits, Watch},
 };
 use crate::{
     clock,
@@ -38,18 +39,14 @@ use crate::{
 
 /// The loaded library and this process's place.
 pub(super) struct Hub {
-    world: World,
+    world: Arc<World>,
+    notices: Arc<Notices>,
     messages: Handle,
-    notices: Handle,
     groups: Mutex<Groups>,
     /// By sender.
     inboxes: Vec<Mutex<Inbox>>,
     outbox: Mutex<Vec<Request>>,
-    /// A receive of each other rank's notice.
-    open: Mutex<Vec<Request>>,
-    looked_nanos: AtomicU64,
-    is_lost: AtomicBool,
-    lost: Mutex<Option<Error>>,
+    pulse: Mutex<Option<Pulse>>,
 }
 
 /// Communicators by lane and group.
@@ -60,14 +57,10 @@ type Groups = BTreeMap<(u32, Arc<[u32]>), Handle>;
 const ENVELOPE: usize = 256;
 /// Where in it that begins which must be the same.
 const SAID: usize = 2 * size_of::<u64>();
-/// Bytes of a notice: a rank, and why it gave up, cut.
-const NOTICE: usize = 1024;
 /// Numbers of an envelope of a message: tag, type, length.
 const HEADER: usize = 6;
 const HEADERS: u16 = 0;
 const BODIES: u16 = 1;
-/// How often notices are looked for.
-const LOOK_NANOS: u64 = 1_000_000;
 
 /// Messages of one sender.
 #[derive(Default)]
@@ -85,24 +78,25 @@ impl Hub {
             Functions::load(path).map_err(|message| why.push(format!("{}: {message}", path.display()))).ok()
         });
         let Some(functions) = loaded else { return Ok(Err(why)) };
-        let world = World::start(functions)?;
-        let (messages, notices) = (world.duplicate()?, world.duplicate()?);
-        let others = (0..world.num_ranks).filter(|&rank| rank != world.rank);
-        let open = others.map(|from| world.receive(notices, from, 0, Storage::zeros(DType::U8, NOTICE)));
-        let open = open.collect::<Result<_>>()?;
+        let world = Arc::new(World::start(functions)?);
+        let (messages, notices) = (world.duplicate()?, Arc::new(Notices::open(&world)?));
         let inboxes = (0..world.num_ranks).map(|_| Mutex::default()).collect();
         Ok(Ok(Hub {
             world,
-            messages,
             notices,
+            messages,
             groups: Mutex::default(),
             inboxes,
             outbox: Mutex::default(),
-            open: Mutex::new(open),
-            looked_nanos: AtomicU64::new(0),
-            is_lost: AtomicBool::new(false),
-            lost: Mutex::default(),
+            pulse: Mutex::default(),
         }))
+    }
+
+    /// Starts to tell the others that this rank lives, and to look whether they do. Collective.
+    pub fn watch_over(&self, watch: &Arc<Watch>, limits: Limits) -> Result<()> {
+        let pulse = Pulse::start(&self.world, &self.notices, watch, limits)?;
+        *self.pulse.lock() = Some(pulse);
+        Ok(())
     }
 
     /// Names under which libraries are looked for.
@@ -133,31 +127,7 @@ impl Hub {
             }
         });
         failed?;
-        let now = clock::now_nanos();
-        if now.saturating_sub(self.looked_nanos.load(Ordering::Relaxed)) > LOOK_NANOS {
-            self.looked_nanos.store(now, Ordering::Relaxed);
-            self.look_for_notices()?;
-        }
-        Ok(())
-    }
-
-    fn look_for_notices(&self) -> Result<()> {
-        for request in &mut *self.open.lock() {
-            if self.world.is_done(request)? {
-                let notice = request.take_received();
-                let notice = bytes(&notice);
-                if let Some((rank, message)) = notice.split_first_chunk() {
-                    let message = message.split(|&b| b == 0).next().unwrap_or_default();
-                    self.lose(u32::from_le_bytes(*rank), &String::from_utf8_lossy(message));
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn lose(&self, rank: u32, message: &str) {
-        self.lost.lock().get_or_insert_with(|| Error::PeerLost { rank, message: message.to_owned() });
-        self.is_lost.store(true, Ordering::Release);
+        self.notices.look()
     }
 
     pub fn send(&self, (_, to): (u32, u32), tag: u64, data: Storage) -> Result<u64> {
@@ -165,7 +135,7 @@ impl Hub {
         while self.outbox.lock().len() >= MAX_MESSAGES {
             self.pause(&mut waiting)?;
         }
-        self.check()?;
+        self.notices.check()?;
         let [low, high] = halves(tag);
         let [len_low, len_high] = halves(data.len() as u64);
         let header = Storage::U32(vec![low, high, data.dtype() as u32, len_low, len_high, 0]);
@@ -317,53 +287,38 @@ impl Hub {
 
     fn pause(&self, waiting: &mut Wait) -> Result<()> {
         self.progress()?;
-        self.check()?;
+        self.notices.check()?;
         waiting.pause();
         Ok(())
     }
 
     pub fn abort(&self, rank: u32, message: &str) {
-        if self.is_lost.load(Ordering::Acquire) {
-            return;
+        if self.notices.lose(rank, message) {
+            self.notices.tell(rank, message);
         }
-        self.lose(rank, message);
-        let mut notice = rank.to_le_bytes().to_vec();
-        notice.extend(message.bytes().take(NOTICE - 5));
-        notice.resize(NOTICE, 0);
-        for to in (0..self.world.num_ranks).filter(|&to| to != self.world.rank) {
-            // Who cannot be told either is lost itself, or ends when the launcher sees this process end.
-            if let Ok(request) = self.world.send(self.notices, to, 0, Storage::U8(notice.clone())) {
-                self.outbox.lock().push(request);
-            }
-        }
-        let _ = self.progress();
     }
 
     pub fn lost(&self) -> Option<Error> {
-        if self.is_lost.load(Ordering::Acquire) { self.lost.lock().clone() } else { None }
-    }
-
-    fn check(&self) -> Result<()> {
-        self.lost().map_or(Ok(()), Err)
+        self.notices.lost()
     }
 }
 
 impl Drop for Hub {
     /// Ends MPI where all went well; else the process ends with what is under way, and its launcher with it.
     fn drop(&mut self) {
-        if self.is_lost.load(Ordering::Acquire) {
-            return;
-        }
         let mut waiting = Wait::default();
-        while !self.outbox.lock().is_empty() {
+        while self.lost().is_none() && !self.outbox.lock().is_empty() {
             if self.pause(&mut waiting).is_err() {
                 return;
             }
         }
+        drop(self.pulse.lock().take());
+        if self.lost().is_some() {
+            return;
+        }
         let headers = self.inboxes.iter().filter_map(|inbox| inbox.lock().header.take());
-        let open: Vec<Request> = self.open.lock().drain(..).chain(headers).collect();
-        let cancelled = open.into_iter().try_for_each(|request| self.world.cancel(request));
-        let _ = cancelled.and_then(|()| self.world.finish());
+        let cancelled = headers.collect::<Vec<_>>().into_iter().try_for_each(|request| self.world.cancel(request));
+        let _ = cancelled.and_then(|()| self.notices.close()).and_then(|()| self.world.finish());
     }
 }
 

@@ -300,6 +300,15 @@ impl Checks<'_> {
                 format!("must be above 0 and at most 1, but is {}", sample.top_p)
             });
         }
+        let watchdog = &scene.watchdog;
+        self.positive("watchdog.min_secs", watchdog.min_secs);
+        self.positive("watchdog.first_step_secs", watchdog.first_step_secs);
+        self.positive("watchdog.steps", watchdog.steps);
+        for (i, fault) in watchdog.faults.iter().enumerate() {
+            self.expect(fault.rank < scene.mesh.num_ranks(), &format!("watchdog.faults[{i}].rank"), || {
+                format!("is {}, but the mesh has {} ranks", fault.rank, scene.mesh.num_ranks())
+            });
+        }
         if let Some(remote) = &scene.remote {
             if let Err(message) = remote.address() {
                 self.problems.push(Problem::new("remote.bind", message));

@@ -1,5 +1,5 @@
 //! A scene: the one RON file that says what a run is. A section is a plugin's settings, and a missing section means
-//! that the plugin is absent; only `batch`, `mesh`, `device`, `graphs`, `precision` and `recompute`, which are no plugins, always have a value.
+//! that the plugin is absent; only `batch`, `mesh`, `device`, `graphs`, `precision`, `recompute` and `watchdog`, which are no plugins, always have a value.
 //!
 //! A file may extend another (`extends: "base.ron"`), and `--set path.to.key=RON` has the last word. The texts are
 //! merged as written, then read as types, then checked; each stage reports everything it finds, by file, line and
@@ -18,6 +18,7 @@ mod sections;
 mod source;
 mod syntax;
 mod tree;
+mod watchdog;
 
 use std::path::Path;
 
@@ -35,6 +36,8 @@ pub use sections::{
     PlanSection, Ramp, Reduce, Routing, RoutingMode, Sample, ScenePath, ScenePaths, Telemetry, Tokenizer, TraceSteps,
     Train, Validation, WireFormat,
 };
+
+pub use watchdog::Watchdog;
 
 use crate::hf::config::HfConfig;
 use crate::mesh::Mesh;
@@ -124,6 +127,9 @@ pub struct Scene {
     /// What the run writes about itself.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub telemetry: Option<Telemetry>,
+    /// When a rank that is a process counts as lost.
+    #[serde(default)]
+    pub watchdog: Watchdog,
     /// Watching and steering the run from elsewhere.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub remote: Option<Remote>,

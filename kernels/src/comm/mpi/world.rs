@@ -4,10 +4,12 @@ use std::{
     ffi::{c_char, c_int, c_void},
     mem::{forget, take},
     ptr,
+    sync::{Arc, OnceLock},
 };
 
 use super::abi::{Functions, Handle};
 use crate::{
+    comm::watch::Watch,
     dtype::Storage,
     error::{Error, Result},
 };
@@ -21,6 +23,7 @@ pub struct World {
     pub num_ranks: u32,
     /// Bytes of a message or of a round, at most: MPI counts in 32 bits.
     pub max_piece: usize,
+    watch: OnceLock<Arc<Watch>>,
 }
 
 /// Bytes under way. A request that is let go before it is done keeps its memory for ever, because the library may still reach for it.
@@ -35,6 +38,12 @@ pub struct Request {
 impl Request {
     fn new(sent: Storage, received: Storage) -> Self {
         Request { handles: Vec::new(), sent, received, counts: Vec::new() }
+    }
+
+    /// One that was never made, and is never done.
+    fn forgotten(mut self) -> Self {
+        self.handles.push(0);
+        self
     }
 
     /// What came; once.
@@ -68,7 +77,7 @@ impl World {
     /// # Errors
     /// If the library fails, or does not let several threads call it.
     pub fn start(functions: Functions) -> Result<Self> {
-        let mut world = World { functions, rank: 0, num_ranks: 1, max_piece: 1 << 30 };
+        let mut world = World { functions, rank: 0, num_ranks: 1, max_piece: 1 << 30, watch: OnceLock::new() };
         let f = &world.functions;
         let (mut level, mut rank, mut size) = (0, 0, 0);
         // SAFETY: MPI allows no arguments here, and the results are written to places of this frame.
@@ -95,6 +104,21 @@ impl World {
         }
         (world.rank, world.num_ranks) = (rank as u32, size as u32);
         Ok(world)
+    }
+
+    /// Nothing moves any more once this rank's link is cut.
+    pub fn obey(&self, watch: &Arc<Watch>) {
+        let _already = self.watch.set(watch.clone());
+    }
+
+    fn is_cut(&self) -> bool {
+        self.watch.get().is_some_and(|watch| watch.is_cut())
+    }
+
+    /// The other processes.
+    pub fn others(&self) -> impl Iterator<Item = u32> + use<> {
+        let me = self.rank;
+        (0..self.num_ranks).filter(move |&rank| rank != me)
     }
 
     /// The library's name and version, in one line.
@@ -151,6 +175,9 @@ impl World {
     /// Starts to send, in pieces that MPI can count.
     pub fn send(&self, comm: Handle, to: u32, tag: u16, data: Storage) -> Result<Request> {
         let mut request = Request::new(data, Storage::U8(Vec::new()));
+        if self.is_cut() {
+            return Ok(request.forgotten());
+        }
         for piece in bytes(&request.sent).chunks(self.max_piece) {
             let (at, len, mut handle) = (piece.as_ptr().cast(), count(piece.len()), 0);
             let f = &self.functions;
@@ -165,6 +192,9 @@ impl World {
     /// Starts to receive what is as long, in the same pieces.
     pub fn receive(&self, comm: Handle, from: u32, tag: u16, into: Storage) -> Result<Request> {
         let mut request = Request::new(Storage::U8(Vec::new()), into);
+        if self.is_cut() {
+            return Ok(request.forgotten());
+        }
         for piece in bytes_mut(&mut request.received).chunks_mut(self.max_piece) {
             let (at, len, mut handle) = (piece.as_mut_ptr().cast(), count(piece.len()), 0);
             let f = &self.functions;
@@ -180,6 +210,9 @@ impl World {
     pub fn all_to_all(&self, comm: Handle, data: Vec<u8>, each: usize) -> Result<Request> {
         let received = vec![0; data.len()];
         let mut request = Request::new(Storage::U8(data), Storage::U8(received));
+        if self.is_cut() {
+            return Ok(request.forgotten());
+        }
         let to = bytes_mut(&mut request.received).as_mut_ptr().cast();
         let from: *const c_void = bytes(&request.sent).as_ptr().cast();
         let (byte, mut handle) = (self.functions.byte, 0);
@@ -198,6 +231,9 @@ impl World {
         for list in [to, from] {
             request.counts.extend(list.iter().map(|&len| count(len)));
             request.counts.extend(list.iter().scan(0, |at, &len| Some(count(std::mem::replace(at, *at + len)))));
+        }
+        if self.is_cut() {
+            return Ok(request.forgotten());
         }
         assert_eq!(bytes(&request.sent).len(), to.iter().sum::<usize>(), "parts add up to what is sent");
         let (out, into) = (start(bytes(&request.sent)), start_mut(bytes_mut(&mut request.received)));
@@ -224,6 +260,9 @@ impl World {
 
     /// Whether it is done; this is also when the library gets on with it.
     pub fn is_done(&self, request: &mut Request) -> Result<bool> {
+        if self.is_cut() {
+            return Ok(false);
+        }
         while let Some(handle) = request.handles.last_mut() {
             let mut flag = 0;
             // SAFETY: the handle is that of a request that is under way.
