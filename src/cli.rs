@@ -58,6 +58,9 @@ pub enum Verb {
     /// Answer requests with a checkpoint over HTTP, as OpenAI's clients ask
     #[cfg(feature = "remote")]
     Serve(ServeArgs),
+    /// Say how a run that listens stands, on one screen
+    #[cfg(feature = "remote")]
+    Status(StatusArgs),
     /// Write a checkpoint anew: in another number format, in other shards, out of FP8
     Convert(ConvertArgs),
     /// Open the window: routing and timeline of a run, a trace or a plan, live
@@ -80,6 +83,8 @@ impl Verb {
             Verb::Generate(args) => &args.json,
             #[cfg(feature = "remote")]
             Verb::Serve(_) => return None,
+            #[cfg(feature = "remote")]
+            Verb::Status(args) => &args.json,
             Verb::Convert(args) => &args.json,
             #[cfg(feature = "editor")]
             Verb::Editor(_) => return None,
@@ -109,6 +114,23 @@ pub struct Overrides {
     /// Change a value of the scene, as in `--set train.steps=50`; may be given again
     #[arg(long, value_name = "PATH=RON")]
     pub set: Vec<String>,
+}
+
+/// Arguments of `status`.
+#[cfg(feature = "remote")]
+#[derive(Debug, Args)]
+pub struct StatusArgs {
+    /// Where the run listens, as it says when it starts: http://HOST:PORT
+    #[arg(value_name = "URL")]
+    pub url: String,
+    /// The run's token, which an address that other machines reach wants; in remote.token in its folder
+    #[arg(long, env = "HADAL_TOKEN", hide_env_values = true)]
+    pub token: Option<String>,
+    /// Seconds to wait: an answer waits for the step at hand
+    #[arg(long, value_name = "SECS", default_value_t = 30)]
+    pub timeout_secs: u32,
+    #[command(flatten)]
+    pub json: Json,
 }
 
 /// Arguments of `run`.

@@ -143,13 +143,19 @@ pub fn loss(nats_per_token: f64, bits_per_byte: Option<f64>) -> String {
 /// What matters most first: a narrow terminal cuts the end.
 fn bar_text(step: &StepReport, pace: Pace) -> String {
     format!(
-        " loss {:.4}{}  {} tokens/s  {} tokens  MaxVio {:.2}",
+        " loss {:.4}{}{}  {} tokens/s  {} tokens  MaxVio {:.2}",
         step.loss_nats_per_token,
         pace.remaining(step),
+        spent(step),
         units::grouped(pace.tokens_per_sec()),
         units::count(step.total_tokens),
         step.max_vio,
     )
+}
+
+/// `  1.20 of 5 $`, of a run with a budget.
+fn spent(step: &StepReport) -> String {
+    step.spent.map(|spent| format!("  {spent}")).unwrap_or_default()
 }
 
 fn place(step: &StepReport) -> String {
@@ -163,8 +169,9 @@ fn line(step: &StepReport, pace: Pace) -> String {
         0 => String::new(),
         experts => format!("  idle experts {experts}"),
     };
+    let spent = spent(step);
     format!(
-        "{}  loss {:.4}{mtp}  grad {:.2}  lr {:.2e}  {} tokens/s  {} tokens  MaxVio {:.2}{idle}{}",
+        "{}  loss {:.4}{mtp}  grad {:.2}  lr {:.2e}  {} tokens/s  {} tokens  MaxVio {:.2}{idle}{spent}{}",
         place(step),
         step.loss_nats_per_token,
         step.grad_norm,
@@ -217,6 +224,7 @@ mod tests {
             max_vio: 0.412,
             num_idle_experts: 0,
             overhead_share: 0.01,
+            spent: None,
         }
     }
 

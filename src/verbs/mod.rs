@@ -13,6 +13,8 @@ mod plan_experts;
 mod run;
 #[cfg(feature = "remote")]
 mod serve;
+#[cfg(feature = "remote")]
+mod status;
 
 pub use plan_experts::ExpertsArgs;
 
@@ -37,6 +39,8 @@ pub fn perform(verb: Verb, output: &Output) -> Result<ExitCode, Failure> {
         Verb::Generate(args) => generate::generate(args, output),
         #[cfg(feature = "remote")]
         Verb::Serve(args) => serve::serve(&args),
+        #[cfg(feature = "remote")]
+        Verb::Status(args) => status::status(&args, output),
         Verb::Convert(args) => convert::convert(&args, output),
         #[cfg(feature = "editor")]
         Verb::Editor(args) => editor::editor(args),

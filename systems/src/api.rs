@@ -57,6 +57,34 @@ pub struct StepReport {
     pub num_idle_experts: u64,
     /// Step time that no stream was busy, over step time.
     pub overhead_share: f64,
+    /// What of the budget is nearest its end.
+    pub spent: Option<Spent>,
+}
+
+/// What was spent of a part of a budget.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Spent {
+    /// `$`, `kWh` or `h`.
+    pub unit: &'static str,
+    /// So far.
+    pub spent: f64,
+    /// At most.
+    pub limit: f64,
+}
+
+impl Spent {
+    /// Of the limit.
+    pub fn share(&self) -> f64 {
+        self.spent / self.limit
+    }
+}
+
+impl std::fmt::Display for Spent {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // Of small budgets the first digits that are not 0.
+        let digits = if self.limit < 0.1 { 5 } else { 2 };
+        write!(f, "{:.digits$} of {} {}", self.spent, self.limit, self.unit)
+    }
 }
 
 /// `hadal run SCENE`.

@@ -1,74 +1,122 @@
-//! What a run makes of its hardware, and what that has cost so far: beside the loss, step by step. Where the scene names no
-//! hardware (`plan.hardware`), or the hardware no price and no watts, there is no bill.
+//! What a run makes of its hardware, what that has cost so far, and when its budget is spent: beside the loss, step by step. What the
+//! scene's hardware (`plan.hardware`) gives no price or no watts for is not on the bill.
 
 use bevy_app::prelude::*;
 use bevy_ecs::prelude::*;
 use engine::prelude::*;
 
 use crate::{
+    api::Spent,
     model_config::ModelConfig,
     plan::model,
+    problem::Problem,
     ranks::Ranks,
-    scene::{Scene, SceneErrors, hardware},
+    scene::{Budget, Loaded, SceneErrors, hardware},
     session::format_of,
-    train::{self, Training},
-    work::{Work, turn_of},
+    train::Training,
 };
 
 /// The hardware of a run, and how its time was used.
 #[derive(Resource)]
 struct Bill {
-    device: DeviceSpec,
+    device: Option<DeviceSpec>,
     num_ranks: f64,
     flops_per_token: f64,
     /// Operations per second of a device in the format of products.
     peak: Option<f64>,
     max_train_secs: Option<f64>,
-    /// Of this session.
+    budget: Budget,
+    /// Of this session, a mean over ranks.
     busy_secs: f64,
     idle_secs: f64,
 }
 
-/// Keeps the bill of `scene`, if it names its hardware.
+/// Keeps the bill of a scene that names its hardware or has a budget.
 ///
 /// # Errors
-/// If the description of the hardware is wrong.
-pub(crate) fn keep(app: &mut App, scene: &Scene, config: &ModelConfig) -> Result<(), Box<SceneErrors>> {
-    let Some(path) = scene.plan.as_ref().and_then(|plan| plan.hardware.as_ref()) else { return Ok(()) };
-    let device = hardware::load(&path.0, &[]).map_err(Box::new)?;
+/// If the description of the hardware is wrong, or does not give what the budget is in.
+pub(crate) fn keep(app: &mut App, loaded: &Loaded, config: &ModelConfig) -> Result<(), Box<SceneErrors>> {
+    let scene = &loaded.scene;
+    let path = scene.plan.as_ref().and_then(|plan| plan.hardware.as_ref());
+    if path.is_none() && scene.budget.is_none() {
+        return Ok(());
+    }
+    let device = path.map(|path| hardware::load(&path.0, &[])).transpose().map_err(Box::new)?;
+    let budget = scene.budget.clone().unwrap_or_default();
     let seq_len = scene.data.as_ref().map_or(0, |data| data.seq_len);
     let format = format_of(scene.precision.compute);
-    app.insert_resource(Bill {
-        num_ranks: f64::from(app.world().resource::<Ranks>().layout.mesh.num_ranks()),
+    let bill = Bill {
+        num_ranks: f64::from(app.world().resource::<Ranks>().comm.num_ranks()),
         flops_per_token: model::flops_per_token(config, seq_len),
-        peak: device.peak_flops_per_sec.high(format),
+        peak: device.as_ref().and_then(|device| device.peak_flops_per_sec.high(format)),
         max_train_secs: scene.train.as_ref().and_then(|train| train.max_train_secs),
         busy_secs: 0.0,
         idle_secs: 0.0,
+        budget,
         device,
-    })
-    .add_systems(Step, tell.in_set(StepSystems::Record).after(train::record).run_if(turn_of(Work::Train)));
+    };
+    let mut problems = Vec::new();
+    let mut needs = |path: &str, limit: Option<f64>, is_known: bool, what: &str| {
+        if limit.is_some() && !is_known {
+            let message = format!("needs `plan.hardware` with {what}: what a step takes of it is not known otherwise");
+            problems.push(Problem::new(path, message));
+        }
+    };
+    needs("budget.cost_usd", bill.budget.cost_usd, bill.usd(1.0).is_some(), "`price_per_hour`");
+    needs("budget.energy_kwh", bill.budget.energy_kwh, bill.kwh(1.0, 0.0).is_some(), "its watts");
+    if !problems.is_empty() {
+        return Err(Box::new(loaded.errors(&problems)));
+    }
+    app.insert_resource(bill);
     Ok(())
 }
 
-fn tell(mut bill: ResMut<Bill>, training: Res<Training>, mut telemetry: ResMut<Telemetry>) {
-    let Some(last) = &training.last else { return };
-    let idle = telemetry.bubbles().idle_fraction().unwrap_or(0.0);
-    bill.busy_secs += last.step_secs * (1.0 - idle);
-    bill.idle_secs += last.step_secs * idle;
-    if let Some(peak) = bill.peak {
-        telemetry.scalar("mfu", bill.flops_per_token * last.tokens_per_sec / (bill.num_ranks * peak));
+impl Bill {
+    /// Dollars of so many seconds of the whole run.
+    fn usd(&self, secs: f64) -> Option<f64> {
+        Some(self.device.as_ref()?.price(secs).ok()? * self.num_ranks)
     }
+
+    /// Kilowatt-hours of the same, of which devices were idle for a share.
+    fn kwh(&self, secs: f64, idle_share: f64) -> Option<f64> {
+        let device = self.device.as_ref()?;
+        Some(device.energy_kwh(secs * (1.0 - idle_share), secs * idle_share).ok()? * self.num_ranks)
+    }
+}
+
+/// Puts a step on the bill, which is after this `train_secs`; how much of the budget is spent, of the part that is nearest its end.
+/// Ranks that are told the same come to the same.
+pub(crate) fn charge(world: &mut World, step_secs: f64, idle_share: f64, tokens_per_sec: f64) -> Option<Spent> {
+    let train_secs = world.resource::<Training>().train_secs;
+    let mut bill = world.get_resource_mut::<Bill>()?;
+    bill.busy_secs += step_secs * (1.0 - idle_share);
+    bill.idle_secs += step_secs * idle_share;
+    let bill = world.resource::<Bill>();
     // Sessions before this one are taken to have been as busy.
     let idle_share = bill.idle_secs / (bill.busy_secs + bill.idle_secs).max(1e-9);
-    let usd = |secs: f64| bill.device.price(secs).ok().map(|usd| usd * bill.num_ranks);
-    let kwh = |secs: f64| {
-        let kwh = bill.device.energy_kwh(secs * (1.0 - idle_share), secs * idle_share).ok();
-        kwh.map(|kwh| kwh * bill.num_ranks)
+    let (usd, kwh) = (bill.usd(train_secs), bill.kwh(train_secs, idle_share));
+    let limit = |limit: Option<f64>, of_time: Option<f64>| match (limit, of_time) {
+        (Some(limit), Some(of_time)) => Some(limit.min(of_time)),
+        (limit, of_time) => limit.or(of_time),
     };
-    let mut put = |name: &str, value: Option<f64>| value.into_iter().for_each(|value| telemetry.scalar(name, value));
-    put("cost_usd", usd(training.train_secs));
-    put("energy_kwh", kwh(training.train_secs));
-    put("budget_usd", bill.max_train_secs.and_then(usd));
-    put("budget_kwh", bill.max_train_secs.and_then(kwh));
+    let max_usd = limit(bill.budget.cost_usd, bill.max_train_secs.and_then(|secs| bill.usd(secs)));
+    let max_kwh = limit(bill.budget.energy_kwh, bill.max_train_secs.and_then(|secs| bill.kwh(secs, idle_share)));
+    let mfu = bill.peak.map(|peak| bill.flops_per_token * tokens_per_sec / (bill.num_ranks * peak));
+    let hours = train_secs / 3600.0;
+    let parts =
+        [("$", usd, bill.budget.cost_usd), ("kWh", kwh, bill.budget.energy_kwh), ("h", Some(hours), bill.budget.hours)];
+    let spent = parts.into_iter().filter_map(|(unit, spent, limit)| Some(Spent { unit, spent: spent?, limit: limit? }));
+    let spent = spent.max_by(|a, b| a.share().total_cmp(&b.share()));
+    let mut telemetry = world.resource_mut::<Telemetry>();
+    for (name, value) in [
+        ("mfu", mfu),
+        ("cost_usd", usd),
+        ("energy_kwh", kwh),
+        ("budget_usd", max_usd),
+        ("budget_kwh", max_kwh),
+        ("budget_share", spent.as_ref().map(Spent::share)),
+    ] {
+        value.into_iter().for_each(|value| telemetry.scalar(name, value));
+    }
+    spent
 }

@@ -33,6 +33,7 @@ use crate::{
     params::{num_activated_params, num_params},
     ranks::Ranks,
     remote,
+    replicas::ReplicasPlugin,
     rounding::{Rounding, RoundingReport},
     save,
     serve::Params,
@@ -224,7 +225,7 @@ fn run_rank(request: &RunRequest, setup: RankSetup) -> Result<(Ran, ExitReason),
             }
         }
     }
-    bill::keep(&mut app, scene, &prepared.config).map_err(SessionError::input)?;
+    bill::keep(&mut app, loaded, &prepared.config).map_err(SessionError::input)?;
     let scene_text = loaded.to_ron().map_err(SessionError::runtime)?;
     let mut log = None;
     if ranks.is_first() {
@@ -263,14 +264,21 @@ fn run_rank(request: &RunRequest, setup: RankSetup) -> Result<(Ran, ExitReason),
             live::LivePlugin,
             observe::ObservePlugin,
         ))
-        .method(CHECKPOINT);
+        .method(CHECKPOINT)
+        .status_field("num_steps", |world| world.resource::<Training>().train.steps.into());
+    if let Some(every_steps) = scene.watchdog.compare_weights_every_steps {
+        app.add_plugins(ReplicasPlugin { every_steps });
+    }
     if app.world().resource::<Training>().step >= app.world().resource::<Training>().train.steps {
         progress.note("all steps of the scene are done already; raise train.steps to go on");
         *app.world_mut().resource_mut::<Work>() = after_training(app.world());
     }
     let reason = engine::app::run(&mut app);
     for fault in ranks.comm.watch().faults_left() {
-        progress.note(&format!("a fault did not come about: rank {} came to no `{}` in step {}", fault.rank, fault.at, fault.step));
+        progress.note(&format!(
+            "a fault did not come about: rank {} came to no `{}` in step {}",
+            fault.rank, fault.at, fault.step
+        ));
     }
     if reason.is_failure() {
         ranks.comm.abort(ranks.layout.rank, &reason.to_string());
@@ -314,6 +322,12 @@ fn keep(world: &mut World) -> Result {
         }
         let training = world.resource::<Training>();
         if was_training && work == Work::Train {
+            if let Some(spent) = training.last.as_ref().and_then(|last| last.spent).filter(|spent| spent.share() >= 1.0)
+            {
+                let reason = ExitReason::Budget(format!("{spent} at step {step} of {total}"));
+                world.resource_mut::<Exit>().stop(reason);
+                return Ok(());
+            }
             if let Some(max_secs) = training.train.max_train_secs
                 && training.train_secs >= max_secs
             {

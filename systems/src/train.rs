@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     api::StepReport,
+    bill,
     data::cursor::Loader,
     expert::{ExpertKey, ExpertLoad},
     head::{LossScale, LossSums},
@@ -27,6 +28,7 @@ use crate::{
     routing::{self, ExpertCounts, RoutingState},
     scene::{self as sections, Scene},
     session::Session,
+    stragglers::Stragglers,
     work::{Turn, Work, turn_of},
 };
 
@@ -271,6 +273,8 @@ struct RankStep {
     sum_squares: u64,
     step_secs: f64,
     overhead_share: f64,
+    /// Of the time of its compute streams.
+    idle_share: f64,
     figures: Figures,
     rounding: RankCounts,
 }
@@ -302,6 +306,7 @@ impl RankStep {
             sum_squares: bits(world.resource::<OptimizerState>().sum_squares),
             step_secs,
             overhead_share: world.resource::<Telemetry>().times().overhead_secs / step_secs.max(1e-9),
+            idle_share: world.resource::<Telemetry>().bubbles().idle_fraction().unwrap_or(0.0),
             figures: Figures::of(world, speaks_for),
             rounding: world.get_resource::<Rounding>().map_or_else(Vec::new, |rounding| rounding.counts(memory)),
         }
@@ -370,6 +375,10 @@ pub(crate) fn record(world: &mut World) -> Result {
     training.train_secs += step_secs;
     training.num_tokens += num_targets;
     training.microbatch_losses = losses.iter().map(|(_, all)| f64::from_bits(all[0])).collect();
+    let tokens_per_sec = num_targets as f64 / step_secs.max(1e-9);
+    let idle_share = all.iter().map(|rank| rank.idle_share).sum::<f64>() / all.len() as f64;
+    let spent = bill::charge(world, step_secs, idle_share, tokens_per_sec);
+    let mut training = world.resource_mut::<Training>();
     let report = StepReport {
         step,
         num_steps: training.train.steps,
@@ -380,18 +389,24 @@ pub(crate) fn record(world: &mut World) -> Result {
         num_tokens: num_targets,
         total_tokens: training.num_tokens,
         step_secs,
-        tokens_per_sec: num_targets as f64 / step_secs.max(1e-9),
+        tokens_per_sec,
         max_vio,
         num_idle_experts: num_idle,
         overhead_share,
+        spent,
     };
     training.last = Some(report.clone());
+    let mut stragglers = world.remove_resource::<Stragglers>().unwrap_or_default();
     let mut telemetry = world.resource_mut::<Telemetry>();
     for (layer, counts) in &rows {
         telemetry.histogram(format!("load/layer {layer}"), counts.iter().map(|&c| f64::from(c)).collect());
     }
     tell(&mut telemetry, &report);
+    let busy: Vec<f64> = all.iter().map(|rank| rank.step_secs * (1.0 - rank.idle_share)).collect();
+    let slow = stragglers.take(&mut telemetry, &busy);
     telemetry.scalar("bias_speed", bias_speed);
+    world.insert_resource(stragglers);
+    slow.iter().for_each(|line| world.resource::<Session>().progress.note(line));
     tell_rounding(world, step, &all);
     Figures::tell(world, &all.iter().map(|rank| &rank.figures).collect::<Vec<_>>());
     let mut loads = world.query::<(&ExpertKey, &mut ExpertLoad)>();

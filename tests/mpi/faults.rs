@@ -22,11 +22,9 @@ use super::{args, libraries, mpiexec, outcome, processes, text};
 /// What happens, and whether the launcher ends the rest by itself, which it must where a stopped process stays.
 const HOW: [(&str, bool); 5] = [("Kill", false), ("Stop", true), ("Panic", false), ("Exit", false), ("Cut", false)];
 /// Where it happens.
-const AT: [&str; 5] =
-    ["attention_forward", "dispatch", "reduce_scatter_sum", "checkpoint_write", "checkpoint_vote"];
+const AT: [&str; 5] = ["attention_forward", "dispatch", "reduce_scatter_sum", "checkpoint_write", "checkpoint_vote"];
 /// On what meshes; all have experts on several ranks, and data ranks.
-const MESHES: [(u32, &[&str]); 2] =
-    [(2, &["mesh.ep=2"]), (4, &["mesh.pp=2", "mesh.ep=2", "batch.num_microbatches=4"])];
+const MESHES: [(u32, &[&str]); 2] = [(2, &["mesh.ep=2"]), (4, &["mesh.pp=2", "mesh.ep=2", "batch.num_microbatches=4"])];
 const NUM_STEPS: u64 = 6;
 /// Seconds that a process may be silent, and that ranks wait for another.
 const MIN_SECS: f64 = 3.0;
@@ -85,7 +83,8 @@ impl Case {
         sets.push(format!("watchdog.faults=[(rank: {rank}, step: {step}, at: {at:?}, how: {how})]"));
         let (codes, said) = self.launch(prefix, dir, &sets, self.cleans_up)?;
         let said_of = said.replace("\n\n", "\n");
-        let expect = |holds: bool, what: &str| if holds { Ok(()) } else { Err(format!("{what}; {codes:?}\n{said_of}")) };
+        let expect =
+            |holds: bool, what: &str| if holds { Ok(()) } else { Err(format!("{what}; {codes:?}\n{said_of}")) };
         let is_gone = matches!(*how, "Kill" | "Stop" | "Exit");
         for other in 0..self.mesh.0 {
             let code = codes.get(&other).copied();

@@ -11,6 +11,7 @@ use super::{
     values::{self, LiveValues},
     world::{self, Exposed, ExposedKind},
 };
+use crate::telemetry::Telemetry;
 
 /// What a method does to the run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,7 +51,7 @@ pub(super) struct StatusFields(Vec<StatusField>);
 type StatusField = (&'static str, fn(&World) -> Value);
 
 /// The methods that every run has. `run.step` is answered after the step, so its answer is the plugin's.
-pub(super) const METHODS: [Method; 15] = [
+pub(super) const METHODS: [Method; 16] = [
     Method {
         name: "rpc.discover",
         about: "{} -> the methods, each with one line",
@@ -62,6 +63,19 @@ pub(super) const METHODS: [Method; 15] = [
         about: "{} -> name, step, state (running or paused), num_ranks, num_listeners, num_dropped, ..",
         access: Access::Reads,
         run: |world, _| Ok(status(world)),
+    },
+    Method {
+        name: "telemetry.last",
+        about: "{} -> {step, scalars: {name: value}} of the last step that was done; null before the first",
+        access: Access::Reads,
+        run: |world, _| {
+            let last = world.get_resource::<Telemetry>().and_then(Telemetry::last);
+            Ok(last.map_or(Value::Null, |last| {
+                // JSON has no number for what is not finite.
+                let scalars = last.scalars.iter().map(|(name, value)| (name.clone(), json!(value)));
+                json!({ "step": last.step, "scalars": scalars.collect::<Map<String, Value>>() })
+            }))
+        },
     },
     Method {
         name: "run.pause",

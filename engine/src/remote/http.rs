@@ -1,4 +1,4 @@
-//! What the server answers over HTTP: `POST /rpc`, `GET /rpc` and `GET /telemetry` as WebSockets, `GET /health`.
+//! What the server answers over HTTP: `POST /rpc`, `GET /rpc` and `GET /telemetry` as WebSockets, `GET /metrics`, `GET /health`.
 
 use std::{sync::Arc, time::Duration};
 
@@ -15,7 +15,7 @@ use serde_json::Value;
 use tokio::time::timeout;
 
 use super::{
-    access,
+    access, metrics,
     protocol::{self, MAX_MESSAGE_BYTES},
     rpc,
     server::{Connection, Shared},
@@ -37,8 +37,11 @@ pub(super) fn router(shared: &Arc<Shared>) -> Router {
     Router::new()
         .route("/rpc", rpc)
         .route("/telemetry", telemetry)
+        .route("/metrics", get(metrics))
         .route("/health", get(|| async { "ok\n" }))
-        .fallback(|| async { (StatusCode::NOT_FOUND, "there are: POST /rpc, GET /rpc, GET /telemetry, GET /health\n") })
+        .fallback(|| async {
+            (StatusCode::NOT_FOUND, "there are: POST /rpc, GET /rpc, GET /telemetry, GET /metrics, GET /health\n")
+        })
         .layer(middleware::from_fn_with_state(shared.clone(), guard))
         .with_state(shared.clone())
 }
@@ -102,6 +105,20 @@ async fn post(Extension(Granted(handle)): Extension<Granted>, body: Body) -> Res
     let refused = answer.as_array().map_or_else(|| needs_token(&answer), |batch| batch.iter().all(needs_token));
     let status = if refused { StatusCode::UNAUTHORIZED } else { StatusCode::OK };
     (status, json_of(&answer)).into_response()
+}
+
+/// `GET /metrics`.
+async fn metrics(Extension(Granted(handle)): Extension<Granted>) -> Response {
+    let asked =
+        [rpc::ask(&handle, "run.status", Value::Null).await, rpc::ask(&handle, "telemetry.last", Value::Null).await];
+    let text = match asked {
+        [Ok(status), Ok(last)] => metrics::text(&status, &last).map_err(|error| error.to_string()),
+        [Err(error), _] | [_, Err(error)] => Err(error.to_string()),
+    };
+    match text {
+        Ok(text) => ([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0")], text).into_response(),
+        Err(why) => (StatusCode::SERVICE_UNAVAILABLE, why + "\n").into_response(),
+    }
 }
 
 /// `GET /rpc` and `GET /telemetry`.

@@ -16,6 +16,7 @@
 pub mod access;
 pub mod client;
 mod http;
+mod metrics;
 pub mod protocol;
 mod rpc;
 pub mod server;

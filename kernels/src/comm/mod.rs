@@ -296,8 +296,7 @@ impl Comm {
     fn host_meeting(&self, op: &'static str, bytes: Vec<u8>) -> Result<Vec<Arc<Vec<u8>>>> {
         let hub = self.hub(op)?;
         let call = Call { op, tag: 0, what: String::new() };
-        let _under_way =
-            self.watch.enter(op, HOST_LANE, Rendezvous::Collective { group: self.everyone(), tag: 0 });
+        let _under_way = self.watch.enter(op, HOST_LANE, Rendezvous::Collective { group: self.everyone(), tag: 0 });
         let met = hub.meet((HOST_LANE, &self.everyone()), self.rank as usize, call, bytes);
         met.inspect_err(|error| self.give_up(error)).map(|(all, _)| all)
     }

@@ -132,7 +132,16 @@ impl Watch {
         };
         state.num_ops += 1;
         let (id, step) = (state.num_ops, state.step);
-        state.under_way.push(Op { id, name, step, lane, on, number, began_nanos: clock::now_nanos(), ended_nanos: None });
+        state.under_way.push(Op {
+            id,
+            name,
+            step,
+            lane,
+            on,
+            number,
+            began_nanos: clock::now_nanos(),
+            ended_nanos: None,
+        });
         drop(state);
         self.touch();
         Entered { watch: self, id }

@@ -7,7 +7,7 @@ use super::Scene;
 use super::schedule::{Constant, Cosine, Schedule, WarmupStableDecay};
 use super::{
     compute::{Compute, Device, Kept, Moments, Part, Precision, Recompute, Scales},
-    sections::{AdamW, Batch, Data, Optimizer, Routing, ScenePath, Tokenizer, Train, Validation},
+    sections::{AdamW, Batch, Budget, Data, Optimizer, Routing, ScenePath, Tokenizer, Train, Validation},
 };
 use crate::problem::Problem;
 
@@ -293,6 +293,11 @@ impl Checks<'_> {
             self.count("checkpoint.every_steps", checkpoint.every_steps);
             self.count("checkpoint.keep_last", checkpoint.keep_last as u64);
         }
+        if let Some(Budget { cost_usd, energy_kwh, hours }) = &scene.budget {
+            for (name, limit) in [("cost_usd", cost_usd), ("energy_kwh", energy_kwh), ("hours", hours)] {
+                limit.iter().for_each(|&limit| self.positive(&format!("budget.{name}"), limit));
+            }
+        }
         if let Some(sample) = &scene.sample {
             self.count("sample.max_new_tokens", sample.max_new_tokens as u64);
             self.not_negative("sample.temperature", sample.temperature);
@@ -301,6 +306,9 @@ impl Checks<'_> {
             });
         }
         let watchdog = &scene.watchdog;
+        if let Some(steps) = watchdog.compare_weights_every_steps {
+            self.count("watchdog.compare_weights_every_steps", steps);
+        }
         self.positive("watchdog.min_secs", watchdog.min_secs);
         self.positive("watchdog.first_step_secs", watchdog.first_step_secs);
         self.positive("watchdog.steps", watchdog.steps);

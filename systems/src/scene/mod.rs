@@ -32,7 +32,7 @@ pub use diagnostic::{Place, SceneError, SceneErrors};
 pub use remote::Remote;
 pub use schedule::{Constant, Cosine, Schedule, WarmupStableDecay};
 pub use sections::{
-    AdamW, Batch, Checkpoint, Data, Eval, ExpertParallel, Mtp, Muon, Optimizer, Pipeline, PipelineSchedule,
+    AdamW, Batch, Budget, Checkpoint, Data, Eval, ExpertParallel, Mtp, Muon, Optimizer, Pipeline, PipelineSchedule,
     PlanSection, Ramp, Reduce, Routing, RoutingMode, Sample, ScenePath, ScenePaths, Telemetry, Tokenizer, TraceSteps,
     Train, Validation, WireFormat,
 };
@@ -121,6 +121,9 @@ pub struct Scene {
     /// Saving the run.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub checkpoint: Option<Checkpoint>,
+    /// What the run may cost.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub budget: Option<Budget>,
     /// A continuation at the end.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sample: Option<Sample>,

@@ -382,6 +382,18 @@ impl Default for Checkpoint {
     }
 }
 
+/// What a run may take of its hardware, all sessions together. When a part is spent the run ends with a checkpoint, and exit code 6.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Budget {
+    /// Dollars, by the price of `plan.hardware`.
+    pub cost_usd: Option<f64>,
+    /// Kilowatt-hours, modelled from the watts of `plan.hardware` and the time that devices were busy.
+    pub energy_kwh: Option<f64>,
+    /// Hours of training.
+    pub hours: Option<f64>,
+}
+
 /// A continuation that is generated when the run ends.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
