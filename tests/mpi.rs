@@ -213,7 +213,7 @@ fn a_rank_that_fails_is_named_by_the_others() {
     let output = mpiexec(&prefix, 2, &args(dir.path(), &["mesh.pp=2"])).output().expect("mpiexec starts");
     let said = text(&output);
     assert!(said.contains("rank 1: peer lost: rank 0: "), "{said}");
-    assert!(said.contains("error: cannot make ") && said.contains("File exists"), "{said}");
+    assert!(said.contains("error: peer lost: rank 0: cannot make ") && said.contains("File exists"), "{said}");
     assert!(processes(dir.path()).is_empty());
 }
 

@@ -104,7 +104,8 @@ pub fn run(mut request: RunRequest) -> Result<RunReport, SessionError> {
     {
         request.progress.note(&format!("the trace is not whole: {error}"));
     }
-    let lost = local::cause(&outcomes).or_else(|| lost_process(across.as_ref()?));
+    let own = outcomes.first().and_then(|first| first.as_ref()?.as_ref().ok()).map(|(_, reason)| reason);
+    let lost = local::cause(&outcomes).or_else(|| lost_process(across.as_ref()?, own));
     let steps: Vec<RankSteps> =
         outcomes.iter_mut().flatten().flatten().filter_map(|((_, steps), _)| steps.take()).collect();
     // Both are about all ranks, so they are told where all are here.
@@ -140,10 +141,11 @@ pub fn run(mut request: RunRequest) -> Result<RunReport, SessionError> {
     Ok(report)
 }
 
-/// Another process that is gone, and why, if one is.
-fn lost_process(comm: &Comm) -> Option<ExitReason> {
-    match comm.lost()? {
-        kernels::error::Error::PeerLost { rank, message } if rank != comm.rank() => {
+/// The process that is gone, and why, if one is; this one too, unless what it found is so for all.
+fn lost_process(comm: &Comm, own: Option<&ExitReason>) -> Option<ExitReason> {
+    match (comm.lost()?, own) {
+        (_, Some(ExitReason::Diverged(_) | ExitReason::Infeasible(_))) => None,
+        (kernels::error::Error::PeerLost { rank, message }, _) => {
             Some(ExitReason::PeerLost(format!("rank {rank}: {message}")))
         }
         _ => None,

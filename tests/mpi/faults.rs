@@ -95,11 +95,9 @@ impl Case {
             }
         }
         expect(!self.cleans_up || codes.values().any(|&code| code == 5), "expected exit code 5 of a rank")?;
-        // A rank that is cut off can only say that it lost the first, or that the first lost it.
-        let named = format!("peer lost: rank {rank}: ");
-        let itself = format!("rank {rank}");
-        let is_named = said.contains(&named) || (*how == "Panic" && said.contains(&format!("{itself} is lost")));
-        expect(is_named, "the others say who it was")?;
+        // As the reason that the run ended, or, where a call of MPI did not return, as the reason that it was ended.
+        let named = [format!("peer lost: rank {rank}: "), format!("error: rank {rank} is lost: ")];
+        expect(named.iter().any(|named| said.contains(named)), "the others say who it was")?;
         expect(processes(dir).is_empty(), "no process is left")?;
 
         let (codes, said) = self.launch(prefix, dir, &self.sets(), false)?;
@@ -136,7 +134,7 @@ impl Case {
         if !cleans_up {
             command.arg("-disable-auto-cleanup");
         }
-        let script = format!("\"$0\" \"$@\"; echo $? > '{}'/$PMI_RANK", codes.display());
+        let script = format!("trap : USR1; \"$0\" \"$@\"; echo $? > '{}'/$PMI_RANK", codes.display());
         let mut rest = ranks.get_args();
         command.args(rest.by_ref().take(2)).args(["sh", "-c", &script]).args(rest);
         command.envs(ranks.get_envs().filter_map(|(name, value)| Some((name, value?))));

@@ -79,7 +79,7 @@ trait ReshapeOrSelf {
 
 impl ReshapeOrSelf for Tensor {
     fn reshape_or_self(self, dims: &[usize]) -> Self {
-        if self.len() == dims.iter().product() { self.reshape(dims) } else { self }
+        if self.len() == dims.iter().product::<usize>() { self.reshape(dims) } else { self }
     }
 }
 
