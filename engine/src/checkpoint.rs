@@ -1,8 +1,15 @@
 //! Checkpoints that survive crashes, full disks and flipped bits.
 //!
-//! A checkpoint is a folder. It is written under a temporary name, listed with checksums in its manifest, synced, and only
-//! then renamed; `latest` moves after that, and old ones go last. So whatever happens, what was there before is still there,
-//! and what has a checkpoint's name is whole or is found not to be.
+//! A checkpoint is a folder that one or many write into, each its own files. It has a temporary name until all of them are
+//! synced and listed with checksums in its manifest; `latest` moves after that, and old ones go last ([`Draft`]). So whatever
+//! happens, what was there before is still there, and what has a checkpoint's name is whole or is found not to be
+//! ([`latest_valid`]).
+
+mod commit;
+mod find;
+
+pub use commit::{Draft, Keep};
+pub use find::{Found, candidates, latest_valid, verify, verify_share};
 
 use std::{
     fs::{self, File},
@@ -10,7 +17,6 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use rustix::fs::{CWD, RenameFlags, renameat_with};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -77,87 +83,57 @@ pub(crate) fn io_error<'a>(operation: &'static str, path: &'a Path) -> impl FnOn
 }
 
 const FOLDER: &str = "checkpoints";
-const TEMPORARY: &str = ".tmp-";
-const MANIFEST: &str = "train/manifest.json";
 const LATEST: &str = "latest";
+/// Where the manifest and what is no part of the model are.
+const TRAIN: &str = "train";
+const MANIFEST: &str = "manifest.json";
+/// The manifest's own checksum, as `sha256sum` writes it.
+const DIGEST: &str = "manifest.sha256";
 
-/// All files of a checkpoint but this one.
+/// All files of a checkpoint but this one and its digest, by path.
 #[derive(Debug, Serialize, Deserialize)]
 struct Manifest {
     step: u64,
     files: Vec<Listed>,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
-struct Listed {
+/// A file of a checkpoint that is durable.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Listed {
     /// Relative to the checkpoint, with `/`.
-    path: String,
-    size_bytes: u64,
-    sha256: String,
+    pub path: String,
+    /// Length.
+    pub size_bytes: u64,
+    /// Checksum in hexadecimal.
+    pub sha256: String,
 }
 
 fn folder_name(step: u64) -> String {
     format!("step-{step:07}")
 }
 
-/// Saves a checkpoint of `step` in run directory `root` and returns its folder, `root/checkpoints/step-0000100`.
-///
-/// `fill` writes any files into the folder it is given. `root/latest` then links to the new checkpoint, and all but
-/// `keep_last` checkpoints (at least the new one stays) are removed: first those of later steps, which belong to a run that
-/// was abandoned, then the oldest. A checkpoint of the same step is replaced.
+/// The folder that a checkpoint of `step` has in run directory `root`.
+pub fn path(root: &Path, step: u64) -> PathBuf {
+    root.join(FOLDER).join(folder_name(step))
+}
+
+/// Writes files into the folder of a [`Draft`], and makes them durable: `write` returns their paths, relative to it. Many may do
+/// so at a time, with files of their own.
 ///
 /// # Errors
-/// If anything cannot be written. What was there before is then untouched, `latest` included, and no part of the new one
-/// is left. (If only removing old ones fails, the new one stands, and the next save tries again.)
-pub fn save(
-    root: &Path,
-    step: u64,
-    keep_last: usize,
-    fill: impl FnOnce(&Path) -> Result<(), BoxError>,
-) -> Result<PathBuf, Error> {
-    let folder = root.join(FOLDER);
-    fs::create_dir_all(&folder).map_err(io_error("make", &folder))?;
-    remove_temporaries(&folder)?;
-    let temporary = Temporary(folder.join(format!("{TEMPORARY}{}", folder_name(step))));
-    fs::create_dir(&temporary.0).map_err(io_error("make", &temporary.0))?;
-    fill(&temporary.0).map_err(|error| fill_error(&temporary.0, error))?;
-    write_manifest(&temporary.0, step)?;
-    sync_tree(&temporary.0)?;
-
-    let path = folder.join(folder_name(step));
-    if path.exists() {
-        replace(&temporary.0, &path).map_err(io_error("replace", &path))?;
-    } else {
-        fs::rename(&temporary.0, &path).map_err(io_error("rename to", &path))?;
-    }
-    sync(&folder)?;
-    link_latest(root, step)?;
-    prune(&folder, step, keep_last)?;
-    Ok(path)
-}
-
-/// Exchanges two folders in one step, so that at every moment there is a checkpoint. File systems that cannot (NFS) do it in
-/// two; the old one has a temporary name in between.
-fn replace(new: &Path, old: &Path) -> io::Result<()> {
-    if renameat_with(CWD, new, CWD, old, RenameFlags::EXCHANGE).is_ok() {
-        return Ok(());
-    }
-    let aside = new.with_extension("replaced");
-    fs::rename(old, &aside)?;
-    fs::rename(new, old).inspect_err(|_| {
-        let _ = fs::rename(&aside, old);
-    })?;
-    fs::remove_dir_all(&aside)
-}
-
-/// A folder that is removed when done with, however that comes about.
-struct Temporary(PathBuf);
-
-impl Drop for Temporary {
-    fn drop(&mut self) {
-        // Renamed away if all went well; else the error on its way out says more than this one would.
-        let _ = fs::remove_dir_all(&self.0);
-    }
+/// If a file cannot be written.
+pub fn fill(
+    folder: &Path,
+    write: impl FnOnce(&Path) -> Result<Vec<String>, BoxError>,
+) -> Result<Vec<Listed>, Error> {
+    let files = write(folder).map_err(|error| fill_error(folder, error))?;
+    let listed = |path: String| {
+        let file = folder.join(&path);
+        sync(&file)?;
+        let (size_bytes, sha256) = checksum(&file)?;
+        Ok(Listed { path, size_bytes, sha256 })
+    };
+    files.into_iter().map(listed).collect()
 }
 
 /// An error of ours or of the operating system says itself where and why; others get the folder.
@@ -170,49 +146,6 @@ fn fill_error(path: &Path, error: BoxError) -> Error {
         Ok(source) => io_error("write into", path)(*source),
         Err(source) => Error::Fill { path: path.to_owned(), source },
     }
-}
-
-fn remove_temporaries(folder: &Path) -> Result<(), Error> {
-    for entry in fs::read_dir(folder).map_err(io_error("list", folder))? {
-        let path = entry.map_err(io_error("list", folder))?.path();
-        if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(TEMPORARY)) {
-            fs::remove_dir_all(&path).map_err(io_error("remove", &path))?;
-        }
-    }
-    Ok(())
-}
-
-/// Files under `folder`, relative to it, sorted.
-fn files(folder: &Path) -> Result<Vec<PathBuf>, Error> {
-    let mut found = Vec::new();
-    let mut open = vec![folder.to_owned()];
-    while let Some(dir) = open.pop() {
-        for entry in fs::read_dir(&dir).map_err(io_error("list", &dir))? {
-            let path = entry.map_err(io_error("list", &dir))?.path();
-            if path.is_dir() {
-                open.push(path);
-            } else {
-                found.push(path.strip_prefix(folder).unwrap_or(&path).to_owned());
-            }
-        }
-    }
-    found.sort();
-    Ok(found)
-}
-
-fn write_manifest(folder: &Path, step: u64) -> Result<(), Error> {
-    let listed = |path: PathBuf| {
-        let (size_bytes, sha256) = checksum(&folder.join(&path))?;
-        let names: Vec<_> = path.iter().map(|name| name.to_string_lossy()).collect();
-        Ok(Listed { path: names.join("/"), size_bytes, sha256 })
-    };
-    let files = files(folder)?.into_iter().map(listed).collect::<Result<_, Error>>()?;
-    let path = folder.join(MANIFEST);
-    let text = serde_json::to_string_pretty(&Manifest { step, files });
-    let text = text.map_err(|error| io_error("write", &path)(error.into()))?;
-    let dir = folder.join("train");
-    fs::create_dir_all(&dir).map_err(io_error("make", &dir))?;
-    fs::write(&path, text).map_err(io_error("write", &path))
 }
 
 /// Size in bytes and SHA-256 in hexadecimal.
@@ -230,8 +163,16 @@ fn checksum(path: &Path) -> Result<(u64, String), Error> {
         hasher.update(&chunk[..len]);
         size_bytes += len as u64;
     }
-    let hex = hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
-    Ok((size_bytes, hex))
+    Ok((size_bytes, hex(&hasher.finalize())))
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// What stands in the manifest's digest.
+fn digest_of(manifest: &[u8]) -> String {
+    format!("{}  {MANIFEST}\n", hex(&Sha256::digest(manifest)))
 }
 
 /// Makes a file, or the names in a folder, durable.
@@ -239,26 +180,7 @@ fn sync(path: &Path) -> Result<(), Error> {
     File::open(path).and_then(|file| file.sync_all()).map_err(io_error("sync", path))
 }
 
-fn sync_tree(folder: &Path) -> Result<(), Error> {
-    for entry in fs::read_dir(folder).map_err(io_error("list", folder))? {
-        let path = entry.map_err(io_error("list", folder))?.path();
-        if path.is_dir() { sync_tree(&path)? } else { sync(&path)? }
-    }
-    sync(folder)
-}
-
-fn link_latest(root: &Path, step: u64) -> Result<(), Error> {
-    let (latest, fresh) = (root.join(LATEST), root.join(".latest.tmp"));
-    match fs::remove_file(&fresh) {
-        Err(error) if error.kind() != ErrorKind::NotFound => return Err(io_error("remove", &fresh)(error)),
-        _ => {}
-    }
-    std::os::unix::fs::symlink(Path::new(FOLDER).join(folder_name(step)), &fresh).map_err(io_error("make", &fresh))?;
-    fs::rename(&fresh, &latest).map_err(io_error("move", &latest))?;
-    sync(root)
-}
-
-/// Steps that have a folder, the next best to `latest` first.
+/// Steps that have a folder, the greatest first.
 fn steps(folder: &Path) -> Result<Vec<u64>, Error> {
     let entries = match fs::read_dir(folder) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
@@ -272,83 +194,6 @@ fn steps(folder: &Path) -> Result<Vec<u64>, Error> {
     }
     steps.sort_unstable_by(|a, b| b.cmp(a));
     Ok(steps)
-}
-
-fn prune(folder: &Path, newest: u64, keep_last: usize) -> Result<(), Error> {
-    let mut steps = steps(folder)?;
-    steps.sort_unstable_by_key(|&step| (step > newest, std::cmp::Reverse(step)));
-    for step in steps.into_iter().skip(keep_last.max(1)) {
-        // Renamed first: a removal that is cut off leaves a temporary, never half a checkpoint.
-        let path = folder.join(folder_name(step));
-        let doomed = Temporary(folder.join(format!("{TEMPORARY}pruned-{}", folder_name(step))));
-        fs::rename(&path, &doomed.0).map_err(io_error("remove", &path))?;
-    }
-    Ok(())
-}
-
-/// What [`latest_valid`] found.
-#[derive(Debug, Default)]
-pub struct Found {
-    /// The checkpoint, if there is a whole one.
-    pub path: Option<PathBuf>,
-    /// Its step.
-    pub step: u64,
-    /// Newer ones that are damaged, and how.
-    pub skipped: Vec<(PathBuf, String)>,
-}
-
-/// The checkpoint of run directory `root` to go on from: the one that `latest` names, or else that of the greatest step,
-/// whichever is whole. Reads every byte of those it looks at.
-///
-/// # Errors
-/// If the folder cannot be listed. A damaged checkpoint is no error: it is skipped.
-pub fn latest_valid(root: &Path) -> Result<Found, Error> {
-    let folder = root.join(FOLDER);
-    let mut steps = steps(&folder)?;
-    if let Ok(target) = fs::read_link(root.join(LATEST)) {
-        let is_latest = |step: &u64| target.file_name().is_some_and(|name| *name == *folder_name(*step));
-        steps.sort_by_key(|step| !is_latest(step));
-    }
-    let mut found = Found::default();
-    for step in steps {
-        let path = folder.join(folder_name(step));
-        match verify(&path, step) {
-            Ok(()) => {
-                (found.path, found.step) = (Some(path), step);
-                break;
-            }
-            Err(error) => found.skipped.push((path, error.to_string())),
-        }
-    }
-    Ok(found)
-}
-
-/// Compares a checkpoint with its manifest.
-///
-/// # Errors
-/// Names the first file that is missing or differs.
-pub fn verify(folder: &Path, step: u64) -> Result<(), Error> {
-    let path = folder.join(MANIFEST);
-    let damaged = |path: &Path, reason: String| Err(Error::Damaged { path: path.to_owned(), reason });
-    let text = fs::read(&path).map_err(io_error("read", &path))?;
-    let manifest: Manifest = match serde_json::from_slice(&text) {
-        Ok(manifest) => manifest,
-        Err(error) => return damaged(&path, error.to_string()),
-    };
-    if manifest.step != step {
-        return damaged(&path, format!("it is of step {}, the folder's name says {step}", manifest.step));
-    }
-    for listed in &manifest.files {
-        let path = folder.join(&listed.path);
-        let (size_bytes, sha256) = checksum(&path)?;
-        if size_bytes != listed.size_bytes {
-            return damaged(&path, format!("expected {} bytes, found {size_bytes}", listed.size_bytes));
-        }
-        if sha256 != listed.sha256 {
-            return damaged(&path, format!("expected SHA-256 {}, found {sha256}", listed.sha256));
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -22,6 +22,7 @@ pub mod stream;
 pub mod task;
 pub mod telemetry;
 pub mod tensor_file;
+pub mod tensor_pieces;
 pub mod tensorboard;
 pub mod tensors;
 pub mod trace;

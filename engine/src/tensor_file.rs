@@ -3,7 +3,9 @@
 use std::{
     borrow::Cow,
     collections::{BTreeMap, HashMap},
-    fs, io,
+    fs::{self, File},
+    io,
+    os::unix::fs::FileExt as _,
     path::{Path, PathBuf},
 };
 
@@ -11,10 +13,44 @@ use bytemuck::Pod;
 use half::bf16;
 use safetensors::{
     Dtype, SafeTensorError, SafeTensors,
-    tensor::{View, serialize_to_file},
+    tensor::{Metadata, View, serialize_to_file},
 };
 
 use crate::checkpoint::{Error, io_error};
+
+/// Longest header accepted, in bytes; the limit of the safetensors library.
+const MAX_HEADER_BYTES: u64 = 100_000_000;
+
+/// Reads and checks a safetensors header; returns where the data begins, and the tensors, sorted by offset. Lengths are not
+/// trusted: they are checked before they are allocated.
+///
+/// # Errors
+/// If the file cannot be read or is damaged.
+pub fn read_header(path: &Path, file: &File) -> Result<(u64, Metadata), Error> {
+    let damaged = |reason: String| Error::Damaged { path: path.to_owned(), reason };
+    let file_len = file.metadata().map_err(io_error("read", path))?.len();
+    if file_len < 8 {
+        return Err(damaged(format!("expected a safetensors file, found only {file_len} bytes")));
+    }
+    let mut length = [0; 8];
+    file.read_exact_at(&mut length, 0).map_err(io_error("read", path))?;
+    let header_len = u64::from_le_bytes(length);
+    let limit = MAX_HEADER_BYTES.min(file_len - 8);
+    if header_len > limit {
+        return Err(damaged(format!("the header claims {header_len} bytes, but can have {limit} at most")));
+    }
+    let mut header = vec![0; header_len as usize];
+    file.read_exact_at(&mut header, 8).map_err(io_error("read", path))?;
+    // Deserializing checks that tensors follow each other without gap or overlap, and have the bytes of their shapes.
+    let metadata: Metadata =
+        serde_json::from_slice(&header).map_err(|e| damaged(format!("the safetensors header is invalid: {e}")))?;
+    let data_len = file_len - 8 - header_len;
+    if metadata.data_len() as u64 != data_len {
+        let claimed = metadata.data_len();
+        return Err(damaged(format!("the header describes {claimed} bytes of tensors, the file holds {data_len}")));
+    }
+    Ok((8 + header_len, metadata))
+}
 
 /// A type that a tensor file can hold.
 pub trait FileElement: Pod {
@@ -136,7 +172,7 @@ impl<'a> TensorFile<'a> {
         })
     }
 
-    /// Writes the file, without syncing it: [`crate::checkpoint::save`] does.
+    /// Writes the file, without syncing it: [`crate::checkpoint::fill`] does.
     ///
     /// # Errors
     /// If the file cannot be written.

@@ -114,6 +114,22 @@ impl Layout {
         (0..self.mesh.num_ranks()).filter(holds).collect()
     }
 
+    /// Which of those that hold the same part of `spec` as this rank speaks for it: one, and each in its turn.
+    pub fn speaker(&self, config: &ModelConfig, spec: &ParamSpec) -> u32 {
+        let holders = self.holders(config, spec);
+        holders.get(spec.index % holders.len().max(1)).copied().unwrap_or(self.rank)
+    }
+
+    /// The parameters that each rank speaks for, by rank: together each part of each parameter once, however often it is held.
+    pub fn spoken_specs(&self, config: &ModelConfig) -> Vec<Vec<ParamSpec>> {
+        let of = |rank| {
+            let layout = Layout { rank, ..self.clone() };
+            let specs = layout.my_specs(config).into_iter();
+            specs.filter(|spec| layout.speaker(config, spec) == rank).collect()
+        };
+        (0..self.mesh.num_ranks()).map(of).collect()
+    }
+
     fn held_at(&self, pp: u32, place: Place) -> bool {
         let last = self.num_stages() - 1;
         let stages = &self.stages_of[pp as usize];

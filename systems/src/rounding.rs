@@ -15,7 +15,10 @@ use kernels::{
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::{lower::Lowering, model::Parameters, save};
+use crate::{
+    lower::Lowering,
+    model::{Model, Parameters},
+};
 
 /// Counts what rounding the weights of a layer lost.
 pub const COUNT: TaskKind = TaskKind("count_rounding");
@@ -232,8 +235,9 @@ pub(crate) struct CountTask {
 /// Emits the count of what rounding a layer's weights lost, if the step is watched: of those that this rank speaks for.
 pub fn lower_count(l: &mut Lowering, weights: &[usize]) -> Result<()> {
     let Some(counter) = l.counter() else { return Ok(()) };
-    let weights: Vec<usize> =
-        weights.iter().copied().filter(|&index| save::held_part(l.world, index).is_some()).collect();
+    let (model, parameters) = (l.world.resource::<Model>(), l.world.resource::<Parameters>());
+    let speaks_for = |&index: &usize| l.layout.speaker(&model.config, &parameters.specs[index]) == l.layout.rank;
+    let weights: Vec<usize> = weights.iter().copied().filter(speaks_for).collect();
     if weights.is_empty() { Ok(()) } else { l.task(COUNT, None, CountTask { weights, counter }) }
 }
 

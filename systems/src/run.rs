@@ -3,14 +3,13 @@
 use std::{
     fs::File,
     io::BufWriter,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
 };
 
 use bevy_app::prelude::*;
 use bevy_ecs::prelude::*;
 use engine::{
-    checkpoint::{self, BoxError},
     control::{self, ControlPlugin, Inbox},
     log::RunLog,
     prelude::*,
@@ -21,7 +20,6 @@ use kernels::comm::Comm;
 use crate::{
     api::{GenerateRequest, Progress, RunReport, RunRequest},
     bill,
-    data::tokenizer::Tokenizer,
     distribute::Distribution,
     evaluate::Evaluation,
     generate::Generation,
@@ -34,14 +32,15 @@ use crate::{
     ranks::Ranks,
     remote,
     replicas::ReplicasPlugin,
+    restore,
     rounding::{Rounding, RoundingReport},
-    save,
+    saving::{self, Saving},
     serve::Params,
     session::{Session, SessionError},
     setup::{Prepared, prepare, set_up_rank},
     traffic::Traffic,
     train::Training,
-    work::Work,
+    work::{Work, turn_of},
 };
 
 /// The run's folder, log and trace.
@@ -51,10 +50,6 @@ struct RunDir {
     /// Of the first rank.
     log: Option<RunLog>,
     trace: Option<SharedTrace>,
-    tokenizer: Arc<Tokenizer>,
-    scene_text: String,
-    saved_step: Option<u64>,
-    checkpoint: Option<PathBuf>,
     val: Option<crate::evaluate::EvaluationResult>,
     finished: bool,
 }
@@ -214,14 +209,14 @@ fn run_rank(request: &RunRequest, setup: RankSetup) -> Result<(Ran, ExitReason),
     let dir = telemetry.dir.join(&scene.name);
     let mut last_step = 0;
     if *resume {
-        let found = checkpoint::latest_valid(&dir).map_err(SessionError::runtime)?;
+        let found = saving::latest_valid(&ranks, &dir).map_err(SessionError::runtime)?;
         for (path, why) in &found.skipped {
             progress.note(&format!("skipped the damaged checkpoint {}: {why}", path.display()));
         }
         match found.path {
             None => progress.note(&format!("{} has no whole checkpoint: starting from step 0", dir.display())),
             Some(path) => {
-                save::restore(app.world_mut(), &path).map_err(SessionError::runtime)?;
+                restore::restore(app.world_mut(), &path).map_err(SessionError::runtime)?;
                 last_step = found.step;
                 progress.note(&format!("resumed from {}", path.display()));
             }
@@ -236,20 +231,14 @@ fn run_rank(request: &RunRequest, setup: RankSetup) -> Result<(Ran, ExitReason),
             .map_err(|e| SessionError::runtime(format!("write {}: {e}", dir.join("scene.ron").display())))?;
     }
     ranks.comm.watch().expect_faults(&scene.watchdog.faults);
+    let about = (prepared.tokenizer.clone(), scene_text);
+    let from_step = (last_step > 0).then_some(last_step);
+    let saving = Saving::new(app.world(), &dir, scene.checkpoint.as_ref(), about, from_step);
     app.insert_resource(Peers(ranks.comm.clone()))
-        .insert_resource(RunDir {
-            dir,
-            log,
-            trace,
-            tokenizer: prepared.tokenizer.clone(),
-            scene_text,
-            saved_step: (last_step > 0).then_some(last_step),
-            checkpoint: None,
-            val: None,
-            finished: false,
-        })
+        .insert_resource(RunDir { dir, log, trace, val: None, finished: false })
+        .insert_resource(saving)
         .insert_resource(Work::Train)
-        .add_systems(Step, keep.in_set(StepSystems::Keep))
+        .add_systems(Step, (saving::advance.run_if(turn_of(Work::Train)), keep).chain().in_set(StepSystems::Keep))
         .add_systems(Finish, last_checkpoint)
         .add_plugins((
             ControlPlugin {
@@ -281,6 +270,12 @@ fn run_rank(request: &RunRequest, setup: RankSetup) -> Result<(Ran, ExitReason),
             "a fault did not come about: rank {} came to no `{}` in step {}",
             fault.rank, fault.at, fault.step
         ));
+    }
+    // What went wrong later does not make an earlier step's checkpoint worse; with several ranks the others may be gone.
+    if ranks.layout.is_solo()
+        && let Err(error) = saving::finish(app.world_mut())
+    {
+        progress.note(&format!("the last checkpoint was not saved: {error}"));
     }
     if reason.is_failure() {
         ranks.comm.abort(ranks.layout.rank, &reason.to_string());
@@ -338,7 +333,7 @@ fn keep(world: &mut World) -> Result {
                 return Ok(());
             }
             if scene.checkpoint.as_ref().is_some_and(|c| step % c.every_steps.max(1) == 0) && step < total {
-                save_checkpoint(world, &mut run)?;
+                saving::begin(world)?;
             }
             let due = scene.eval.as_ref().is_some_and(|e| step % e.every_steps.max(1) == 0);
             if step >= total {
@@ -385,28 +380,6 @@ impl RunDir {
     }
 }
 
-/// All ranks take part; the first one writes.
-fn save_checkpoint(world: &World, run: &mut RunDir) -> Result {
-    let training = world.resource::<Training>();
-    world.resource::<Ranks>().comm.watch().enter_host("checkpoint_write");
-    if !world.resource::<Ranks>().is_first() {
-        save::write_model(world, None, None)?;
-        save::write_train_state(world, None)?;
-        run.saved_step = Some(training.step);
-        return Ok(());
-    }
-    let keep_last = training.scene.checkpoint.as_ref().map_or(2, |c| c.keep_last);
-    let path = checkpoint::save(&run.dir, training.step, keep_last, |folder| -> Result<(), BoxError> {
-        save::write_model(world, Some(&run.tokenizer), Some(folder))?;
-        save::write_train_state(world, Some(folder))?;
-        std::fs::write(folder.join("train/scene.ron"), &run.scene_text)?;
-        Ok(())
-    })?;
-    run.saved_step = Some(training.step);
-    run.checkpoint = Some(path);
-    Ok(())
-}
-
 /// `run.checkpoint`. A rank that fails would be waited for, so then the run ends, unless there are no others.
 const CHECKPOINT: Method = Method {
     name: "run.checkpoint",
@@ -421,13 +394,7 @@ const CHECKPOINT: Method = Method {
         if *world.resource::<Work>() == Work::LocateNotFinite {
             return Err(RpcError::failed("the last step was not finite: its weights are not to be kept"));
         }
-        let saved = world.resource_scope(|world, mut run: Mut<RunDir>| -> Result<PathBuf> {
-            if run.saved_step != Some(step) {
-                save_checkpoint(world, &mut run)?;
-            }
-            Ok(run.checkpoint.clone().unwrap_or_else(|| run.dir.join("latest")))
-        });
-        match saved {
+        match saving::save(world) {
             Ok(path) => Ok(serde_json::json!({ "path": path, "step": step })),
             Err(error) => {
                 if !world.resource::<Ranks>().layout.is_solo() {
@@ -444,14 +411,11 @@ const CHECKPOINT: Method = Method {
 struct NoParams {}
 
 fn last_checkpoint(world: &mut World) -> Result {
-    let step = world.resource::<Training>().step;
-    world.resource_scope(|world, mut run: Mut<RunDir>| {
-        let saves = world.resource::<Training>().scene.checkpoint.is_some();
-        if !saves || run.saved_step == Some(step) || step == 0 {
-            return Ok(());
-        }
-        save_checkpoint(world, &mut run)
-    })
+    let training = world.resource::<Training>();
+    if training.scene.checkpoint.is_some() && training.step > 0 {
+        saving::save(world)?;
+    }
+    saving::finish(world)
 }
 
 fn exit_code(reason: &ExitReason) -> u8 {
@@ -490,7 +454,7 @@ fn report(app: &App, config: &ModelConfig, reason: ExitReason) -> RunReport {
         peak_tensor_bytes: world.resource::<Tensors>().memory().peak_bytes(),
         sample: text.filter(|text| !text.is_empty()),
         run_dir: run.dir.clone(),
-        checkpoint_dir: run.checkpoint.clone().or_else(|| run.saved_step.map(|_| run.dir.join("latest"))),
+        checkpoint_dir: world.resource::<Saving>().latest().map(Path::to_owned),
         exit_reason: reason.to_string(),
         exit_code: exit_code(&reason),
     }

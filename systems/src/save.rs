@@ -1,21 +1,35 @@
-//! Checkpoints of a training run: a Hugging Face folder, plus `train/` with what resuming needs to the last bit (optimizer
-//! state, masters, data cursor, counters).
+//! What a checkpoint holds: a Hugging Face folder, plus `train/` with what resuming needs to the last bit (optimizer state, masters,
+//! data cursor, counters).
+//!
+//! A [`Snapshot`] is this rank's part of it, copied while no task runs, and written beside those that do. Weights have the names and
+//! files of any Hugging Face folder; of those that hold the same, one rank writes. The optimizer's state has the offsets of whole
+//! parameters ([`engine::tensor_pieces`]). So a file says nothing of ranks, and any others can read it.
 
-use std::{ops::Range, path::Path};
+use std::{
+    borrow::Cow,
+    ops::Range,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 
 use bevy_ecs::prelude::*;
-use engine::{checkpoint::BoxError, prelude::*, tensor_file::TensorFile};
-use kernels::{dtype::DType, memory::Memory, tensor::Tensor};
+use engine::{checkpoint::BoxError, prelude::*, tensor_file::TensorFile, tensor_pieces::piece_name};
+use kernels::{
+    dtype::{DType, Storage},
+    memory::Memory,
+    tensor::Tensor,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::{
     data::{cursor::Cursor, tokenizer::Tokenizer},
     hf::{
         config::{ConfigDocument, HfConfig},
-        read::HfFolder,
-        write::{SaveDtype, WriteOptions, write_folder},
+        write::{FolderWriter, INDEX, SaveDtype, WriteOptions},
     },
-    linear,
     live::Live,
     model::{self, Model, Parameters, Weight},
     optimizer::{OptimizerState, Slot},
@@ -43,113 +57,9 @@ pub struct TrainState {
     pub live: Live,
 }
 
-/// A parameter of this rank's list, and which elements of the whole parameter this rank speaks for.
-type Part<'a> = (usize, &'a ParamSpec, Range<usize>);
-
-/// The whole of a parameter's values, gathered on the first rank from those that speak for parts of it; empty elsewhere. Every
-/// rank calls this for the same parameters in the same order.
-///
-/// # Errors
-/// If a rank is lost.
-pub fn gather<'a>(
-    world: &'a World,
-    spec: &ParamSpec,
-    part: impl Fn(&'a World, usize) -> Option<Range<usize>>,
-    values: impl Fn(&'a World, Part<'a>) -> Vec<f64>,
-) -> Result<Vec<f64>, BoxError> {
-    let (ranks, parameters) = (world.resource::<Ranks>(), world.resource::<Parameters>());
-    let mine = parameters.find(&spec.name).and_then(|weight| {
-        let local = &parameters.specs[weight.index];
-        Some((weight.index, local, part(world, weight.index)?))
-    });
-    let mine = mine.map(|(index, local, range)| {
-        let at = local.start + range.start;
-        (at, values(world, (index, local, range)))
-    });
-    // What a device could not give back is not to be saved.
-    world.resource::<Tensors>().memory().failure()?;
-    if ranks.layout.is_solo() {
-        return Ok(mine.map_or_else(Vec::new, |(_, values)| values));
-    }
-    let mut bytes = Vec::new();
-    if let Some((at, values)) = mine {
-        bytes.extend((at as u64).to_le_bytes());
-        bytes.extend(values.iter().flat_map(|x| x.to_le_bytes()));
-    }
-    let all = ranks.comm.all_gather_bytes(bytes)?;
-    if !ranks.is_first() {
-        return Ok(Vec::new());
-    }
-    let word = |bytes: &[u8]| <[u8; 8]>::try_from(bytes).unwrap_or_default();
-    let mut whole = vec![f64::NAN; spec.num_elements()];
-    for part in all.iter().filter(|part| part.len() > 8) {
-        let at = u64::from_le_bytes(word(&part[..8])) as usize;
-        for (out, bytes) in whole[at..].iter_mut().zip(part[8..].chunks_exact(8)) {
-            *out = f64::from_le_bytes(word(bytes));
-        }
-    }
-    Ok(whole)
-}
-
-/// All of a parameter that this rank holds, if it speaks for it: the first of those that hold the same does.
-pub fn held_part(world: &World, index: usize) -> Option<Range<usize>> {
-    let (ranks, model) = (world.resource::<Ranks>(), world.resource::<Model>());
-    let spec = &world.resource::<Parameters>().specs[index];
-    let holders = ranks.layout.holders(&model.config, spec);
-    (holders.first() == Some(&ranks.layout.rank)).then(|| 0..spec.num_elements())
-}
-
-/// The part of a parameter that this rank's optimizer updates.
-pub fn updated_part(world: &World, index: usize) -> Option<Range<usize>> {
-    world.resource::<OptimizerState>().shards[index].as_ref().map(|shard| shard.mine.clone())
-}
-
-fn wide(memory: &Memory, tensor: Tensor) -> Vec<f64> {
-    kernels::with_float!(tensor.dtype, T => {
-        memory.read::<T>(tensor).iter().map(|x| kernels::dtype::Float::as_f64(*x)).collect()
-    })
-}
-
-fn weight_values(world: &World, (index, _, range): Part) -> Vec<f64> {
-    let weight = world.resource::<Parameters>().weights[index].value;
-    wide(world.resource::<Tensors>().memory(), weight.slice(range.start, range.len()))
-}
-
-fn narrow(values: Vec<f64>) -> Vec<f32> {
-    values.into_iter().map(|x| x as f32).collect()
-}
-
-/// Writes the model as a Hugging Face folder; all ranks take part, and the first, which has a `folder`, writes.
-///
-/// # Errors
-/// If a file cannot be written, a weight is not finite, or a rank is lost.
-pub fn write_model(world: &World, tokenizer: Option<&Tokenizer>, folder: Option<&Path>) -> Result<(), BoxError> {
-    let model = world.resource::<Model>();
-    let specs = param_specs(&model.config);
-    let whole = |spec: &ParamSpec| Ok::<_, BoxError>(narrow(gather(world, spec, held_part, weight_values)?));
-    let Some(folder) = folder else { return specs.iter().try_for_each(|spec| whole(spec).map(drop)) };
-    let dtype = if model.compute == DType::Bf16 { SaveDtype::Bf16 } else { SaveDtype::F32 };
-    let mut config = HfConfig::from_model(&model.config);
-    let eos = tokenizer.map(Tokenizer::end_of_text);
-    if let Some(eos) = eos {
-        let ids = serde_json::from_value(serde_json::json!(eos))?;
-        (config.bos_token_id, config.eos_token_id) = (serde_json::from_value(serde_json::json!(eos))?, ids);
-    }
-    let name = if dtype == SaveDtype::Bf16 { "bfloat16" } else { "float32" };
-    let document = ConfigDocument::from_config(config)?.storing(Some(name))?;
-    let options = WriteOptions::hub(&specs, dtype);
-    write_folder(folder, &document, &specs, &options, whole)?;
-    if let Some(tokenizer) = tokenizer {
-        tokenizer.save(&folder.join("tokenizer.json"))?;
-    }
-    let generation = serde_json::json!({ "bos_token_id": eos, "eos_token_id": eos, "do_sample": true });
-    std::fs::write(folder.join("generation_config.json"), serde_json::to_string_pretty(&generation)?)?;
-    Ok(())
-}
-
-/// Tensors of an optimizer's state, as they are called in `train/optimizer.safetensors`.
+/// Tensors of an optimizer's state, as their pieces are called in `train/optimizer*.safetensors`: `PARAMETER.STATE@OFFSET`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
+pub(crate) enum State {
     /// The weight itself, where the model's file rounds it: f64 to f32, and beside bf16 the router, which is f32.
     Weight,
     Master,
@@ -164,7 +74,7 @@ fn rounds(compute: DType, dtype: DType) -> bool {
 }
 
 impl State {
-    const ALL: [(&'static str, State); 5] = [
+    pub(crate) const ALL: [(&'static str, State); 5] = [
         ("weight", State::Weight),
         ("master", State::Master),
         ("m", State::M),
@@ -173,7 +83,7 @@ impl State {
     ];
 
     /// This rank's part of the state, if its kind of optimizer has it.
-    fn of(self, world: &World, index: usize) -> Option<Tensor> {
+    pub(crate) fn of(self, world: &World, index: usize) -> Option<Tensor> {
         let shard = world.resource::<OptimizerState>().shards[index].as_ref()?;
         let weight = world.resource::<Parameters>().weights[index].value;
         match (self, &shard.slot) {
@@ -190,7 +100,7 @@ impl State {
     }
 
     /// Whether any rank has it: decided from what all ranks know.
-    fn exists(self, world: &World, spec: &ParamSpec) -> bool {
+    pub(crate) fn exists(self, world: &World, spec: &ParamSpec) -> bool {
         let muon = world.resource::<OptimizerState>().uses_muon(spec.kind);
         let compute = world.resource::<Model>().compute;
         spec.kind.is_trained()
@@ -203,97 +113,158 @@ impl State {
     }
 }
 
-/// Writes `train/`; all ranks take part, and the first, which has a `folder`, writes.
-///
-/// # Errors
-/// If a file cannot be written, or a rank is lost.
-pub fn write_train_state(world: &World, folder: Option<&Path>) -> Result<(), BoxError> {
-    let config = &world.resource::<Model>().config;
-    let memory = world.resource::<Tensors>().memory();
-    let mut whole: Vec<(String, Vec<usize>, Vec<f64>)> = Vec::new();
-    for spec in param_specs(config) {
-        for (name, state) in State::ALL {
-            if state.exists(world, &spec) {
-                let values = |world: &World, (index, ..): Part| {
-                    state.of(world, index).map_or_else(Vec::new, |tensor| wide(memory, tensor))
-                };
-                let values = gather(world, &spec, updated_part, values)?;
-                whole.push((format!("{}.{name}", spec.name), spec.shape.clone(), values));
-            }
-        }
-    }
-    let Some(folder) = folder else { return Ok(()) };
-    let training = world.resource::<Training>();
-    let dir = folder.join("train");
-    std::fs::create_dir_all(&dir)?;
-    let is_wide = world.resource::<Model>().compute == DType::F64;
-    let narrow: Vec<_> = whole.iter().map(|(.., v)| if is_wide { Vec::new() } else { narrow(v.clone()) }).collect();
-    let mut file = TensorFile::new();
-    for ((name, dims, wide), narrow) in whole.iter().zip(&narrow) {
-        if is_wide {
-            file.insert(name.as_str(), dims, wide);
-        } else {
-            file.insert(name.as_str(), dims, narrow);
-        }
-    }
-    file.write(&dir.join("optimizer.safetensors"))?;
-    let state = TrainState {
-        step: training.step,
-        num_tokens: training.num_tokens,
-        train_secs: training.train_secs,
-        cursor: training.loader.cursor(),
-        last_seen: training.last_seen.clone(),
-        live: world.get_resource::<Live>().copied().unwrap_or_default(),
-    };
-    std::fs::write(dir.join("state.json"), serde_json::to_string_pretty(&state)?)?;
-    Ok(())
+/// The elements of a whole parameter that this rank's optimizer updates.
+pub fn updated_part(world: &World, index: usize) -> Option<Range<usize>> {
+    let start = world.resource::<Parameters>().specs[index].start;
+    let shard = world.resource::<OptimizerState>().shards[index].as_ref()?;
+    Some(start + shard.mine.start..start + shard.mine.end)
 }
 
-/// Restores this rank's part of what [`write_model`] and [`write_train_state`] wrote, on whatever ranks.
-///
-/// # Errors
-/// If the checkpoint is of another model, optimizer or data set; the file and the tensor are named.
-pub fn restore(world: &mut World, folder: &Path) -> Result<(), BoxError> {
-    let hf = HfFolder::open(folder)?;
-    hf.model()?;
-    let memory = world.resource::<Tensors>().memory().clone();
-    let parameters = world.resource::<Parameters>();
-    for (spec, weight) in parameters.iter() {
-        model::upload(&memory, weight.value, &hf.read_param(spec)?);
-    }
-    let file = TensorFile::read(&folder.join("train/optimizer.safetensors"))?;
-    for whole in param_specs(&world.resource::<Model>().config) {
-        let Some(weight) = parameters.find(&whole.name) else { continue };
-        let start = parameters.specs[weight.index].start;
-        for (name, state) in State::ALL {
-            let (Some(tensor), Some(part)) = (state.of(world, weight.index), updated_part(world, weight.index)) else {
-                continue;
-            };
-            let name = format!("{}.{name}", whole.name);
-            let part = start + part.start..start + part.end;
-            match tensor.dtype {
-                DType::F64 => memory.upload(tensor, &file.get::<f64>(&name, &whole.shape)?[part]),
-                _ => model::upload(&memory, tensor, &file.get::<f32>(&name, &whole.shape)?[part]),
-            }
-            // The weight is whole on every holder, not only in the part that this rank updates.
-            if state == State::Weight {
-                let part = start..start + weight.value.len();
-                match weight.value.dtype {
-                    DType::F64 => memory.upload(weight.value, &file.get::<f64>(&name, &whole.shape)?[part]),
-                    _ => model::upload(&memory, weight.value, &file.get::<f32>(&name, &whole.shape)?[part]),
-                }
+/// What of a run's checkpoints is the same in each.
+pub struct About {
+    /// Made of text.
+    pub tokenizer: Arc<Tokenizer>,
+    /// The scene.
+    pub scene_text: String,
+    /// The parameters that each rank writes, by rank.
+    pub parts: Vec<Vec<ParamSpec>>,
+}
+
+/// This rank's part of a checkpoint, in the host's memory.
+pub struct Snapshot {
+    about: Arc<About>,
+    rank: usize,
+    options: WriteOptions,
+    /// Of the parameters that this rank writes, in order.
+    weights: Vec<Storage>,
+    /// Pieces by name.
+    state: Vec<(String, Storage)>,
+    /// What is written once.
+    once: Option<(ConfigDocument, TrainState)>,
+}
+
+impl Snapshot {
+    /// Copies what this rank is to write; its streams are idle.
+    ///
+    /// # Errors
+    /// If the device does not give it.
+    pub fn take(world: &World, about: Arc<About>) -> Result<Self, BoxError> {
+        let (ranks, model) = (world.resource::<Ranks>(), world.resource::<Model>());
+        let (parameters, memory) = (world.resource::<Parameters>(), world.resource::<Tensors>().memory());
+        let rank = ranks.layout.rank as usize;
+        let value = |spec: &ParamSpec| parameters.find(&spec.name).map(|weight| copy(memory, weight.value));
+        let weights = about.parts[rank].iter().filter_map(value).collect();
+        let mut state = Vec::new();
+        for (index, spec) in parameters.specs.iter().enumerate() {
+            let Some(part) = updated_part(world, index).filter(|part| !part.is_empty()) else { continue };
+            for (name, tensor) in State::ALL.map(|(name, state)| (name, state.of(world, index))) {
+                let name = piece_name(&format!("{}.{name}", spec.name), part.start);
+                state.extend(tensor.map(|tensor| (name, copy(memory, tensor))));
             }
         }
+        let dtype = if model.compute == DType::Bf16 { SaveDtype::Bf16 } else { SaveDtype::F32 };
+        let eos = about.tokenizer.end_of_text();
+        let generation = serde_json::json!({ "bos_token_id": eos, "eos_token_id": eos, "do_sample": true });
+        let options = WriteOptions {
+            generation_config: Some(serde_json::to_string_pretty(&generation)?),
+            ..WriteOptions::hub(&param_specs(&model.config), dtype)
+        };
+        let once = if ranks.is_first() { Some((document(model, eos, dtype)?, TrainState::of(world))) } else { None };
+        // What a device could not give back is not to be saved.
+        memory.failure()?;
+        Ok(Snapshot { about, rank, options, weights, state, once })
     }
-    let path = folder.join("train/state.json");
-    let text = std::fs::read_to_string(&path).map_err(|e| format!("read {}: {e}", path.display()))?;
-    let state: TrainState = serde_json::from_str(&text).map_err(|e| format!("{}: {e}", path.display()))?;
-    let mut training = world.resource_mut::<Training>();
-    training.loader.seek(&state.cursor)?;
-    (training.step, training.num_tokens, training.train_secs) = (state.step, state.num_tokens, state.train_secs);
-    training.last_seen = state.last_seen;
-    world.insert_resource(state.live);
-    Ok(linear::quantize_weights(world)?)
+
+    /// Writes it into a checkpoint's folder, which has a folder `train`; returns the files, relative to it.
+    ///
+    /// # Errors
+    /// If a file cannot be written or a weight is not finite; or if it was given up, soon after that.
+    pub fn write(&self, folder: &Path, given_up: &AtomicBool) -> Result<Vec<String>, BoxError> {
+        let mut writer = FolderWriter::create_part(folder, &self.about.parts, self.rank, &self.options)?;
+        for (spec, values) in self.about.parts[self.rank].iter().zip(&self.weights) {
+            if given_up.load(Ordering::Relaxed) {
+                return Err("given up".into());
+            }
+            for view in &spec.views {
+                writer.write_view(view, &narrow(values, view.offset..view.offset + view.num_elements()))?;
+            }
+        }
+        let mut files;
+        if let Some((config, state)) = &self.once {
+            files = writer.finish(config)?.files;
+            files.extend(["config.json", "generation_config.json", "tokenizer.json"].map(str::to_owned));
+            files.extend(folder.join(INDEX).exists().then(|| INDEX.to_owned()));
+            self.about.tokenizer.save(&folder.join("tokenizer.json"))?;
+            for (name, text) in [
+                ("train/state.json", serde_json::to_string_pretty(state)?),
+                ("train/scene.ron", self.about.scene_text.clone()),
+            ] {
+                std::fs::write(folder.join(name), text)?;
+                files.push(name.to_owned());
+            }
+        } else {
+            files = writer.finish_part()?.files;
+        }
+        let mut file = TensorFile::new();
+        for (name, values) in &self.state {
+            match values {
+                Storage::F64(values) => file.insert(name.as_str(), &[values.len()], values),
+                Storage::F32(values) => file.insert(name.as_str(), &[values.len()], values),
+                Storage::Bf16(values) => file.insert(name.as_str(), &[values.len()], values),
+                Storage::U32(_) | Storage::U8(_) => return Err(format!("{name} is not made of floats").into()),
+            }
+        }
+        let name = match self.about.parts.len() {
+            1 => "train/optimizer.safetensors".to_owned(),
+            num_ranks => format!("train/optimizer-{:05}-of-{num_ranks:05}.safetensors", self.rank + 1),
+        };
+        file.write(&folder.join(&name))?;
+        files.push(name);
+        Ok(files)
+    }
+}
+
+/// config.json.
+fn document(model: &Model, eos: u32, dtype: SaveDtype) -> Result<ConfigDocument, BoxError> {
+    let mut config = HfConfig::from_model(&model.config);
+    let id = serde_json::json!(eos);
+    (config.bos_token_id, config.eos_token_id) = (serde_json::from_value(id.clone())?, serde_json::from_value(id)?);
+    Ok(ConfigDocument::from_config(config)?.storing(Some(dtype.torch_name()))?)
+}
+
+impl TrainState {
+    fn of(world: &World) -> Self {
+        let training = world.resource::<Training>();
+        TrainState {
+            step: training.step,
+            num_tokens: training.num_tokens,
+            train_secs: training.train_secs,
+            cursor: training.loader.cursor(),
+            last_seen: training.last_seen.clone(),
+            live: world.get_resource::<Live>().copied().unwrap_or_default(),
+        }
+    }
+}
+
+fn copy(memory: &Memory, tensor: Tensor) -> Storage {
+    match tensor.dtype {
+        DType::F64 => Storage::F64(memory.download(tensor)),
+        DType::F32 => Storage::F32(memory.download(tensor)),
+        DType::Bf16 => Storage::Bf16(memory.download(tensor)),
+        DType::U32 => Storage::U32(memory.download(tensor)),
+        DType::U8 => Storage::U8(memory.download(tensor)),
+    }
+}
+
+/// Some values as f32, which a model's file has at most.
+fn narrow(values: &Storage, range: Range<usize>) -> Cow<'_, [f32]> {
+    match values {
+        Storage::F64(values) => values[range].iter().map(|&x| x as f32).collect(),
+        Storage::F32(values) => values[range].into(),
+        Storage::Bf16(values) => values[range].iter().map(|x| x.to_f32()).collect(),
+        Storage::U32(values) => values[range].iter().map(|&x| x as f32).collect(),
+        Storage::U8(values) => values[range].iter().map(|&x| f32::from(x)).collect(),
+    }
 }
 
 /// Every parameter's gradient under its Hugging Face names, as f32, written to `path`.

@@ -28,7 +28,7 @@ use systems::{
     model::{Parameters, initial_values},
     model_config::ModelConfig,
     optimizer::{OptimizerState, UpdateScalars},
-    params::{ParamKind, param_specs},
+    params::{ParamKind, ParamSpec, param_specs},
     ranks::Ranks,
     save,
     scene::{
@@ -115,11 +115,7 @@ fn run(case: &Case) -> Step {
         }
         let mut gradients = BTreeMap::new();
         for spec in param_specs(&config).iter().filter(|spec| spec.kind != ParamKind::ExpertBias) {
-            let values = save::gather(world, spec, save::updated_part, |world, (index, _, range)| {
-                let grad = world.resource::<Parameters>().weights[index].grad.unwrap();
-                wide(world, grad.slice(range.start, range.len()))
-            });
-            gradients.insert(spec.name.clone(), values.map_err(SessionError::runtime)?);
+            gradients.insert(spec.name.clone(), gather(world, spec).map_err(SessionError::runtime)?);
         }
         if ranks.is_first() {
             *whole.lock().unwrap() = Some(gradients);
@@ -133,6 +129,24 @@ fn run(case: &Case) -> Step {
         losses: losses.into_inner().unwrap().into_values().collect(),
         gradients: whole.into_inner().unwrap().unwrap(),
     }
+}
+
+/// A parameter's whole gradient, from the parts that ranks update, on the first of them.
+fn gather(world: &World, spec: &ParamSpec) -> Result<Vec<f64>> {
+    let parameters = world.resource::<Parameters>();
+    let mine = parameters.find(&spec.name).and_then(|weight| {
+        let (part, start) = (save::updated_part(world, weight.index)?, parameters.specs[weight.index].start);
+        Some((part.start, wide(world, weight.grad?.slice(part.start - start, part.len()))))
+    });
+    let bits = mine.map(|(at, values)| (at, values.into_iter().map(f64::to_bits).collect::<Vec<_>>()));
+    let all = world.resource::<Ranks>().exchange(&bits)?;
+    let mut whole = vec![f64::NAN; spec.num_elements()];
+    for (at, values) in all.into_iter().flatten() {
+        for (out, bits) in whole[at..].iter_mut().zip(values) {
+            *out = f64::from_bits(bits);
+        }
+    }
+    Ok(whole)
 }
 
 fn wide(world: &World, tensor: kernels::tensor::Tensor) -> Vec<f64> {

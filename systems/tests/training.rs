@@ -65,8 +65,13 @@ fn train(dir: &Path, sets: &[&str], resume: bool, stop_after: u64) -> Outcome {
     Outcome { report, losses, notes }
 }
 
+/// Of all files, where several ranks wrote some.
 fn weights(outcome: &Outcome) -> Vec<u8> {
-    std::fs::read(outcome.report.run_dir.join("latest/model.safetensors")).unwrap()
+    let entries = std::fs::read_dir(outcome.report.run_dir.join("latest")).unwrap();
+    let mut files: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
+    files.retain(|path| path.extension().is_some_and(|extension| extension == "safetensors"));
+    files.sort();
+    files.iter().flat_map(|path| std::fs::read(path).unwrap()).collect()
 }
 
 fn optimizer(outcome: &Outcome) -> Vec<u8> {

@@ -1,43 +1,22 @@
 //! The files of a folder: which hold weights, which belong to the tokenizer, and what a safetensors header says.
 //!
-//! Nothing here trusts what it reads: lengths are checked before they are allocated, and names before they are opened.
+//! Nothing here trusts what it reads: names are checked before they are opened.
 
 use super::read_error::ReadError;
+use engine::{checkpoint, tensor_file};
 use safetensors::tensor::Metadata;
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-/// Longest header accepted, in bytes; the limit of the safetensors library.
-const MAX_HEADER_BYTES: u64 = 100_000_000;
-
 /// Reads and checks a safetensors header; returns where the data begins, and the tensors, sorted by offset.
-pub(super) fn read_header(path: &Path, file: &File, file_len: u64) -> Result<(u64, Metadata), ReadError> {
-    let damaged = |reason: String| ReadError::File { path: path.to_path_buf(), reason };
-    let io = |source| ReadError::Io { path: path.to_path_buf(), source };
-    if file_len < 8 {
-        return Err(damaged(format!("expected a safetensors file, found only {file_len} bytes")));
-    }
-    let mut length = [0; 8];
-    file.read_exact_at(&mut length, 0).map_err(io)?;
-    let header_len = u64::from_le_bytes(length);
-    let limit = MAX_HEADER_BYTES.min(file_len - 8);
-    if header_len > limit {
-        return Err(damaged(format!("the header claims {header_len} bytes, but can have {limit} at most")));
-    }
-    let mut header = vec![0; header_len as usize];
-    file.read_exact_at(&mut header, 8).map_err(io)?;
-    // Deserializing checks that tensors follow each other without gap or overlap, and have the bytes of their shapes.
-    let metadata: Metadata =
-        serde_json::from_slice(&header).map_err(|e| damaged(format!("the safetensors header is invalid: {e}")))?;
-    let data_len = file_len - 8 - header_len;
-    if metadata.data_len() as u64 != data_len {
-        let claimed = metadata.data_len();
-        return Err(damaged(format!("the header describes {claimed} bytes of tensors, the file holds {data_len}")));
-    }
-    Ok((8 + header_len, metadata))
+pub(super) fn read_header(path: &Path, file: &File) -> Result<(u64, Metadata), ReadError> {
+    tensor_file::read_header(path, file).map_err(|error| match error {
+        checkpoint::Error::Io { path, source, .. } => ReadError::Io { path, source },
+        checkpoint::Error::Damaged { path, reason } => ReadError::File { path, reason },
+        other => ReadError::File { path: path.to_path_buf(), reason: other.to_string() },
+    })
 }
 
 /// The files that hold a folder's weights.

@@ -189,10 +189,8 @@ impl HfFolder {
         let path = self.dir.join(name);
         let io = |source| ReadError::Io { path: path.clone(), source };
         let file = File::open(&path).map_err(io)?;
-        let file_len = file.metadata().map_err(io)?.len();
-        let header = read_header(&path, &file, file_len)?;
+        let (data_start, metadata) = read_header(&path, &file)?;
         let damaged = |reason: String| ReadError::File { path: path.clone(), reason };
-        let (data_start, metadata) = header;
         for name in metadata.offset_keys() {
             let Some(info) = metadata.info(&name) else { continue };
             let entry = Entry {

@@ -19,6 +19,8 @@ use std::path::{Path, PathBuf};
 
 /// Shard size of the hub, in bytes.
 pub const DEFAULT_SHARD_BYTES: u64 = 5_000_000_000;
+/// The file that says which tensor is in which file.
+pub(crate) const INDEX: &str = "model.safetensors.index.json";
 /// Values encoded at once; few in tests, so that small tensors go in pieces, too.
 const PIECE_VALUES: usize = if cfg!(test) { 5 } else { 1 << 20 };
 
@@ -177,6 +179,8 @@ impl Slot {
 pub struct FolderWriter {
     dir: PathBuf,
     options: WriteOptions,
+    /// The file of each tensor, and the bytes of all, where several write files or one writes several.
+    index: Option<(Map<String, Value>, u64)>,
     files: Vec<(String, File)>,
     slots: BTreeMap<String, Slot>,
     copies: BTreeMap<String, Vec<String>>,
@@ -199,22 +203,50 @@ impl FolderWriter {
                 return Err(WriteError::Occupied { dir, file });
             }
         }
-        let (mut shards, copies) = plan(specs, options);
-        let num_files = shards.len();
+        Self::create_part(dir, &[specs], 0, options)
+    }
+
+    /// As one of several who write a folder together, each its own parameters into files of its own: `parts` are the parameters of
+    /// each, and this one's are those of `part`. The folder is there, without weights.
+    ///
+    /// # Errors
+    /// As [`FolderWriter::create`].
+    pub fn create_part(
+        dir: impl AsRef<Path>,
+        parts: &[impl AsRef<[ParamSpec]>],
+        part: usize,
+        options: &WriteOptions,
+    ) -> Result<Self, WriteError> {
+        let mut plans: Vec<_> = parts.iter().map(|specs| plan(specs.as_ref(), options)).collect();
+        let num_files: usize = plans.iter().map(|(shards, _)| shards.len()).sum();
+        let file_name = |i: usize| match num_files {
+            1 => "model.safetensors".to_string(),
+            _ => format!("model-{:05}-of-{num_files:05}.safetensors", i + 1),
+        };
+        let index = (num_files > 1).then(|| {
+            let shards = (0..).zip(plans.iter().flat_map(|(shards, _)| shards));
+            let tensors = shards.flat_map(|(i, shard)| shard.iter().map(move |tensor| (i, tensor)));
+            // By name, whoever writes what.
+            let (mut places, mut num_bytes) = (BTreeMap::new(), 0);
+            for (i, tensor) in tensors {
+                num_bytes += tensor.num_bytes();
+                places.insert(tensor.name.clone(), Value::from(file_name(i)));
+            }
+            (places.into_iter().collect(), num_bytes)
+        });
+        let first_file = plans[..part].iter().map(|(shards, _)| shards.len()).sum::<usize>();
+        let (mut shards, copies) = plans.swap_remove(part);
         let mut writer = FolderWriter {
-            dir,
+            dir: dir.as_ref().to_path_buf(),
             options: options.clone(),
+            index,
             files: Vec::new(),
             slots: BTreeMap::new(),
             copies,
             pending: BTreeSet::new(),
         };
         for (i, shard) in shards.iter_mut().enumerate() {
-            let name = match num_files {
-                1 => "model.safetensors".to_string(),
-                _ => format!("model-{:05}-of-{num_files:05}.safetensors", i + 1),
-            };
-            writer.create_file(name, shard)?;
+            writer.create_file(file_name(first_file + i), shard)?;
         }
         writer.pending = writer.slots.keys().cloned().collect();
         Ok(writer)
@@ -266,27 +298,33 @@ impl FolderWriter {
         self.write_tensor(&fp8::scale_name(name), scales)
     }
 
-    /// Checks that every tensor came, syncs the weights, and writes index, tokenizer and configuration.
+    /// Checks that every tensor came, and syncs the weights: all that is to do for those who write a part, but for one.
     ///
     /// # Errors
     /// [`WriteError::Incomplete`], [`WriteError::Io`].
-    pub fn finish(self, config: &ConfigDocument) -> Result<Written, WriteError> {
+    pub fn finish_part(&self) -> Result<Written, WriteError> {
         if let Some(first) = self.pending.first() {
             return Err(WriteError::Incomplete { num_missing: self.pending.len(), first: first.clone() });
         }
         for (name, file) in &self.files {
             file.sync_all().map_err(|source| WriteError::Io { path: self.dir.join(name), source })?;
         }
-        let written = Written {
+        Ok(Written {
             num_tensors: self.slots.len(),
             num_bytes: self.slots.values().map(Slot::num_bytes).sum(),
             files: self.files.iter().map(|(name, _)| name.clone()).collect(),
-        };
-        if self.files.len() > 1 {
-            let place = |(name, slot): (&String, &Slot)| (name.clone(), self.files[slot.file].0.clone().into());
-            let weight_map: Map<String, Value> = self.slots.iter().map(place).collect();
-            let index = json!({"metadata": {"total_size": written.num_bytes}, "weight_map": weight_map});
-            self.write_text("model.safetensors.index.json", &pretty(&index))?;
+        })
+    }
+
+    /// The same, and writes index, tokenizer and configuration.
+    ///
+    /// # Errors
+    /// [`WriteError::Incomplete`], [`WriteError::Io`].
+    pub fn finish(self, config: &ConfigDocument) -> Result<Written, WriteError> {
+        let written = self.finish_part()?;
+        if let Some((weight_map, num_bytes)) = &self.index {
+            let index = json!({"metadata": {"total_size": num_bytes}, "weight_map": weight_map});
+            self.write_text(INDEX, &pretty(&index))?;
         }
         for source in &self.options.copied_files {
             let path = self.dir.join(source.file_name().unwrap_or_default());
@@ -425,10 +463,10 @@ fn plan(specs: &[ParamSpec], options: &WriteOptions) -> (Vec<Vec<Planned>>, BTre
     }
     tensors.extend(copied);
 
-    let mut shards = vec![Vec::new()];
+    let mut shards: Vec<Vec<Planned>> = Vec::new();
     let mut size = 0;
     for tensor in tensors {
-        if size > 0 && size + tensor.num_bytes() > options.shard_bytes {
+        if shards.is_empty() || size > 0 && size + tensor.num_bytes() > options.shard_bytes {
             shards.push(Vec::new());
             size = 0;
         }

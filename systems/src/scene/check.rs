@@ -292,6 +292,7 @@ impl Checks<'_> {
         if let Some(checkpoint) = &scene.checkpoint {
             self.count("checkpoint.every_steps", checkpoint.every_steps);
             self.count("checkpoint.keep_last", checkpoint.keep_last as u64);
+            checkpoint.keep_every_steps.into_iter().for_each(|steps| self.count("checkpoint.keep_every_steps", steps));
         }
         if let Some(Budget { cost_usd, energy_kwh, hours }) = &scene.budget {
             for (name, limit) in [("cost_usd", cost_usd), ("energy_kwh", energy_kwh), ("hours", hours)] {

@@ -366,7 +366,7 @@ impl Default for Eval {
     }
 }
 
-/// Saving the run.
+/// Saving the run, beside training.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Checkpoint {
@@ -374,11 +374,13 @@ pub struct Checkpoint {
     pub every_steps: u64,
     /// Checkpoints kept; older ones are deleted.
     pub keep_last: usize,
+    /// Those of a multiple of so many steps are never deleted.
+    pub keep_every_steps: Option<u64>,
 }
 
 impl Default for Checkpoint {
     fn default() -> Self {
-        Checkpoint { every_steps: 200, keep_last: 2 }
+        Checkpoint { every_steps: 200, keep_last: 2, keep_every_steps: None }
     }
 }
 
