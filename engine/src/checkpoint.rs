@@ -122,10 +122,7 @@ pub fn path(root: &Path, step: u64) -> PathBuf {
 ///
 /// # Errors
 /// If a file cannot be written.
-pub fn fill(
-    folder: &Path,
-    write: impl FnOnce(&Path) -> Result<Vec<String>, BoxError>,
-) -> Result<Vec<Listed>, Error> {
+pub fn fill(folder: &Path, write: impl FnOnce(&Path) -> Result<Vec<String>, BoxError>) -> Result<Vec<Listed>, Error> {
     let files = write(folder).map_err(|error| fill_error(folder, error))?;
     let listed = |path: String| {
         let file = folder.join(&path);

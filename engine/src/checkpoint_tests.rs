@@ -79,7 +79,8 @@ fn a_checkpoint_is_saved_listed_and_found() {
     let path = dir.path().join("checkpoints/step-0000100");
     assert_eq!((found.path.as_deref(), found.step, found.skipped.len()), (Some(&*path), 100, 0));
     assert_eq!(value(&dir.path().join("latest")), 100.0);
-    let manifest: serde_json::Value = serde_json::from_slice(&fs::read(path.join(TRAIN).join(MANIFEST)).unwrap()).unwrap();
+    let manifest: serde_json::Value =
+        serde_json::from_slice(&fs::read(path.join(TRAIN).join(MANIFEST)).unwrap()).unwrap();
     let listed = |i: usize| manifest["files"][i]["path"].as_str().unwrap().to_owned();
     assert_eq!([listed(0), listed(1)], ["model.safetensors", "train/state.json"]);
     assert_eq!(manifest["files"][1]["size_bytes"], r#"{"value": 100}"#.len());
@@ -145,7 +146,11 @@ fn wherever_a_commit_is_cut_off_the_one_before_stays() {
             assert_eq!((found.skipped.len(), value(&found.path.unwrap())), (0, latest), "{name}");
             assert_eq!(latest, if is_new { -1.0 } else { 10.0 }, "{name}");
             let pruned = num_stages == STAGES.len();
-            assert_eq!(path(dir.path(), 5).exists(), !pruned, "{name}: nothing is removed before the new one is durable");
+            assert_eq!(
+                path(dir.path(), 5).exists(),
+                !pruned,
+                "{name}: nothing is removed before the new one is durable"
+            );
             // The next save clears what was left.
             save(dir.path(), 30, 5, model(3.0)).unwrap();
             assert_eq!(latest_valid(dir.path()).unwrap().step, 30);
@@ -235,10 +240,12 @@ fn many_write_and_many_verify() {
     let dir = saved(&[10]);
     let draft = Draft::begin(dir.path(), 20).unwrap();
     let folder = Draft::folder(dir.path(), 20);
-    let part = |name: &str| fill(&folder, |folder| {
-        fs::write(folder.join(name), name)?;
-        Ok(vec![name.to_owned()])
-    });
+    let part = |name: &str| {
+        fill(&folder, |folder| {
+            fs::write(folder.join(name), name)?;
+            Ok(vec![name.to_owned()])
+        })
+    };
     let all: Vec<Listed> = ["c", "a", "b"].into_iter().flat_map(|name| part(name).unwrap()).collect();
     let path = draft.commit(all, Keep::last(2)).unwrap();
     verify(&path, 20).unwrap();
@@ -277,8 +284,16 @@ fn damage_is_found_and_the_one_before_is_used() {
             "model.safetensors is damaged: expected SHA-256 ",
         ),
         ("a missing file", |path| fs::remove_file(path.join("train/state.json")).unwrap(), "train/state.json: No such"),
-        ("no manifest", |path| fs::remove_file(path.join(TRAIN).join(MANIFEST)).unwrap(), "train/manifest.json: No such file"),
-        ("no digest", |path| fs::remove_file(path.join(TRAIN).join(DIGEST)).unwrap(), "train/manifest.sha256: No such file"),
+        (
+            "no manifest",
+            |path| fs::remove_file(path.join(TRAIN).join(MANIFEST)).unwrap(),
+            "train/manifest.json: No such file",
+        ),
+        (
+            "no digest",
+            |path| fs::remove_file(path.join(TRAIN).join(DIGEST)).unwrap(),
+            "train/manifest.sha256: No such file",
+        ),
         (
             "half a manifest",
             |path| rewrite(&path.join(TRAIN).join(MANIFEST), |b| b.truncate(50)),

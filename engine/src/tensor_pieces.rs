@@ -215,7 +215,10 @@ mod tests {
         for (files, message) in cases {
             let dir = folder(files);
             let error = TensorPieces::open(dir.path(), "x").unwrap().check("w", &[4, 3]).unwrap_err().to_string();
-            assert!(error.contains("`w`: expected [4, 3], each of its 12 elements once") && error.contains(message), "{error}");
+            assert!(
+                error.contains("`w`: expected [4, 3], each of its 12 elements once") && error.contains(message),
+                "{error}"
+            );
         }
         let dir = folder(&[&[0..3], &[6..12]]);
         let pieces = TensorPieces::open(dir.path(), "x").unwrap();

@@ -65,12 +65,7 @@ fn check_model(folder: &Path, ours: &[ParamSpec], found: &[ParamSpec]) -> Result
 }
 
 /// Each element of each parameter's state once, and no state that this run has no place for.
-fn check_pieces(
-    world: &World,
-    train: &Path,
-    specs: &[ParamSpec],
-    pieces: &TensorPieces,
-) -> Result<(), BoxError> {
+fn check_pieces(world: &World, train: &Path, specs: &[ParamSpec], pieces: &TensorPieces) -> Result<(), BoxError> {
     let mut names = Vec::new();
     for spec in specs {
         for (name, _) in State::ALL.into_iter().filter(|(_, state)| state.exists(world, spec)) {

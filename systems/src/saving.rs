@@ -12,6 +12,7 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     thread::JoinHandle,
+    time::Duration,
 };
 
 use bevy_ecs::prelude::*;
@@ -30,6 +31,9 @@ use crate::{
     scene,
     train::Training,
 };
+
+/// How often it is looked whether what is waited for is done.
+const POLL: Duration = Duration::from_millis(1);
 
 /// A run's checkpoints.
 #[derive(Resource)]
@@ -108,8 +112,11 @@ impl Saving {
         let snapshot = Snapshot::take(world, self.about.clone())?;
         let (folder, given_up) = (Draft::folder(&self.dir, step), Arc::new(AtomicBool::new(false)));
         let writing = {
-            let given_up = given_up.clone();
-            let fill = move || checkpoint::fill(&folder, |folder| snapshot.write(folder, &given_up));
+            let (given_up, comm) = (given_up.clone(), self.ranks.comm.clone());
+            let fill = move || {
+                comm.watch().enter_phase("checkpoint_write", step);
+                checkpoint::fill(&folder, |folder| snapshot.write(folder, &given_up))
+            };
             spawn(&self.ranks, "write", fill)?
         };
         self.under_way = Some(UnderWay {
@@ -128,10 +135,11 @@ impl Saving {
     /// Looks how far all ranks are, and does what is next.
     fn advance(&mut self, waits: bool) -> Result {
         let Some(save) = &mut self.under_way else { return Ok(()) };
-        if let Err(error) = save.look(waits) {
+        if let Err(error) = save.look(&self.ranks, waits) {
             self.under_way = None;
             return Err(error);
         }
+        self.ranks.comm.watch().enter_phase("checkpoint_vote", save.step);
         let votes = self.ranks.exchange(&save.vote())?;
         if let Some(Vote::Committed) = votes.first() {
             self.latest = Some(checkpoint::path(&self.dir, save.step));
@@ -159,7 +167,16 @@ impl Saving {
 
 impl UnderWay {
     /// Takes what threads have done; waits for them if asked to.
-    fn look(&mut self, waits: bool) -> Result {
+    fn look(&mut self, ranks: &Ranks, waits: bool) -> Result {
+        let is_at_work = |save: &Self| {
+            let writes = save.writing.as_ref().is_some_and(|job| !job.is_finished());
+            writes || save.committing.as_ref().is_some_and(|job| !job.is_finished())
+        };
+        while waits && is_at_work(self) {
+            // A disk that is slow is no rank that hangs.
+            ranks.comm.watch().touch();
+            std::thread::sleep(POLL);
+        }
         if let Some(job) = self.writing.take_if(|job| waits || job.is_finished()) {
             self.files = Some(join(job)?);
         }

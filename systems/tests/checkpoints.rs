@@ -87,9 +87,10 @@ impl Case {
             let mut app = set_up_rank(&self.loaded, &self.prepared, ranks, Some(1), &silent)?;
             let about = (self.prepared.tokenizer.clone(), "()".to_owned());
             let saving = Saving::new(app.world(), &dir, None, about, None);
-            app.insert_resource(saving)
-                .insert_resource(StopAt(0))
-                .add_systems(Step, (saving::advance.run_if(turn_of(Work::Train)), stop).chain().in_set(StepSystems::Keep));
+            app.insert_resource(saving).insert_resource(StopAt(0)).add_systems(
+                Step,
+                (saving::advance.run_if(turn_of(Work::Train)), stop).chain().in_set(StepSystems::Keep),
+            );
             let done = body(&mut app).map_err(SessionError::runtime)?;
             Ok((done, ExitReason::Finished))
         })
@@ -143,7 +144,8 @@ fn contents(folder: &Path) -> (BTreeMap<String, Vec<u64>>, serde_json::Value) {
     let hf = HfFolder::open(folder).unwrap();
     let specs = hf.model().unwrap().specs;
     let bits = |values: Vec<f32>| values.into_iter().map(|x| u64::from(x.to_bits())).collect::<Vec<_>>();
-    let mut all: BTreeMap<_, _> = specs.iter().map(|spec| (spec.name.clone(), bits(hf.read_param(spec).unwrap()))).collect();
+    let mut all: BTreeMap<_, _> =
+        specs.iter().map(|spec| (spec.name.clone(), bits(hf.read_param(spec).unwrap()))).collect();
     let pieces = TensorPieces::open(&folder.join("train"), "optimizer").unwrap();
     for name in pieces.names() {
         let spec = specs.iter().find(|spec| name.rsplit_once('.').unwrap().0 == spec.name).unwrap();
@@ -205,7 +207,8 @@ fn so_it_is_in_other_formats_and_under_muon() {
 
 /// What a rank that fails says, and what the others say.
 fn failures<T>(outcomes: Vec<Outcome<T>>) -> Vec<String> {
-    let message = |outcome: Outcome<T>| outcome.expect("a rank panicked").err().map_or(String::new(), |e| e.to_string());
+    let message =
+        |outcome: Outcome<T>| outcome.expect("a rank panicked").err().map_or(String::new(), |e| e.to_string());
     outcomes.into_iter().map(message).collect()
 }
 
@@ -272,7 +275,8 @@ fn what_is_missing_or_of_something_else_is_named() {
         assert!(said.contains(words), "{sets:?}: {said}");
     }
     let before: Vec<Vec<u8>> = [&model, &index, &optimizer].map(|path| fs::read(path).unwrap()).into();
-    let put_back = || [&model, &index, &optimizer].iter().zip(&before).for_each(|(path, bytes)| fs::write(path, bytes).unwrap());
+    let put_back =
+        || [&model, &index, &optimizer].iter().zip(&before).for_each(|(path, bytes)| fs::write(path, bytes).unwrap());
 
     fs::remove_file(&optimizer).unwrap();
     let said = refused(&solo);
@@ -308,12 +312,17 @@ fn ranks_that_see_other_checkpoints_say_so() {
                 Ok(saving::latest_valid(&ranks, here)?.step)
             },
         );
-        outcomes.into_iter().map(|outcome| outcome.expect("a rank panicked").map(|(step, _)| step).map_err(|e| e.to_string()))
+        outcomes
+            .into_iter()
+            .map(|outcome| outcome.expect("a rank panicked").map(|(step, _)| step).map_err(|e| e.to_string()))
             .collect::<Vec<_>>()
     };
     assert_eq!(find(dir.path()), [Ok(2), Ok(2)]);
     let said = find(elsewhere.path());
-    assert!(said.iter().all(|said| said.as_ref().is_err_and(|e| e.contains("a file system that all ranks share"))), "{said:?}");
+    assert!(
+        said.iter().all(|said| said.as_ref().is_err_and(|e| e.contains("a file system that all ranks share"))),
+        "{said:?}"
+    );
     // Whoever reads the damaged file, all pass it over.
     let file = dir.path().join("latest/train/optimizer-00002-of-00002.safetensors");
     let mut bytes = fs::read(&file).unwrap();

@@ -10,7 +10,8 @@ use std::{
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 
 use super::{
-    DIGEST, Error, FOLDER, LATEST, Listed, MANIFEST, Manifest, TRAIN, digest_of, folder_name, io_error, path, steps, sync,
+    DIGEST, Error, FOLDER, LATEST, Listed, MANIFEST, Manifest, TRAIN, digest_of, folder_name, io_error, path, steps,
+    sync,
 };
 
 const TEMPORARY: &str = ".tmp-";

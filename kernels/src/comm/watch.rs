@@ -147,9 +147,16 @@ impl Watch {
         Entered { watch: self, id }
     }
 
-    /// The host gets on with something: a kind of task, or a phase between steps.
+    /// The host gets on with a kind of task.
     pub fn enter_host(&self, name: &'static str) {
         self.strike(name);
+        self.state.lock().doing = name;
+        self.touch();
+    }
+
+    /// The host, or a thread of its own, begins a phase that belongs to a step which may be over.
+    pub fn enter_phase(&self, name: &'static str, step: u64) {
+        self.strike_at(name, step);
         self.state.lock().doing = name;
         self.touch();
     }
@@ -254,11 +261,17 @@ impl Watch {
 
     /// The fault that is meant for this place, if there is one.
     fn strike(&self, name: &str) {
+        if self.has_faults.load(Ordering::Relaxed) {
+            let step = self.state.lock().step;
+            self.strike_at(name, step);
+        }
+    }
+
+    fn strike_at(&self, name: &str, step: u64) {
         if !self.has_faults.load(Ordering::Relaxed) {
             return;
         }
         let mut state = self.state.lock();
-        let step = state.step;
         let due = state.faults.iter().position(|fault| fault.step == step && fault.at == name);
         let fault = due.map(|due| state.faults.remove(due));
         drop(state);
