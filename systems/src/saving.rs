@@ -19,7 +19,6 @@ use bevy_ecs::prelude::*;
 use engine::{
     checkpoint::{self, Draft, Found, Keep, Listed},
     error::panic_message,
-    prelude::*,
 };
 use serde::{Deserialize, Serialize};
 
