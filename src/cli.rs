@@ -3,6 +3,7 @@
 mod bench;
 #[cfg(feature = "editor")]
 mod editor;
+mod launch;
 mod serve;
 
 use std::path::{Path, PathBuf};
@@ -16,6 +17,7 @@ pub use bench::{
 };
 #[cfg(feature = "editor")]
 pub use editor::{EditorArgs, EditorTheme};
+pub use launch::{K8sArgs, LaunchArgs, Launcher, Mpi, Placed, SlurmArgs};
 pub use serve::CapacityArgs;
 #[cfg(feature = "remote")]
 pub use serve::ServeArgs;
@@ -31,7 +33,7 @@ Examples:
 
 Exit codes:
   0 ok, 1 error at run time, 2 wrong usage or scene, 3 does not fit, 4 diverged, 5 peer lost, 6 budget reached,
-  130 or 143 stopped by SIGINT or SIGTERM after a checkpoint";
+  130 or 143 stopped by SIGINT, or by SIGTERM, SIGUSR1 or SIGUSR2, after a checkpoint";
 
 /// Trains and runs DeepSeek-style mixture-of-experts language models from one file, a scene.
 #[derive(Debug, Parser)]
@@ -47,6 +49,8 @@ pub struct Cli {
 pub enum Verb {
     /// Train as a scene says: log, checkpoints and a sample go to runs/NAME
     Run(RunArgs),
+    /// Write the file with which a cluster runs a scene: for Slurm, or for Kubernetes
+    Launch(LaunchArgs),
     /// Say all that is wrong with a scene, or how large its model is; trains nothing
     Check(CheckArgs),
     /// Say how long a step would take on hardware that is not there, or how a pipeline schedule plays out
@@ -77,6 +81,7 @@ impl Verb {
     pub fn json(&self) -> Option<&Path> {
         let json = match self {
             Verb::Run(args) => &args.json,
+            Verb::Launch(_) => return None,
             Verb::Check(args) => &args.json,
             Verb::Plan(args) => &args.json,
             Verb::Eval(args) => &args.json,
@@ -136,7 +141,8 @@ pub struct StatusArgs {
 /// Arguments of `run`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Ctrl-C stops after the step at hand, with a checkpoint; a second one stops at once.
+Ctrl-C stops after the step at hand, with a checkpoint; so do SIGTERM, and SIGUSR1 and SIGUSR2, by which schedulers say that a job is
+to give way. A second Ctrl-C or SIGTERM, half a second later or more, stops at once.
 
 Ranks of the scene's mesh are threads of one process, or one process each where a launcher starts as many as there are ranks:
 mpiexec or srun, known by RANK and WORLD_SIZE, or by the variables of Slurm, PMI or Open MPI, first come first. They meet
@@ -499,5 +505,10 @@ mod tests {
         check(false, "hadal convert a b --shard-size 5");
         check(false, "hadal bench");
         check(false, "hadal rnu s.ron");
+        check(true, "hadal launch slurm s.ron --nodes 2 --time 1-00:00:00 --partition gpu --spare-nodes 1 --out f");
+        check(true, "hadal launch k8s s.ron --image i --claim c --set a=1");
+        check(false, "hadal launch slurm s.ron --nodes 2 --ranks-per-node 2");
+        check(false, "hadal launch slurm s.ron --signal-secs 0");
+        check(false, "hadal launch k8s s.ron");
     }
 }

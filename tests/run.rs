@@ -4,10 +4,11 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::{Command, Output, Stdio},
+    process::{Child, Command, Output, Stdio},
     time::Duration,
 };
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 fn hadal(args: &[&str]) -> Command {
@@ -72,17 +73,8 @@ fn a_run_is_interrupted_resumed_read_and_measured() {
 
     // The same, with an interrupt on the way.
     let run = parts.path().join("runs/tiny");
-    let mut child = hadal(&strs(&run_args(parts.path(), &["telemetry.log_every_steps=1"])))
-        .stderr(Stdio::null())
-        .stdout(Stdio::null())
-        .spawn()
-        .expect("the program starts");
-    let log = run.join("log.jsonl");
-    while fs::read_to_string(&log).map_or(0, |text| text.lines().count()) < 4 {
-        std::thread::sleep(Duration::from_millis(2));
-    }
-    let pid = rustix::process::Pid::from_child(&child);
-    rustix::process::kill_process(pid, rustix::process::Signal::INT).expect("the signal is sent");
+    let (mut child, send) = under_way(parts.path(), &["telemetry.log_every_steps=1"], 4);
+    send(Signal::INT);
     assert_eq!(child.wait().expect("it ends").code(), Some(130));
     let first = losses(&run).len();
     assert!((4..30).contains(&first), "interrupted after {first} of 30 steps");
@@ -120,6 +112,48 @@ fn a_run_is_interrupted_resumed_read_and_measured() {
     let run_bits = report["val_bits_per_byte"].as_f64().expect("a number");
     assert!((bits.expect("bits per byte") - run_bits).abs() < 0.2, "{eval}, the run's {run_bits} over a part");
     assert!((perplexity.expect("perplexity").ln() - eval["loss_nats_per_token"].as_f64().expect("loss")).abs() < 1e-9);
+}
+
+/// A run that goes on, and what sends it signals; returned when its log has as many steps.
+fn under_way(dir: &Path, sets: &[&str], num_steps: usize) -> (Child, impl Fn(Signal)) {
+    let args = run_args(dir, sets);
+    let mut command = hadal(&strs(&args));
+    let child = command.stderr(Stdio::null()).stdout(Stdio::null()).spawn().expect("the program starts");
+    let log = dir.join("runs/tiny/log.jsonl");
+    while fs::read_to_string(&log).map_or(0, |text| text.lines().count()) < num_steps {
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let process = Pid::from_child(&child);
+    (child, move |signal| kill_process(process, signal).expect("the signal is sent"))
+}
+
+#[test]
+fn preemption_saves_a_checkpoint_which_the_sigterm_that_follows_does_not_lose() {
+    for signals in [&[Signal::USR1, Signal::TERM][..], &[Signal::USR2], &[Signal::TERM, Signal::TERM]] {
+        let dir = tempfile::tempdir().expect("a folder");
+        let (mut child, send) = under_way(dir.path(), &[], 4);
+        signals.iter().for_each(|signal| send(*signal));
+        assert_eq!(child.wait().expect("it ends").code(), Some(143), "{signals:?}");
+        let run = dir.path().join("runs/tiny");
+        let num_steps = losses(&run).len();
+        assert!((4..30).contains(&num_steps), "{num_steps} of 30 steps");
+        let latest = fs::read_link(run.join("latest")).expect("a checkpoint");
+        assert!(latest.ends_with(format!("step-{num_steps:07}")), "{} after {num_steps} steps", latest.display());
+    }
+}
+
+#[test]
+fn a_second_sigterm_ends_a_step_that_takes_too_long() {
+    let dir = tempfile::tempdir().expect("a folder");
+    // From the third step on, so many microbatches that nobody waits for them.
+    let (mut child, send) = under_way(dir.path(), &["batch.ramp=[(step: 2, num_microbatches: 3000)]"], 2);
+    std::thread::sleep(Duration::from_millis(300));
+    send(Signal::TERM);
+    std::thread::sleep(Duration::from_millis(900));
+    assert_eq!(child.try_wait().expect("it can be asked"), None, "the first one waits for the step");
+    send(Signal::TERM);
+    assert_eq!(child.wait().expect("it ends").code(), Some(143));
+    assert!(!dir.path().join("runs/tiny/latest").exists());
 }
 
 #[test]

@@ -8,6 +8,7 @@ mod doctor;
 mod editor;
 mod eval;
 mod generate;
+mod launch;
 mod plan;
 mod plan_experts;
 mod run;
@@ -33,6 +34,7 @@ use crate::{
 pub fn perform(verb: Verb, output: &Output) -> Result<ExitCode, Failure> {
     match verb {
         Verb::Run(args) => run::run(&args, output),
+        Verb::Launch(args) => launch::launch(&args),
         Verb::Check(args) => check::check(&args, output),
         Verb::Plan(args) => plan::plan(&args, output),
         Verb::Eval(args) => eval::eval(args, output),

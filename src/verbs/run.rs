@@ -46,6 +46,7 @@ pub fn run(args: &RunArgs, output: &Output) -> Result<ExitCode, Failure> {
         comm.watch_over(loaded.scene.watchdog.limits(dump)).map_err(|e| Failure::from_peer(&e))?;
         comm.barrier().map_err(|lost| Failure::from_peer(&lost))?;
     }
+    // After MPI has begun, which may take signals for its own.
     let stop = signals::listen().map_err(|e| Failure::runtime(format!("cannot listen to signals: {e}")))?;
     let log_every_steps = loaded.scene.telemetry.clone().unwrap_or_default().log_every_steps;
     let progress = Arc::new(TrainingProgress::new(log_every_steps, Arc::clone(&stop)));

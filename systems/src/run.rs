@@ -141,10 +141,21 @@ fn lost_process(comm: &Comm, own: Option<&ExitReason>) -> Option<ExitReason> {
     match (comm.lost()?, own) {
         (_, Some(ExitReason::Diverged(_) | ExitReason::Infeasible(_))) => None,
         (kernels::error::Error::PeerLost { rank, message }, _) => {
-            Some(ExitReason::PeerLost(format!("rank {rank}: {message}")))
+            Some(reason_of_peer(rank, &message))
         }
         _ => None,
     }
+}
+
+/// What another rank's last words come to for this one. If it said that numbers diverged, or that memory does not suffice, then that is
+/// the reason everywhere: for whoever sees one of the exit codes only, it is no loss that another start would mend.
+fn reason_of_peer(rank: u32, said: &str) -> ExitReason {
+    for reason in [ExitReason::Diverged as fn(String) -> ExitReason, ExitReason::Infeasible] {
+        if let Some(what) = said.strip_prefix(&reason(String::new()).to_string()) {
+            return reason(format!("rank {rank}: {what}"));
+        }
+    }
+    ExitReason::PeerLost(format!("rank {rank}: {said}"))
 }
 
 /// The ranks of this process: its own among others, or all.
@@ -457,5 +468,22 @@ fn report(app: &App, config: &ModelConfig, reason: ExitReason) -> RunReport {
         checkpoint_dir: world.resource::<Saving>().latest().map(Path::to_owned),
         exit_reason: reason.to_string(),
         exit_code: exit_code(&reason),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_ranks_end_with_the_code_of_the_one_that_failed() {
+        for (reason, code, text) in [
+            (ExitReason::Diverged("a NaN".into()), 4, "diverged: rank 1: a NaN"),
+            (ExitReason::Infeasible("no memory".into()), 3, "infeasible: rank 1: no memory"),
+            (ExitReason::Error("no disk".into()), 5, "peer lost: rank 1: no disk"),
+        ] {
+            let found = reason_of_peer(1, &reason.to_string());
+            assert_eq!((exit_code(&found), found.to_string().as_str()), (code, text));
+        }
     }
 }

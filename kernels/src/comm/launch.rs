@@ -1,8 +1,9 @@
 //! Which process this is among those that a launcher started, and the engine they meet through.
 //!
 //! What was said comes first, then torchrun's variables, Slurm's, and those of MPI's launchers (PMI, PMIx, Open MPI). What is found
-//! must not contradict itself. One exception: `mpirun` in a Slurm allocation has its own processes started by Slurm, whose variables
-//! are then not about this one. MPI itself has the last word, and must agree.
+//! must not contradict itself. Slurm's are about a process that `srun` started only, which is one of a step: a batch script has them
+//! too, as rank 0 of many that nobody started. One more exception: `mpirun` in a Slurm allocation has its own processes started by
+//! Slurm, whose variables are then not about this one. MPI itself has the last word, and must agree.
 
 use std::{fmt, path::PathBuf};
 
@@ -35,6 +36,8 @@ const SOURCES: [(&str, &str, &str); 5] = [
     ("MPI_RANKID and MPI_NRANKS", "MPI_RANKID", "MPI_NRANKS"),
 ];
 const SLURM: &str = "SLURM_PROCID and SLURM_NTASKS";
+/// Slurm's variable that only processes of a step have.
+const SLURM_STEP: &str = "SLURM_STEP_ID";
 /// The variable that names an MPI library.
 const LIBRARY: &str = "HADAL_MPI";
 
@@ -50,10 +53,11 @@ pub fn discover(said: Option<(u32, u32)>, variable: &dyn Fn(&str) -> Option<Stri
     };
     let mut places: Vec<Place> = Vec::new();
     places.extend(said.map(|(rank, num_ranks)| Place { rank, num_ranks, source: "--rank and --num-ranks" }));
-    for (source, rank, size) in SOURCES {
+    let is_in_step = variable(SLURM_STEP).is_some();
+    for (source, rank, size) in SOURCES.into_iter().filter(|(source, ..)| *source != SLURM || is_in_step) {
         match (number(rank)?, number(size)?) {
             (Some(rank), Some(num_ranks)) => places.push(Place { rank, num_ranks, source }),
-            // Slurm has one of them in batch scripts, and others have only their size on login nodes.
+            // Others than torchrun's may stand alone: a size in an allocation, say.
             (Some(_), None) if source == SOURCES[0].0 => {
                 return Err(error(format!("expected {size} beside {rank}, found none; set both, or neither")));
             }
@@ -126,18 +130,25 @@ mod tests {
     fn launchers_are_known_by_their_variables_in_one_order() {
         let cases = [
             ("", None),
+            // An allocation, a batch script in it, and a process that srun started.
             ("SLURM_NTASKS=4", None),
-            ("RANK=1 WORLD_SIZE=2 SLURM_PROCID=1 SLURM_NTASKS=2", Some("rank 1 of 2 (RANK and WORLD_SIZE)")),
+            ("SLURM_PROCID=0 SLURM_NTASKS=4 SLURM_NODEID=0 SLURM_LOCALID=0", None),
+            ("SLURM_STEP_ID=0 SLURM_PROCID=0 SLURM_NTASKS=4", Some("rank 0 of 4 (SLURM_PROCID and SLURM_NTASKS)")),
             (
-                "SLURM_PROCID=3 SLURM_NTASKS=4 PMI_RANK=3 PMI_SIZE=4",
+                "RANK=1 WORLD_SIZE=2 SLURM_STEP_ID=0 SLURM_PROCID=1 SLURM_NTASKS=2",
+                Some("rank 1 of 2 (RANK and WORLD_SIZE)"),
+            ),
+            (
+                "SLURM_STEP_ID=2 SLURM_PROCID=3 SLURM_NTASKS=4 PMI_RANK=3 PMI_SIZE=4",
                 Some("rank 3 of 4 (SLURM_PROCID and SLURM_NTASKS)"),
             ),
             ("PMI_RANK=0 PMI_SIZE=2", Some("rank 0 of 2 (PMI_RANK and PMI_SIZE)")),
-            // mpirun in an allocation.
+            // mpirun in an allocation, and mpiexec in a batch script.
             (
-                "SLURM_PROCID=0 SLURM_NTASKS=2 OMPI_COMM_WORLD_RANK=5 OMPI_COMM_WORLD_SIZE=8",
+                "SLURM_STEP_ID=0 SLURM_PROCID=0 SLURM_NTASKS=2 OMPI_COMM_WORLD_RANK=5 OMPI_COMM_WORLD_SIZE=8",
                 Some("rank 5 of 8 (OMPI_COMM_WORLD_RANK and _SIZE)"),
             ),
+            ("SLURM_PROCID=0 SLURM_NTASKS=4 PMI_RANK=1 PMI_SIZE=2", Some("rank 1 of 2 (PMI_RANK and PMI_SIZE)")),
         ];
         for (variables, want) in cases {
             assert_eq!(found(None, variables).unwrap().as_deref(), want, "{variables}");
