@@ -104,6 +104,7 @@ pub fn bench(request: &SchedulesRequest) -> Result<SchedulesReport, SessionError
     let prepared = prepare(&request.loaded, true)?;
     let under = |schedule: &PipelineSchedule| -> Result<(Loaded, Distribution), SessionError> {
         let mut loaded = request.loaded.clone();
+        loaded.scene = loaded.scene.of_one_replica();
         let pipeline = loaded.scene.pipeline.take().unwrap_or_default();
         loaded.scene.pipeline = Some(Pipeline { schedule: schedule.clone(), stages: None, ..pipeline });
         loaded.scene.batch.ramp.clear();
@@ -111,7 +112,7 @@ pub fn bench(request: &SchedulesRequest) -> Result<SchedulesReport, SessionError
             .map_err(|problems| SessionError::input(loaded.errors(&problems)))?;
         Ok((loaded, distribution))
     };
-    let scene = &request.loaded.scene;
+    let scene = &request.loaded.scene.of_one_replica();
     let per_rank = scene.batch.num_microbatches / scene.mesh.num_data_ranks() as usize;
     let (loaded, distribution) = under(&SCHEDULES[0])?;
     let calibration = train(request, &loaded, &prepared, &distribution)?;

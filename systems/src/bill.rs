@@ -46,7 +46,7 @@ pub(crate) fn keep(app: &mut App, loaded: &Loaded, config: &ModelConfig) -> Resu
     let seq_len = scene.data.as_ref().map_or(0, |data| data.seq_len);
     let format = format_of(scene.precision.compute);
     let bill = Bill {
-        num_ranks: f64::from(app.world().resource::<Ranks>().comm.num_ranks()),
+        num_ranks: f64::from(app.world().resource::<Ranks>().everyone.num_ranks()),
         flops_per_token: model::flops_per_token(config, seq_len),
         peak: device.as_ref().and_then(|device| device.peak_flops_per_sec.high(format)),
         max_train_secs: scene.train.as_ref().and_then(|train| train.max_train_secs),

@@ -26,8 +26,10 @@ use crate::{
 /// How a scene's model and batch lie on its ranks.
 #[derive(Clone, Debug)]
 pub struct Distribution {
-    /// The ranks.
+    /// The ranks of a replica.
     pub mesh: Mesh,
+    /// Replicas that train apart; 1 if there is no word of any.
+    pub num_replicas: u32,
     /// Order of passes.
     pub schedule: ScheduleSource,
     /// Layers of each stage.
@@ -46,6 +48,8 @@ impl Distribution {
     /// All that does not fit, each with the nearest values that would.
     pub fn new(scene: &Scene, config: &ModelConfig) -> Result<Self, Vec<Problem>> {
         let mesh = scene.mesh;
+        let num_replicas = scene.num_replicas();
+        let num_data_ranks = num_data_ranks(scene);
         let mut problems = mesh_problems(scene, config);
         let pipeline = scene.pipeline.clone().unwrap_or_default();
         let chunk_order = match pipeline.overlap_order.as_deref().map(chunk::parse_order) {
@@ -67,8 +71,8 @@ impl Distribution {
             }
         };
         let counts = microbatch_counts(scene);
-        for (path, count) in counts.iter().filter(|(_, count)| count % mesh.num_data_ranks().max(1) as usize == 0) {
-            let local = *count as u32 / mesh.num_data_ranks().max(1);
+        for (path, count) in counts.iter().filter(|(_, count)| count % num_data_ranks == 0) {
+            let local = (count / num_data_ranks) as u32;
             if let Err(message) = schedule.build(mesh.pp, local) {
                 let message =
                     format!("comes to {local} microbatches a rank, which the schedule does not take: {message}");
@@ -101,12 +105,17 @@ impl Distribution {
                 members_per_node,
             )
         });
-        Ok(Distribution { mesh, schedule, stages, stages_of, chunk_order, wires, spread, reduce })
+        Ok(Distribution { mesh, num_replicas, schedule, stages, stages_of, chunk_order, wires, spread, reduce })
     }
 
-    /// The rank at the other end of `comm`.
+    /// Ranks of all replicas.
+    pub fn num_ranks(&self) -> u32 {
+        self.num_replicas * self.mesh.num_ranks()
+    }
+
+    /// The rank at the other end of `comm`, which has those of one or more replicas.
     pub fn ranks(&self, comm: Comm) -> Ranks {
-        let layout = Layout::new(self.mesh, comm.rank(), self.stages.clone(), self.stages_of.clone());
+        let layout = Layout::new(self.mesh, comm.rank() % self.mesh.num_ranks(), self.stages.clone(), self.stages_of.clone());
         Ranks {
             chunk_order: self.chunk_order,
             dispatch_wire: self.wires.0,
@@ -133,11 +142,11 @@ impl Distribution {
 
     /// All ranks in this process.
     pub fn local(&self) -> Vec<Ranks> {
-        let comms = Comm::local(self.mesh.num_ranks(), self.mesh.ranks_per_node);
+        let comms = Comm::local(self.num_ranks(), self.mesh.ranks_per_node);
         comms.into_iter().map(|comm| self.ranks(comm)).collect()
     }
 
-    /// A rank that is only planned for.
+    /// A rank of one replica, that is only planned for.
     pub fn planned(&self, rank: u32) -> Ranks {
         self.ranks(Comm::planned(rank, self.mesh.num_ranks(), self.mesh.ranks_per_node))
     }
@@ -149,6 +158,11 @@ fn wire(format: WireFormat) -> Wire {
         WireFormat::Bf16 => Wire::Bf16,
         WireFormat::Fp8 => Wire::Fp8,
     }
+}
+
+/// Ranks of all replicas that see different parts of the batch.
+fn num_data_ranks(scene: &Scene) -> usize {
+    (scene.num_replicas() * scene.mesh.num_data_ranks().max(1)) as usize
 }
 
 /// Numbers of microbatches that steps have, and where they are written.
@@ -194,11 +208,12 @@ fn mesh_problems(scene: &Scene, config: &ModelConfig) -> Vec<Problem> {
         }
         _ => {}
     }
-    let num_data_ranks = mesh.num_data_ranks().max(1) as usize;
+    let num_data_ranks = num_data_ranks(scene);
+    let replicas = scene.diloco.as_ref().map_or_else(String::new, |d| format!("diloco.replicas {} x ", d.replicas));
     for (path, count) in microbatch_counts(scene) {
         if count > 0 && count % num_data_ranks != 0 {
             let message = format!(
-                "is {count}, which the {num_data_ranks} data ranks (mesh.ep {} x mesh.dp {}) do not divide",
+                "is {count}, which the {num_data_ranks} data ranks ({replicas}mesh.ep {} x mesh.dp {}) do not divide",
                 mesh.ep, mesh.dp
             );
             let help = format!("{path}: {}", multiples_around(count, num_data_ranks));

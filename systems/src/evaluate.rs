@@ -6,6 +6,7 @@ use engine::{prelude::*, telemetry::Telemetry};
 
 use crate::{
     data::packing::Batch,
+    diloco::Diloco,
     head::{self, Loss, LossSums},
     lower::Lowering,
     microbatch::Inputs,
@@ -81,16 +82,34 @@ impl Plugin for EvaluatePlugin {
     }
 }
 
-/// Which batch this rank looks at: ranks with different data take different ones, and the last round may have none for some.
-fn batch_of(evaluation: &Evaluation, ranks: &Ranks) -> usize {
+/// How many batches are looked at beside each other, and which of them by this rank: ranks with different data take different ones.
+/// Of several replicas only those that are there have the weights that are measured.
+fn share(ranks: &Ranks, diloco: Option<&Diloco>) -> (usize, Option<usize>) {
     let mesh = &ranks.layout.mesh;
-    evaluation.next + mesh.data_rank(ranks.layout.rank) as usize
+    let mine = mesh.data_rank(ranks.layout.rank);
+    let (num_replicas, place) = match diloco {
+        None => (1, Some(0)),
+        Some(diloco) => (diloco.present().len(), diloco.present().iter().position(|&r| r == ranks.replica())),
+    };
+    let num_data_ranks = mesh.num_data_ranks() as usize;
+    (num_replicas * num_data_ranks, place.map(|place| place * num_data_ranks + mine as usize))
 }
 
-fn admit(evaluation: Res<Evaluation>, tensors: Res<Tensors>, sums: Res<LossSums>, ranks: Res<Ranks>) {
+/// Which batch this rank looks at; the last round may have none for some.
+fn batch_of(evaluation: &Evaluation, share: Option<usize>) -> Option<usize> {
+    share.map(|share| evaluation.next + share).filter(|batch| *batch < evaluation.batches.len())
+}
+
+fn admit(
+    evaluation: Res<Evaluation>,
+    tensors: Res<Tensors>,
+    sums: Res<LossSums>,
+    (ranks, diloco): (Res<Ranks>, Option<Res<Diloco>>),
+) {
     zero_losses(tensors.memory(), &sums);
     // A rank that has no batch repeats the last one, since its peers wait for it; it does not count.
-    let batch = batch_of(&evaluation, &ranks).min(evaluation.batches.len().saturating_sub(1));
+    let (_, mine) = share(&ranks, diloco.as_deref());
+    let batch = batch_of(&evaluation, mine).unwrap_or(evaluation.batches.len().saturating_sub(1));
     if let Some(batch) = evaluation.batches.get(batch) {
         evaluation.inputs.upload(tensors.memory(), batch);
     }
@@ -121,20 +140,20 @@ fn record(
     mut evaluation: ResMut<Evaluation>,
     tensors: Res<Tensors>,
     sums: Res<LossSums>,
-    (mut work, ranks): (ResMut<Work>, Res<Ranks>),
+    (mut work, ranks, diloco): (ResMut<Work>, Res<Ranks>, Option<Res<Diloco>>),
     (session, training, mut telemetry): (Res<Session>, Option<Res<Training>>, ResMut<Telemetry>),
 ) -> Result {
     let nats = tensors.memory().read::<f64>(sums.0[0].main)[0];
     // The sum of a rank without the last stage is 0, and so is the part of one without a batch.
-    let counts = batch_of(&evaluation, &ranks) < evaluation.batches.len();
+    let (num_shares, mine) = share(&ranks, diloco.as_deref());
+    let counts = batch_of(&evaluation, mine).is_some();
     let all = ranks.exchange(&if counts { nats.to_bits() } else { 0 })?;
-    let num_data_ranks = ranks.layout.mesh.num_data_ranks() as usize;
     let Evaluation { batches, next, nats: total, num_tokens, .. } = &mut *evaluation;
     *total += all.into_iter().map(f64::from_bits).sum::<f64>();
-    for batch in batches.iter().skip(*next).take(num_data_ranks) {
+    for batch in batches.iter().skip(*next).take(num_shares) {
         *num_tokens += batch.num_targets() as u64;
     }
-    *next += num_data_ranks;
+    *next += num_shares;
     if evaluation.next < evaluation.batches.len() {
         return Ok(());
     }

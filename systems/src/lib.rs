@@ -6,6 +6,7 @@ pub mod bench_schedules;
 mod bill;
 pub mod data;
 pub mod dense;
+pub mod diloco;
 pub mod dispatch;
 pub mod distribute;
 pub mod embedding;

@@ -37,7 +37,7 @@ pub fn run_ranks<T: Send>(
     body: impl Fn(Ranks) -> Result<(T, ExitReason), SessionError> + Sync,
 ) -> Vec<Outcome<T>> {
     let guarded = |ranks: Ranks| {
-        let (comm, rank) = (ranks.comm.clone(), ranks.layout.rank);
+        let (comm, rank) = (ranks.everyone.clone(), ranks.number());
         match catch_unwind(AssertUnwindSafe(|| body(ranks))) {
             Ok(Ok(done)) => Some(Ok(done)),
             Ok(Err(error)) => {
@@ -56,8 +56,8 @@ pub fn run_ranks<T: Send>(
         let guarded = &guarded;
         let mut others = Vec::new();
         for rank in ranks {
-            let name = format!("rank {}", rank.layout.rank);
-            let comm = rank.comm.clone();
+            let name = format!("rank {}", rank.number());
+            let comm = rank.everyone.clone();
             let spawned = std::thread::Builder::new().name(name).spawn_scoped(scope, move || guarded(rank));
             if let Err(error) = &spawned {
                 comm.abort(comm.rank(), &format!("the operating system gave no thread: {error}"));

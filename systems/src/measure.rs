@@ -17,6 +17,7 @@ use kernels::{comm::meter::LinkBytes, cost::Cost};
 use serde::Serialize;
 
 use crate::{
+    diloco::Diloco,
     observe::Sent,
     ranks::Ranks,
     rounding::Rounding,
@@ -54,10 +55,11 @@ fn keep(
     mut kept: ResMut<Kept>,
     telemetry: Res<Telemetry>,
     plans: Res<Plans>,
-    (sent, rounding): (Res<Sent>, Option<Res<Rounding>>),
+    (sent, rounding, diloco): (Res<Sent>, Option<Res<Rounding>>, Option<Res<Diloco>>),
 ) -> Result {
-    // A step that is watched does more than train.
-    if rounding.is_some_and(|rounding| rounding.is_watching) {
+    // A step that is watched does more than train, and so does the last one of a round.
+    let ends_round = diloco.is_some_and(|diloco| diloco.ends_round());
+    if ends_round || rounding.is_some_and(|rounding| rounding.is_watching) {
         return Ok(());
     }
     let (Some(graph), Some(snapshot)) = (plans.active_graph()?, telemetry.last()) else { return Ok(()) };
@@ -84,7 +86,7 @@ impl RankSteps {
     /// Those of an app with [`MeasurePlugin`]; none if it made no step.
     pub fn of(world: &World) -> Option<Self> {
         let kept = world.get_resource::<Kept>().filter(|kept| !kept.steps.is_empty())?;
-        let rank = world.resource::<Ranks>().layout.rank;
+        let rank = world.resource::<Ranks>().number();
         let graph = kept.graph.clone()?;
         let traffic = Traffic::of(world, &graph);
         Some(RankSteps { rank, graph, steps: kept.steps.iter().cloned().collect(), traffic })

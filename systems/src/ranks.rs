@@ -2,6 +2,9 @@
 //!
 //! Data moves between ranks in tasks. What the host must know of the others (losses, loads, whether to stop) is told in one
 //! exchange at the end of a step, so that all ranks come to the same decisions from the same numbers.
+//!
+//! A run may be several replicas of one layout, that train apart and meet now and then ([`crate::diloco`]). Each is a window on
+//! the run's ranks, which come replica by replica; so what is inside of one need not know that there are others.
 
 use std::sync::Arc;
 
@@ -21,9 +24,11 @@ use crate::{
 /// A rank and its peers.
 #[derive(Resource, Clone)]
 pub struct Ranks {
-    /// The way to the others.
+    /// The way to the others of this replica.
     pub comm: Comm,
-    /// Who holds what.
+    /// The way to all ranks of the run.
+    pub everyone: Comm,
+    /// Who holds what of this replica.
     pub layout: Arc<Layout>,
     /// Order of passes.
     pub schedule: ScheduleSource,
@@ -48,11 +53,18 @@ impl Ranks {
     }
 
     /// A rank that sends rows as they are, and overlaps as DeepSeek does.
-    pub fn new(comm: Comm, layout: Layout, schedule: ScheduleSource) -> Self {
+    ///
+    /// # Panics
+    /// If the ranks of `everyone` are not those of one or more replicas of the layout.
+    pub fn new(everyone: Comm, layout: Layout, schedule: ScheduleSource) -> Self {
+        let num_ranks = layout.mesh.num_ranks();
+        assert!(everyone.num_ranks().is_multiple_of(num_ranks), "replicas of {num_ranks} ranks each");
+        let comm = everyone.window(everyone.rank() / num_ranks * num_ranks, num_ranks);
         let expert_group = layout.mesh.expert_group(layout.rank);
         let (dispatch_wire, combine_wire) = (Wire::default(), Wire::default());
         Ranks {
             comm,
+            everyone,
             layout: Arc::new(layout),
             schedule,
             chunk_order: chunk::ORDER,
@@ -66,21 +78,46 @@ impl Ranks {
 
     /// Whether this rank speaks for all: it logs, and writes files.
     pub fn is_first(&self) -> bool {
-        self.layout.rank == 0
+        self.number() == 0
+    }
+
+    /// This rank's number in the run.
+    pub fn number(&self) -> u32 {
+        self.everyone.rank()
+    }
+
+    /// Replicas of the run, present or not.
+    pub fn num_replicas(&self) -> u32 {
+        self.everyone.num_ranks() / self.layout.mesh.num_ranks()
+    }
+
+    /// The replica that this rank is of.
+    pub fn replica(&self) -> u32 {
+        self.number() / self.layout.mesh.num_ranks()
+    }
+
+    /// Ranks of the run that see different parts of the batch.
+    pub fn num_data_ranks(&self) -> u32 {
+        self.num_replicas() * self.layout.mesh.num_data_ranks()
+    }
+
+    /// Which part of the batch this rank sees, below [`Ranks::num_data_ranks`].
+    pub fn data_rank(&self) -> u32 {
+        let mesh = &self.layout.mesh;
+        self.replica() * mesh.num_data_ranks() + mesh.data_rank(self.layout.rank)
     }
 
     /// Number in the whole step of this rank's microbatch `local`: they are dealt out in turn.
     pub fn global_microbatch(&self, local: u32) -> u32 {
-        let mesh = &self.layout.mesh;
-        local * mesh.num_data_ranks() + mesh.data_rank(self.layout.rank)
+        local * self.num_data_ranks() + self.data_rank()
     }
 
-    /// Shows `mine` to all ranks; returns every rank's, by rank.
+    /// Shows `mine` to all ranks of the run; returns every rank's, by rank.
     ///
     /// # Errors
     /// If a rank is lost.
     pub fn exchange<T: Serialize + DeserializeOwned>(&self, mine: &T) -> Result<Vec<T>, BevyError> {
-        let all = self.comm.all_gather_bytes(serde_json::to_vec(mine)?)?;
+        let all = self.everyone.all_gather_bytes(serde_json::to_vec(mine)?)?;
         all.iter().map(|bytes| Ok(serde_json::from_slice(bytes)?)).collect()
     }
 }

@@ -13,6 +13,7 @@ use kernels::error::Error;
 
 use crate::{
     model::Parameters,
+    params::ParamSpec,
     ranks::Ranks,
     train::{self, Training},
     work::{Work, turn_of},
@@ -41,7 +42,7 @@ type Hashes = BTreeMap<String, u64>;
 fn compare(world: &mut World) -> Result {
     let (every, step) = (world.resource::<EverySteps>().0, world.resource::<Training>().step);
     let ranks = world.resource::<Ranks>();
-    if !step.is_multiple_of(every) || ranks.layout.is_solo() {
+    if !step.is_multiple_of(every) || ranks.everyone.num_ranks() == 1 {
         return Ok(());
     }
     let all = ranks.exchange(&hashes(world))?;
@@ -64,7 +65,11 @@ fn hashes(world: &World) -> Hashes {
         kernels::with_float!(weight.dtype, T => hasher.write(bytemuck::cast_slice(&memory.read::<T>(weight))));
         hasher.finish()
     };
-    parameters.iter().map(|(spec, weight)| (format!("{}@{}", spec.name, spec.start), hash(weight.value))).collect()
+    // Replicas that train apart are different on purpose.
+    let ranks = world.resource::<Ranks>();
+    let of_whom = if ranks.num_replicas() > 1 { format!("replica{}.", ranks.replica()) } else { String::new() };
+    let name = |spec: &ParamSpec| format!("{of_whom}{}@{}", spec.name, spec.start);
+    parameters.iter().map(|(spec, weight)| (name(spec), hash(weight.value))).collect()
 }
 
 /// A rank that differs from the others in a parameter, which, and all its holders: where most agree, one that does not.

@@ -20,6 +20,7 @@ use kernels::comm::Comm;
 use crate::{
     api::{GenerateRequest, Progress, RunReport, RunRequest},
     bill,
+    diloco,
     distribute::Distribution,
     evaluate::Evaluation,
     generate::Generation,
@@ -76,7 +77,7 @@ pub fn run(mut request: RunRequest) -> Result<RunReport, SessionError> {
     let trace = match &telemetry.trace_steps {
         None => None,
         Some(_) => {
-            let name = if leads { "trace.json".into() } else { format!("trace-rank-{}.json", ranks[0].layout.rank) };
+            let name = if leads { "trace.json".into() } else { format!("trace-rank-{}.json", ranks[0].number()) };
             let writer = TraceWriter::create(&dir.join(name)).map_err(SessionError::runtime)?;
             Some(Arc::new(Mutex::new(writer)))
         }
@@ -160,11 +161,16 @@ fn reason_of_peer(rank: u32, said: &str) -> ExitReason {
 
 /// The ranks of this process: its own among others, or all.
 fn ranks_here(distribution: &Distribution, comm: Option<&Comm>) -> Result<Vec<Ranks>, SessionError> {
-    let num_ranks = distribution.mesh.num_ranks();
+    let num_ranks = distribution.num_ranks();
+    let replicas = match distribution.num_replicas {
+        1 => String::new(),
+        n => format!(" in each of {n} replicas"),
+    };
     match comm {
         Some(comm) if comm.num_ranks() != num_ranks => Err(SessionError::input(format!(
-            "the scene's mesh has {num_ranks} ranks, and the launcher started {} processes; start {num_ranks}, or set mesh.pp, \
-             mesh.ep or mesh.dp so that their product is {}",
+            "the scene's mesh has {} ranks{replicas}, and the launcher started {} processes; start {num_ranks}, or set mesh.pp, \
+             mesh.ep or mesh.dp so that there are {}",
+            distribution.mesh.num_ranks(),
             comm.num_ranks(),
             comm.num_ranks()
         ))),
@@ -178,7 +184,7 @@ fn ranks_here(distribution: &Distribution, comm: Option<&Comm>) -> Result<Vec<Ra
 fn with_sample(mut report: RunReport, request: &RunRequest) -> Result<RunReport, SessionError> {
     let scene = &request.loaded.scene;
     let (Some(sample), Some(checkpoint)) = (&scene.sample, &report.checkpoint_dir) else { return Ok(report) };
-    if scene.mesh.num_ranks() == 1 || report.exit_code != 0 {
+    if scene.num_ranks() == 1 || report.exit_code != 0 {
         return Ok(report);
     }
     let generated = crate::generate::generate(GenerateRequest {
@@ -216,6 +222,9 @@ fn run_rank(request: &RunRequest, setup: RankSetup) -> Result<(Ran, ExitReason),
     let RunRequest { loaded, resume, stop, .. } = request;
     let mut app = set_up_rank(loaded, prepared, ranks.clone(), num_threads, &progress)?;
     let scene = &loaded.scene;
+    if let Some(settings) = &scene.diloco {
+        diloco::add(&mut app, settings);
+    }
     let telemetry = scene.telemetry.clone().unwrap_or_default();
     let dir = telemetry.dir.join(&scene.name);
     let mut last_step = 0;
@@ -228,6 +237,7 @@ fn run_rank(request: &RunRequest, setup: RankSetup) -> Result<(Ran, ExitReason),
             None => progress.note(&format!("{} has no whole checkpoint: starting from step 0", dir.display())),
             Some(path) => {
                 restore::restore(app.world_mut(), &path).map_err(SessionError::runtime)?;
+                diloco::restore(app.world_mut(), &path).map_err(SessionError::runtime)?;
                 last_step = found.step;
                 progress.note(&format!("resumed from {}", path.display()));
             }
@@ -245,7 +255,7 @@ fn run_rank(request: &RunRequest, setup: RankSetup) -> Result<(Ran, ExitReason),
     let about = (prepared.tokenizer.clone(), scene_text);
     let from_step = (last_step > 0).then_some(last_step);
     let saving = Saving::new(app.world(), &dir, scene.checkpoint.as_ref(), about, from_step);
-    app.insert_resource(Peers(ranks.comm.clone()))
+    app.insert_resource(Peers(ranks.everyone.clone()))
         .insert_resource(RunDir { dir, log, trace, val: None, finished: false })
         .insert_resource(saving)
         .insert_resource(Work::Train)
@@ -254,7 +264,7 @@ fn run_rank(request: &RunRequest, setup: RankSetup) -> Result<(Ran, ExitReason),
         .add_plugins((
             ControlPlugin {
                 name: scene.name.clone(),
-                comm: ranks.comm.clone(),
+                comm: ranks.everyone.clone(),
                 inbox: Some(inbox.clone()),
                 signal: stop.clone(),
                 note: {
@@ -283,13 +293,13 @@ fn run_rank(request: &RunRequest, setup: RankSetup) -> Result<(Ran, ExitReason),
         ));
     }
     // What went wrong later does not make an earlier step's checkpoint worse; with several ranks the others may be gone.
-    if ranks.layout.is_solo()
+    if ranks.everyone.num_ranks() == 1
         && let Err(error) = saving::finish(app.world_mut())
     {
         progress.note(&format!("the last checkpoint was not saved: {error}"));
     }
     if reason.is_failure() {
-        ranks.comm.abort(ranks.layout.rank, &reason.to_string());
+        ranks.everyone.abort(ranks.number(), &reason.to_string());
     }
     let report = report(&app, &prepared.config, reason.clone());
     Ok(((report, RankSteps::of(app.world())), reason))
@@ -408,7 +418,7 @@ const CHECKPOINT: Method = Method {
         match saving::save(world) {
             Ok(path) => Ok(serde_json::json!({ "path": path, "step": step })),
             Err(error) => {
-                if !world.resource::<Ranks>().layout.is_solo() {
+                if world.resource::<Ranks>().everyone.num_ranks() > 1 {
                     world.resource_mut::<Exit>().stop(ExitReason::Error(error.to_string()));
                 }
                 Err(RpcError::failed(error))

@@ -26,6 +26,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     data::{cursor::Cursor, tokenizer::Tokenizer},
+    diloco,
     hf::{
         config::{ConfigDocument, HfConfig},
         write::{FolderWriter, INDEX, SaveDtype, WriteOptions},
@@ -141,6 +142,9 @@ pub struct Snapshot {
     state: Vec<(String, Storage)>,
     /// What is written once.
     once: Option<(ConfigDocument, TrainState)>,
+    /// What replicas that train apart have besides, and all that those after the first have.
+    apart: Option<diloco::Part>,
+    is_of_first_replica: bool,
 }
 
 impl Snapshot {
@@ -153,6 +157,13 @@ impl Snapshot {
         let (parameters, memory) = (world.resource::<Parameters>(), world.resource::<Tensors>().memory());
         let rank = ranks.layout.rank as usize;
         let value = |spec: &ParamSpec| parameters.find(&spec.name).map(|weight| copy(memory, weight.value));
+        let apart = diloco::Part::take(world)?;
+        let is_of_first_replica = ranks.replica() == 0;
+        if !is_of_first_replica {
+            memory.failure()?;
+            let (options, weights, state) = (WriteOptions::hub(&[], SaveDtype::F32), Vec::new(), Vec::new());
+            return Ok(Snapshot { about, rank, options, weights, state, once: None, apart, is_of_first_replica });
+        }
         let weights = about.parts[rank].iter().filter_map(value).collect();
         let mut state = Vec::new();
         for (index, spec) in parameters.specs.iter().enumerate() {
@@ -172,7 +183,7 @@ impl Snapshot {
         let once = if ranks.is_first() { Some((document(model, eos, dtype)?, TrainState::of(world))) } else { None };
         // What a device could not give back is not to be saved.
         memory.failure()?;
-        Ok(Snapshot { about, rank, options, weights, state, once })
+        Ok(Snapshot { about, rank, options, weights, state, once, apart, is_of_first_replica })
     }
 
     /// Writes it into a checkpoint's folder, which has a folder `train`; returns the files, relative to it.
@@ -180,6 +191,14 @@ impl Snapshot {
     /// # Errors
     /// If a file cannot be written or a weight is not finite; or if it was given up, soon after that.
     pub fn write(&self, folder: &Path, given_up: &AtomicBool) -> Result<Vec<String>, BoxError> {
+        let mut files = if self.is_of_first_replica { self.write_run(folder, given_up)? } else { Vec::new() };
+        if let Some(apart) = &self.apart {
+            files.extend(apart.write(folder)?);
+        }
+        Ok(files)
+    }
+
+    fn write_run(&self, folder: &Path, given_up: &AtomicBool) -> Result<Vec<String>, BoxError> {
         let mut writer = FolderWriter::create_part(folder, &self.about.parts, self.rank, &self.options)?;
         for (spec, values) in self.about.parts[self.rank].iter().zip(&self.weights) {
             if given_up.load(Ordering::Relaxed) {

@@ -107,7 +107,7 @@ impl Saving {
         let step = world.resource::<Training>().step;
         let draft = if self.ranks.is_first() { Some(Draft::begin(&self.dir, step)?) } else { None };
         // From here on there is a folder for all.
-        self.ranks.comm.barrier()?;
+        self.ranks.everyone.barrier()?;
         let snapshot = Snapshot::take(world, self.about.clone())?;
         let (folder, given_up) = (Draft::folder(&self.dir, step), Arc::new(AtomicBool::new(false)));
         let writing = {
@@ -218,7 +218,7 @@ fn spawn<T: Send + 'static>(
     what: &str,
     work: impl FnOnce() -> Result<T, checkpoint::Error> + Send + 'static,
 ) -> Result<Job<T>> {
-    let name = format!("{what} {}", ranks.layout.rank);
+    let name = format!("{what} {}", ranks.number());
     let spawned = std::thread::Builder::new().name(name).spawn(work);
     spawned.map_err(|error| format!("the operating system gave no thread to save with: {error}").into())
 }
@@ -285,7 +285,7 @@ pub fn latest_valid(ranks: &Ranks, dir: &Path) -> Result<Found> {
     let mut found = Found::default();
     for step in steps {
         let path = checkpoint::path(dir, step);
-        let share = (ranks.layout.rank as usize, all.len());
+        let share = (ranks.number() as usize, all.len());
         let damage = checkpoint::verify_share(&path, step, share).err().map(|error| error.to_string());
         match ranks.exchange(&damage)?.into_iter().flatten().next() {
             Some(damage) => found.skipped.push((path, damage)),

@@ -216,7 +216,7 @@ pub fn app_with_model(setup: ModelSetup, weights: Weights) -> Result<App, Sessio
         clock,
         ..
     } = setup;
-    let rank = ranks.layout.rank;
+    let rank = ranks.number();
     let shares = on_gpu.shares(&memory, ranks.layout.mesh.num_ranks())?;
     let mut stream = |name, num_threads: Option<usize>, share| {
         let part = Part { num_threads: num_threads.and_then(NonZero::new), share };
@@ -230,7 +230,7 @@ pub fn app_with_model(setup: ModelSetup, weights: Weights) -> Result<App, Sessio
         compute: stream("compute", num_threads, shares.compute)?,
         comm: stream("comm", Some(1), shares.comm)?,
     };
-    let Coordinates { pp, dp, ep } = ranks.layout.mesh.coordinates(rank);
+    let Coordinates { pp, dp, ep } = ranks.layout.mesh.coordinates(ranks.layout.rank);
     let rank = world.spawn((Rank { rank, pp, dp, ep }, Name::new(format!("rank {rank}")))).id();
     world.entity_mut(rank).add_children(&[streams.compute, streams.comm]);
     let specs = ranks.layout.my_specs(config);

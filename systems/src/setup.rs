@@ -138,7 +138,7 @@ pub fn prepare(loaded: &Loaded, with_mtp: bool) -> Result<Prepared, SessionError
 /// Those of [`prepare`] and [`set_up_rank`].
 pub fn set_up(loaded: &Loaded, options: Options) -> Result<Setup, SessionError> {
     let prepared = prepare(loaded, options.with_mtp)?;
-    let alone = Scene { mesh: Default::default(), pipeline: None, ..loaded.scene.clone() };
+    let alone = Scene { mesh: Default::default(), pipeline: None, diloco: None, ..loaded.scene.clone() };
     let distribution = Distribution::new(&alone, &prepared.config)
         .map_err(|problems| SessionError::input(loaded.errors(&problems)))?;
     let app = set_up_rank(loaded, &prepared, distribution.ranks(Comm::solo()), None, &options.progress)?;
@@ -177,7 +177,8 @@ pub fn set_up_rank(
 
     let folder = prepared.init.as_ref().map(HfFolder::open).transpose().map_err(SessionError::input)?;
     let max_positions = config.max_position_embeddings.max(data_section.seq_len);
-    let is_solo = ranks.layout.is_solo();
+    let is_alone = ranks.everyone.num_ranks() == 1;
+    let num_data_ranks = ranks.num_data_ranks() as usize;
     let layout = ranks.layout.clone();
     let formats = Formats::new(&scene.precision);
     let setup = ModelSetup {
@@ -209,7 +210,7 @@ pub fn set_up_rank(
         &memory,
     );
     world.insert_resource(state);
-    let most = scene.batch.max_microbatches() / layout.mesh.num_data_ranks() as usize;
+    let most = scene.batch.max_microbatches() / num_data_ranks;
     let sequences = scene.batch.microbatch_sequences;
     let allocate = |num_mtp| Inputs::allocate(&memory, sequences, data_section.seq_len, num_mtp);
     let microbatches = (0..most).map(|_| allocate(config.num_nextn_predict_layers)).collect();
@@ -247,7 +248,7 @@ pub fn set_up_rank(
     world.insert_resource(training);
     app.add_plugins((TrainPlugin, EvaluatePlugin));
     memory.failure().map_err(SessionError::device)?;
-    if is_solo {
+    if is_alone {
         Generation::add(&mut app, prepared.tokenizer.clone(), max_positions, Work::Train)?;
     }
     Ok(app)

@@ -2,7 +2,10 @@
 //! the pipeline's actions once per number of microbatches, Record reads the losses and loads back, Keep logs and decides whose
 //! turn it is next.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use bevy_app::prelude::*;
 use bevy_ecs::prelude::*;
@@ -14,6 +17,7 @@ use crate::{
     api::StepReport,
     bill,
     data::cursor::Loader,
+    diloco::{self, Diloco},
     expert::{ExpertKey, ExpertLoad},
     head::{LossScale, LossSums},
     live::Live,
@@ -146,13 +150,14 @@ impl Plugin for TrainPlugin {
 }
 
 /// Every rank goes through all of a step's text and keeps its share: so the order of samples, the number of targets and the
-/// place to resume from are the same on any layout.
-fn admit(
+/// place to resume from are the same on any layout. A replica that trains apart means its own part of the batch by the loss; the
+/// part of one that is away is left out.
+pub(crate) fn admit(
     mut training: ResMut<Training>,
     tensors: Res<Tensors>,
     (model, ranks): (Res<Model>, Res<Ranks>),
     (mut scale, mut scalars, mut routing): (ResMut<LossScale>, ResMut<UpdateScalars>, ResMut<RoutingState>),
-    live: Res<Live>,
+    (live, diloco): (Res<Live>, Option<Res<Diloco>>),
 ) {
     training.begin_nanos = kernels::clock::now_nanos();
     // What was sent since the last step, to evaluate or to save, is not this step's.
@@ -161,22 +166,31 @@ fn admit(
     ranks.comm.watch().begin_step(step + 1);
     let (num_microbatches, num_sequences) = (training.num_microbatches(), training.scene.batch.microbatch_sequences);
     let num_mtp_modules = model.config.num_nextn_predict_layers;
-    let (mut num_targets, mut num_mtp) = (0, 0);
-    let mesh = &ranks.layout.mesh;
-    let (num_data_ranks, data_rank) = (mesh.num_data_ranks() as usize, mesh.data_rank(ranks.layout.rank) as usize);
+    let (mut num_targets, mut mine, mut num_mtp) = (0, 0, 0);
+    let (num_data_ranks, data_rank) = (ranks.num_data_ranks() as usize, ranks.data_rank() as usize);
+    let per_replica = ranks.layout.mesh.num_data_ranks() as usize;
+    let is_present = |replica: u32| diloco.as_ref().is_none_or(|diloco| diloco.is_present(replica));
     for m in 0..num_microbatches {
         let batch = training.loader.next_batch(num_sequences);
+        let replica = (m % num_data_ranks / per_replica) as u32;
+        if !is_present(replica) {
+            continue;
+        }
         if m % num_data_ranks == data_rank {
             training.microbatches[m / num_data_ranks].upload(tensors.memory(), &batch);
         }
         num_targets += batch.num_targets() as u64;
+        if replica != ranks.replica() {
+            continue;
+        }
+        mine += batch.num_targets() as u64;
         let count = |k| batch.mtp_targets(k).iter().filter(|&&x| x != crate::data::packing::IGNORE).count() as u64;
         num_mtp += if num_mtp_modules == 0 { 0 } else { count(1) };
     }
     training.num_targets = num_targets;
     let mtp_weight = training.scene.mtp.as_ref().map_or(0.0, |mtp| mtp.loss_weight);
     *scale = LossScale {
-        main: 1.0 / num_targets.max(1) as f64,
+        main: 1.0 / mine.max(1) as f64,
         mtp: mtp_weight / num_mtp_modules.max(1) as f64 / num_mtp.max(1) as f64,
     };
     *scalars = UpdateScalars {
@@ -185,13 +199,17 @@ fn admit(
         max_grad_norm: training.train.max_grad_norm.unwrap_or(f64::INFINITY),
     };
     routing.bias_speed = live.bias_speed_at(&training, step);
-    (routing.step, routing.num_microbatches) = (step, num_microbatches);
+    (routing.step, routing.num_microbatches) = (step, num_microbatches / ranks.num_replicas() as usize);
 }
 
 fn plan(world: &mut World) -> Result {
     let training = world.resource::<Training>();
-    let num_data_ranks = world.resource::<Ranks>().layout.mesh.num_data_ranks() as usize;
-    let num_microbatches = training.num_microbatches() / num_data_ranks;
+    let ranks = world.resource::<Ranks>();
+    let replica = ranks.replica();
+    let num_microbatches = training.num_microbatches() / ranks.num_data_ranks() as usize;
+    let diloco = world.get_resource::<Diloco>();
+    let is_away = diloco.is_some_and(|diloco| !diloco.is_present(replica));
+    let round = diloco.map_or_else(String::new, |diloco| diloco.name_of_step(replica));
     let checking = world.resource::<Turn>().0 == Work::LocateNotFinite;
     let step = world.resource::<Training>().step + 1;
     let memory = world.resource::<Tensors>().memory().clone();
@@ -202,12 +220,16 @@ fn plan(world: &mut World) -> Result {
         (false, Some(_)) => ", watched",
         (false, None) => "",
     };
-    let key = PlanKey(format!("train {num_microbatches} microbatches{how}"));
+    let key = PlanKey(format!("train {num_microbatches} microbatches{how}{round}"));
     if world.resource_mut::<Plans>().activate(&key) {
         return Ok(());
     }
     let inputs = world.resource::<Training>().microbatches[..num_microbatches].to_vec();
-    let lowered = lower_step(world, inputs, Options { checking, counters, ..Options::default() })?;
+    let lowered = if is_away {
+        diloco::lower_away(world, inputs[0], checking)?
+    } else {
+        lower_step(world, inputs, Options { checking, counters, ..Options::default() })?
+    };
     PlannedBytes::keep(world, &key, &lowered);
     world.resource_mut::<Plans>().insert(key, lowered.graph);
     Ok(())
@@ -248,6 +270,7 @@ pub fn lower_step(world: &mut World, inputs: Vec<Inputs>, options: Options) -> R
     if l.world.contains_resource::<OptimizerState>() && !options.checking {
         optimizer::lower_update(&mut l)?;
         routing::lower_bias_updates(&mut l)?;
+        diloco::lower_round_end(&mut l)?;
     }
     l.finish_step()
 }
@@ -285,12 +308,15 @@ impl RankStep {
         let memory = world.resource::<Tensors>().memory();
         let layout = &ranks.layout;
         let position = layout.mesh.coordinates(layout.rank).pp;
-        let num_microbatches = training.num_microbatches() / layout.mesh.num_data_ranks() as usize;
+        let diloco = world.get_resource::<Diloco>();
+        let is_away = diloco.is_some_and(|diloco| !diloco.is_present(ranks.replica()));
+        // One that is away has none: no losses are told, and counts are zero.
+        let num_microbatches = training.num_microbatches() / ranks.num_data_ranks() as usize;
         let last = layout.num_stages() - 1;
         let schedule = ranks.schedule.build(layout.mesh.pp, num_microbatches as u32);
         let is_mine = |m: u32| schedule.as_ref().is_ok_and(|schedule| schedule.rank_of(last, m) == Some(position));
         let bits = |sum: Tensor| memory.read::<f64>(sum)[0].to_bits();
-        let losses = (0..num_microbatches as u32).filter(|&m| is_mine(m)).map(|m| {
+        let losses = (0..num_microbatches as u32).filter(|&m| !is_away && is_mine(m)).map(|m| {
             let sums = &world.resource::<LossSums>().0[m as usize];
             let all = std::iter::once(sums.main).chain(sums.mtp.iter().copied()).map(bits).collect();
             (ranks.global_microbatch(m), all)
@@ -307,7 +333,7 @@ impl RankStep {
             step_secs,
             overhead_share: world.resource::<Telemetry>().times().overhead_secs / step_secs.max(1e-9),
             idle_share: world.resource::<Telemetry>().bubbles().idle_fraction().unwrap_or(0.0),
-            figures: Figures::of(world, speaks_for),
+            figures: Figures::of(world, |layer| ranks.replica() == 0 && speaks_for(layer)),
             rounding: world.get_resource::<Rounding>().map_or_else(Vec::new, |rounding| rounding.counts(memory)),
         }
     }
@@ -344,7 +370,8 @@ pub(crate) fn record(world: &mut World) -> Result {
     let num_targets = world.resource::<Training>().num_targets;
     let loss = sum(0) / num_targets.max(1) as f64;
     let grad_norm = f64::from_bits(all[0].sum_squares).sqrt();
-    if !(loss.is_finite() && grad_norm.is_finite()) {
+    let are_finite = all.iter().all(|rank| f64::from_bits(rank.sum_squares).is_finite());
+    if !(loss.is_finite() && are_finite) {
         world.resource::<Session>().progress.note(&format!(
             "step {step}: loss {loss} and gradient norm {grad_norm} are not finite; running the step again to find where"
         ));
@@ -353,8 +380,12 @@ pub(crate) fn record(world: &mut World) -> Result {
     }
     let num_mtp = world.resource::<Model>().config.num_nextn_predict_layers;
     let mtp: Vec<f64> = (1..=num_mtp).map(|k| sum(k) / num_targets.max(1) as f64).collect();
-    let mut rows: Vec<_> = all.iter().flat_map(|rank| rank.counts.iter().cloned()).collect();
-    rows.sort_unstable_by_key(|(layer, _)| *layer);
+    // By layer, over all replicas.
+    let mut rows: BTreeMap<usize, Vec<u32>> = BTreeMap::new();
+    for (layer, counts) in all.iter().flat_map(|rank| &rank.counts) {
+        let row = rows.entry(*layer).or_insert_with(|| vec![0; counts.len()]);
+        row.iter_mut().zip(counts).for_each(|(sum, count)| *sum += count);
+    }
     let lr = world.resource::<UpdateScalars>().lr;
     let bias_speed = world.resource::<RoutingState>().bias_speed;
     let (step_secs, overhead_share) = (all[0].step_secs, all[0].overhead_share);
@@ -411,7 +442,7 @@ pub(crate) fn record(world: &mut World) -> Result {
     Figures::tell(world, &all.iter().map(|rank| &rank.figures).collect::<Vec<_>>());
     let mut loads = world.query::<(&ExpertKey, &mut ExpertLoad)>();
     for (key, mut load) in loads.iter_mut(world) {
-        if let Some((_, row)) = rows.iter().find(|(layer, _)| *layer == usize::from(key.layer)) {
+        if let Some(row) = rows.get(&usize::from(key.layer)) {
             load.0 = row[usize::from(key.expert)];
         }
     }

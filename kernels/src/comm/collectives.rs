@@ -84,7 +84,7 @@ impl Comm {
     }
 
     /// The common part: `job` gets this rank's membership.
-    fn collective(
+    pub(super) fn collective(
         &self,
         s: &mut Stream,
         (op, tag): (&'static str, u64),
@@ -94,7 +94,7 @@ impl Comm {
         job: impl FnOnce(Member, &Memory) -> Result<Waited> + Send + 'static,
     ) -> Result<()> {
         let me = self.place_in(op, group)?;
-        let group = group.clone();
+        let group = self.group_in_run(group);
         let rendezvous = || Rendezvous::Collective { group: group.clone(), tag };
         self.launch(s, op, (&[x], &[x]), rendezvous, cost, {
             let group = group.clone();
@@ -137,6 +137,7 @@ fn check_parts(op: &'static str, n: usize, x: Tensor, parts: &[Range<usize>]) ->
 pub(super) struct Member<'a> {
     pub comm: &'a Comm,
     pub hub: &'a Hub,
+    /// By the numbers of the run.
     pub group: &'a Arc<[u32]>,
     /// Place in the group.
     pub me: usize,
@@ -155,7 +156,7 @@ impl Member<'_> {
         Ok(all)
     }
 
-    fn finish(&self, bytes: LinkBytes) -> Result<Waited> {
+    pub fn finish(&self, bytes: LinkBytes) -> Result<Waited> {
         self.comm.count(Traffic::Reduce, bytes);
         Ok(Waited { nanos: self.nanos.get(), load: None })
     }

@@ -229,7 +229,7 @@ impl Exchange {
     ) -> Result<()> {
         let exchange = self.clone();
         let me = self.comm.place_in(op, &self.group)?;
-        let rendezvous = || Rendezvous::Collective { group: self.group.clone(), tag: self.tag };
+        let rendezvous = || Rendezvous::Collective { group: self.comm.group_in_run(&self.group), tag: self.tag };
         self.comm.launch(s, op, (reads, writes), rendezvous, cost, move |comm, hub, m| {
             let Exchange { group, tag, wire, .. } = exchange;
             job(Meeting { comm, hub, group, me, op, tag, wire }, m)
@@ -352,7 +352,7 @@ struct Meeting<'a> {
 impl Meeting<'_> {
     fn meet<T: Brought>(&self, what: String, mine: T) -> Result<(Vec<Arc<T>>, u64)> {
         let call = Call { op: self.op, tag: self.tag, what: format!("{what} as {:?}", self.wire) };
-        self.hub.meet((self.comm.lane, &self.group), self.me, call, mine)
+        self.hub.meet((self.comm.lane, &self.comm.group_in_run(&self.group)), self.me, call, mine)
     }
 
     /// Meters `rows(member)` rows to each member.

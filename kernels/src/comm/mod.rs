@@ -9,11 +9,14 @@
 //!   it is compared: ranks that call different things are told so. Collectives that two streams run beside each other have no
 //!   common order; give each stream a [`Comm::lane`] of its own, as one gives it a communicator of its own elsewhere.
 //! - [`exchange`] moves rows to the ranks of their experts and back.
+//! - [`Comm::all_reduce_mean`] is a mean over ranks that are far apart, in few bytes.
+//! - [`Comm::window`] is a part of a run's ranks, numbered as if there were no others.
 //!
 //! Sums are in the order of ranks, so their bits are the same on every rank. An op between ranks blocks its stream's thread,
 //! never the host. A rank that cannot go on calls [`Comm::abort`], and nobody waits for it; ops that find ranks at odds do so
 //! themselves. Whoever drives a rank must do it when a stream fails for another reason, or when its thread unwinds.
 
+pub mod average;
 pub mod collectives;
 pub mod exchange;
 pub mod launch;
@@ -35,6 +38,7 @@ use local::Call;
 use meter::{LinkBytes, Meter, Traffic};
 use parking_lot::Mutex;
 
+pub use average::Coding;
 pub use exchange::{Exchange, Received};
 use pack::Brought;
 pub use spread::Spread;
@@ -64,10 +68,14 @@ macro_rules! with_element {
 }
 use with_element;
 
-/// One rank's end of the communication of a run. Cheap to clone; clones are the same rank and share its meter.
+/// One rank's end of the communication of a run, or of a window on its ranks. Cheap to clone; clones are the same rank and share its
+/// meter.
 #[derive(Clone)]
 pub struct Comm {
+    /// In the window, as all numbers of ranks that callers say.
     rank: u32,
+    /// Number in the run of the window's first rank.
+    first: u32,
     num_ranks: u32,
     ranks_per_node: u32,
     lane: u32,
@@ -202,7 +210,35 @@ impl Comm {
     fn end(rank: u32, num_ranks: u32, ranks_per_node: u32, hub: Option<Hub>) -> Self {
         assert!(rank < num_ranks && ranks_per_node > 0, "rank {rank} of {num_ranks}, {ranks_per_node} to a node");
         let watch = Arc::new(Watch::new(rank));
-        Comm { rank, num_ranks, ranks_per_node, lane: 0, hub, meter: Arc::default(), watch }
+        Comm { rank, first: 0, num_ranks, ranks_per_node, lane: 0, hub, meter: Arc::default(), watch }
+    }
+
+    /// The same end with the ranks `first..first + num_ranks` only, which are numbered from 0 there: a part of a run that is laid out as
+    /// if it were one of its own. Only [`Rendezvous`], and who is told of as lost, keep the numbers of the run.
+    ///
+    /// # Panics
+    /// If this rank is not one of them, or there are not so many.
+    #[must_use]
+    pub fn window(&self, first: u32, num_ranks: u32) -> Self {
+        let ranks = first..first + num_ranks;
+        assert!(ranks.contains(&self.rank) && ranks.end <= self.num_ranks, "rank {} in {ranks:?}", self.rank);
+        Comm { rank: self.rank - first, first: self.first + first, num_ranks, ..self.clone() }
+    }
+
+    /// The same end with a meter of its own.
+    #[must_use]
+    pub fn metered_apart(&self) -> Self {
+        Comm { meter: Arc::default(), ..self.clone() }
+    }
+
+    /// A rank's number in the run.
+    fn in_run(&self, rank: u32) -> u32 {
+        self.first + rank
+    }
+
+    /// A group by the numbers of the run.
+    fn group_in_run(&self, group: &Arc<[u32]>) -> Arc<[u32]> {
+        if self.first == 0 { group.clone() } else { group.iter().map(|&rank| self.in_run(rank)).collect() }
     }
 
     /// The same end, with collectives that meet only those of the same lane: for a second stream. Lanes start at 0, the first.
@@ -228,7 +264,7 @@ impl Comm {
 
     /// The node that a rank is on.
     pub fn node_of(&self, rank: u32) -> u32 {
-        rank / self.ranks_per_node
+        self.in_run(rank) / self.ranks_per_node
     }
 
     /// All ranks, as a group.
@@ -252,10 +288,10 @@ impl Comm {
         const OP: &str = "send";
         self.expect_peer(OP, to)?;
         let bytes = self.link_bytes(to, x.size_bytes());
-        let rendezvous = || Rendezvous::Send { to, tag };
+        let rendezvous = || Rendezvous::Send { to: self.in_run(to), tag };
         let cost = Cost::stream(0, x.size_bytes(), 0) + bytes.cost();
         self.launch(s, OP, (&[x], &[]), rendezvous, cost, move |comm, hub, m| {
-            let nanos = hub.send((comm.rank, to), tag, copy_out(m, x))?;
+            let nanos = hub.send((comm.in_run(comm.rank), comm.in_run(to)), tag, copy_out(m, x))?;
             comm.count(Traffic::P2p, bytes);
             Ok(Waited { nanos, load: None })
         })
@@ -265,10 +301,10 @@ impl Comm {
     pub fn receive(&self, s: &mut Stream, x: Tensor, from: u32, tag: u64) -> Result<()> {
         const OP: &str = "receive";
         self.expect_peer(OP, from)?;
-        let rendezvous = || Rendezvous::Receive { from, tag };
+        let rendezvous = || Rendezvous::Receive { from: self.in_run(from), tag };
         let cost = Cost::stream(0, 0, x.size_bytes());
         self.launch(s, OP, (&[], &[x]), rendezvous, cost, move |comm, hub, m| {
-            let (data, nanos) = hub.receive((from, comm.rank), tag)?;
+            let (data, nanos) = hub.receive((comm.in_run(from), comm.in_run(comm.rank)), tag)?;
             if (data.dtype(), data.len()) != (x.dtype, x.len()) {
                 let (dtype, len) = (data.dtype(), data.len());
                 let message = format!(
@@ -296,8 +332,9 @@ impl Comm {
     fn host_meeting(&self, op: &'static str, bytes: Vec<u8>) -> Result<Vec<Arc<Vec<u8>>>> {
         let hub = self.hub(op)?;
         let call = Call { op, tag: 0, what: String::new() };
-        let _under_way = self.watch.enter(op, HOST_LANE, Rendezvous::Collective { group: self.everyone(), tag: 0 });
-        let met = hub.meet((HOST_LANE, &self.everyone()), self.rank as usize, call, bytes);
+        let group = self.group_in_run(&self.everyone());
+        let _under_way = self.watch.enter(op, HOST_LANE, Rendezvous::Collective { group: group.clone(), tag: 0 });
+        let met = hub.meet((HOST_LANE, &group), self.rank as usize, call, bytes);
         met.inspect_err(|error| self.give_up(error)).map(|(all, _)| all)
     }
 
@@ -305,7 +342,7 @@ impl Comm {
     /// rank and message stand.
     pub fn abort(&self, rank: u32, message: &str) {
         if let Some(hub) = &self.hub {
-            hub.abort(rank, message);
+            hub.abort(self.in_run(rank), message);
         }
     }
 

@@ -25,6 +25,7 @@ pub mod logits;
 pub mod mla;
 pub mod muon;
 pub mod norm;
+pub mod outer;
 pub mod paged;
 pub mod parallel;
 pub mod permute;

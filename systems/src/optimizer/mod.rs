@@ -228,17 +228,10 @@ pub fn lower_update(l: &mut Lowering) -> Result<()> {
             groups.entry(spec.layer).or_default().push(weight.index);
         }
     }
-    let is_shared = |l: &Lowering, &index: &usize| {
-        let shard = l.world.resource::<OptimizerState>().shards[index].as_ref();
-        shard.is_some_and(|shard| shard.group.len() > 1)
-    };
-    let shared = |l: &Lowering, group: &Vec<usize>| -> Vec<usize> {
-        group.iter().copied().filter(|index| is_shared(l, index)).collect()
-    };
     // Layers whose gradients are ready first come first: those of the last stage's end.
     for (layer, group) in groups.iter().rev() {
         l.layer = layer.map(|i| i as u32);
-        let group = shared(l, group);
+        let group = shared_of(l, group);
         if !group.is_empty() {
             l.transfer(REDUCE, None, GroupTask(group))?;
         }
@@ -253,15 +246,9 @@ pub fn lower_update(l: &mut Lowering) -> Result<()> {
     }
     for (layer, group) in groups {
         l.layer = layer.map(|i| i as u32);
-        let shared = shared(l, &group);
-        let weights = &l.world.resource::<Parameters>().weights;
-        let narrow: Vec<usize> = group.iter().copied().filter(|&index| weights[index].fp8.is_some()).collect();
-        l.task(UPDATE, None, GroupTask(group))?;
-        if !shared.is_empty() {
-            l.transfer(GATHER, None, GroupTask(shared))?;
-        }
+        l.task(UPDATE, None, GroupTask(group.clone()))?;
+        let narrow = lower_show(l, &group)?;
         if !narrow.is_empty() {
-            l.task(QUANTIZE, None, GroupTask(narrow.clone()))?;
             rounding::lower_count(l, &narrow)?;
         }
     }
@@ -269,8 +256,29 @@ pub fn lower_update(l: &mut Lowering) -> Result<()> {
     Ok(())
 }
 
+/// Those of `group` that several ranks hold.
+fn shared_of(l: &Lowering, group: &[usize]) -> Vec<usize> {
+    let shards = &l.world.resource::<OptimizerState>().shards;
+    let is_shared = |index: &usize| shards[*index].as_ref().is_some_and(|shard| shard.group.len() > 1);
+    group.iter().copied().filter(is_shared).collect()
+}
+
+/// Emits the way of weights whose parts have changed to the other holders, and their copies in 8 bits; returns those that have such.
+pub(crate) fn lower_show(l: &mut Lowering, group: &[usize]) -> Result<Vec<usize>> {
+    let shared = shared_of(l, group);
+    let weights = &l.world.resource::<Parameters>().weights;
+    let narrow: Vec<usize> = group.iter().copied().filter(|&index| weights[index].fp8.is_some()).collect();
+    if !shared.is_empty() {
+        l.transfer(GATHER, None, GroupTask(shared))?;
+    }
+    if !narrow.is_empty() {
+        l.task(QUANTIZE, None, GroupTask(narrow.clone()))?;
+    }
+    Ok(narrow)
+}
+
 /// Names a collective over the holders of parameter `index`.
-fn tag(kind: u64, index: usize) -> u64 {
+pub(crate) fn tag(kind: u64, index: usize) -> u64 {
     1 << 62 | kind << 32 | index as u64
 }
 

@@ -70,7 +70,7 @@ pub fn limits(lines: &[Line]) -> Vec<Limit> {
 /// # Errors
 /// If a plan fails.
 pub fn compare(request: &PlanRequest) -> Result<Vec<Line>, SessionError> {
-    let scene = &request.loaded.scene;
+    let scene = &request.loaded.scene.of_one_replica();
     let mesh = scene.mesh;
     let own = scene.batch.max_microbatches() / mesh.num_data_ranks() as usize;
     let mut counts: Vec<usize> = [2, 4, 16].map(|times| times * mesh.pp as usize).to_vec();
@@ -106,7 +106,7 @@ fn line(
     schedule: Schedule,
     count: usize,
 ) -> Result<Line, SessionError> {
-    let mut scene = request.loaded.scene.clone();
+    let mut scene = request.loaded.scene.of_one_replica();
     let num_data_ranks = scene.mesh.num_data_ranks() as usize;
     scene.batch.num_microbatches = count * num_data_ranks;
     scene.batch.ramp.clear();

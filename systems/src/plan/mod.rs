@@ -136,7 +136,7 @@ pub struct Planned {
 /// # Errors
 /// If the scene does not fit together, or a figure is missing. A plan that does not fit the device's memory is no error.
 pub fn plan(request: &PlanRequest) -> Result<Planned, SessionError> {
-    let scene = &request.loaded.scene;
+    let scene = &request.loaded.scene.of_one_replica();
     let distribution = Distribution::new(scene, &request.config)
         .map_err(|problems| SessionError::input(request.loaded.errors(&problems)))?;
     plan_on(request, scene, &distribution)

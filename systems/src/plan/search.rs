@@ -132,7 +132,7 @@ pub fn search(
     most: usize,
     progress: impl Fn(usize, usize) + Sync,
 ) -> Result<SearchReport, SessionError> {
-    let scene = &request.loaded.scene;
+    let scene = &request.loaded.scene.of_one_replica();
     let num_experts = request.config.moe.as_ref().map_or(1, |moe| moe.n_routed_experts);
     let all = layouts(scene, scene.mesh.num_ranks(), request.config.num_hidden_layers, num_experts);
     let num_all = all.len();

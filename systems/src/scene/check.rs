@@ -32,19 +32,19 @@ impl Scene {
     }
 }
 
-struct Checks<'a> {
+pub(super) struct Checks<'a> {
     base_dir: &'a Path,
     problems: Vec<Problem>,
 }
 
 impl Checks<'_> {
-    fn expect(&mut self, holds: bool, path: &str, message: impl FnOnce() -> String) {
+    pub(super) fn expect(&mut self, holds: bool, path: &str, message: impl FnOnce() -> String) {
         if !holds {
             self.problems.push(Problem::new(path, message()));
         }
     }
 
-    fn positive(&mut self, path: &str, value: f64) {
+    pub(super) fn positive(&mut self, path: &str, value: f64) {
         self.expect(value > 0.0 && value.is_finite(), path, || format!("must be above 0, but is {value}"));
     }
 
@@ -56,11 +56,11 @@ impl Checks<'_> {
         self.expect((0.0..=1.0).contains(&value), path, || format!("must be between 0 and 1, but is {value}"));
     }
 
-    fn decay_rate(&mut self, path: &str, value: f64) {
+    pub(super) fn decay_rate(&mut self, path: &str, value: f64) {
         self.expect((0.0..1.0).contains(&value), path, || format!("must be at least 0 and below 1, but is {value}"));
     }
 
-    fn count(&mut self, path: &str, value: u64) {
+    pub(super) fn count(&mut self, path: &str, value: u64) {
         self.expect(value > 0, path, || "must be 1 or more, but is 0".to_owned());
     }
 
@@ -115,6 +115,9 @@ impl Checks<'_> {
             self.count("train.steps", train.steps);
             train.max_grad_norm.into_iter().for_each(|norm| self.positive("train.max_grad_norm", norm));
             train.max_train_secs.into_iter().for_each(|secs| self.positive("train.max_train_secs", secs));
+        }
+        if let Some(diloco) = &scene.diloco {
+            diloco.check(self, scene);
         }
         self.precision(&scene.precision);
         self.expect(!scene.graphs || scene.device != Device::Cpu, "graphs", || {
@@ -314,8 +317,8 @@ impl Checks<'_> {
         self.positive("watchdog.first_step_secs", watchdog.first_step_secs);
         self.positive("watchdog.steps", watchdog.steps);
         for (i, fault) in watchdog.faults.iter().enumerate() {
-            self.expect(fault.rank < scene.mesh.num_ranks(), &format!("watchdog.faults[{i}].rank"), || {
-                format!("is {}, but the mesh has {} ranks", fault.rank, scene.mesh.num_ranks())
+            self.expect(fault.rank < scene.num_ranks(), &format!("watchdog.faults[{i}].rank"), || {
+                format!("is {}, but the run has {} ranks", fault.rank, scene.num_ranks())
             });
         }
         if let Some(remote) = &scene.remote {

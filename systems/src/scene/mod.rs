@@ -9,6 +9,7 @@ mod check;
 mod compute;
 mod de;
 mod diagnostic;
+pub mod diloco;
 mod fault;
 pub mod form;
 pub mod hardware;
@@ -38,6 +39,7 @@ pub use sections::{
 };
 
 pub use watchdog::Watchdog;
+use check::Checks;
 
 use crate::hf::config::HfConfig;
 use crate::mesh::Mesh;
@@ -86,6 +88,9 @@ pub struct Scene {
     /// Ranks along each axis.
     #[serde(default)]
     pub mesh: Mesh,
+    /// Replicas of the mesh that train apart, and meet once in many steps.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub diloco: Option<diloco::Diloco>,
     /// How layers are laid on pipeline ranks.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pipeline: Option<Pipeline>,
