@@ -117,7 +117,7 @@ fn check(prefix: &Path, num_ranks: usize, sets: &[&str]) {
     }
 }
 
-const MESHES: [(usize, &[&str]); 6] = [
+const MESHES: [(usize, &[&str]); 8] = [
     (2, &["mesh.pp=2"]),
     (2, &["mesh.ep=2"]),
     (2, &["mesh.dp=2"]),
@@ -142,6 +142,21 @@ const MESHES: [(usize, &[&str]); 6] = [
         ],
     ),
     (4, &["mesh.pp=2", "mesh.dp=2", "pipeline=(schedule: ZbH1)", "batch.num_microbatches=4"]),
+    (
+        4,
+        &[
+            "mesh.ep=2",
+            "batch.num_microbatches=4",
+            "diloco=(replicas: 2, inner_steps: 2, compress: Int8, absent: [(replica: 1, rounds: (start: 0, count: 1))])",
+        ],
+    ),
+    (
+        3,
+        &[
+            "batch.num_microbatches=3",
+            "diloco=(replicas: 3, inner_steps: 2, absent: [(replica: 1, rounds: (start: 1, count: 1))])",
+        ],
+    ),
 ];
 
 /// Over two stages or four, with a layer for each.

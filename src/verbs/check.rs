@@ -7,7 +7,10 @@ use systems::{
     mesh::Mesh,
     model_config::{Attention, ModelConfig, ModelType},
     params::{ParamKind, num_activated_params, num_params, param_specs},
-    scene::{Compute, Data, Optimizer, Scene, Validation},
+    scene::{
+        Compute, Data, Optimizer, Scene, Validation,
+        diloco::{Diloco, Nesterov, Outer},
+    },
 };
 
 use crate::{
@@ -135,6 +138,7 @@ fn table(checked: &Checked, report: &Report) -> Table {
         let ranks = format!("{num}: pp {pp}, ep {ep}, dp {dp}, {} a node; {schedule:?}", ranks_per_node.min(num));
         table.row("ranks", ranks);
     }
+    table.maybe("replicas", scene.diloco.as_ref().map(describe_replicas));
     table.maybe("data", scene.data.as_ref().map(describe_data));
     table.maybe("tokenizer", checked.vocab.as_ref().map(describe_vocab));
     if let Some(training) = &report.training {
@@ -149,6 +153,20 @@ fn table(checked: &Checked, report: &Report) -> Table {
         table.maybe("memory", training.state_bytes.map(state));
     }
     table
+}
+
+fn describe_replicas(diloco: &Diloco) -> String {
+    let Outer::Nesterov(Nesterov { lr, momentum }) = diloco.outer;
+    let crossing =
+        diloco.compress.map_or_else(|| "parameters in F32".into(), |how| format!("pseudo-gradients in {how:?}"));
+    let away = match diloco.absent.len() {
+        0 => String::new(),
+        n => format!("; {n} absences"),
+    };
+    format!(
+        "{} of these ranks, that meet every {} steps: Nesterov with lr {lr} and momentum {momentum}; {crossing}{away}",
+        diloco.replicas, diloco.inner_steps
+    )
 }
 
 fn describe_model(table: &mut Table, config: &ModelConfig, model: &Model) {

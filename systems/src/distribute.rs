@@ -115,7 +115,8 @@ impl Distribution {
 
     /// The rank at the other end of `comm`, which has those of one or more replicas.
     pub fn ranks(&self, comm: Comm) -> Ranks {
-        let layout = Layout::new(self.mesh, comm.rank() % self.mesh.num_ranks(), self.stages.clone(), self.stages_of.clone());
+        let layout =
+            Layout::new(self.mesh, comm.rank() % self.mesh.num_ranks(), self.stages.clone(), self.stages_of.clone());
         Ranks {
             chunk_order: self.chunk_order,
             dispatch_wire: self.wires.0,

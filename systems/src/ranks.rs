@@ -6,7 +6,10 @@
 //! A run may be several replicas of one layout, that train apart and meet now and then ([`crate::diloco`]). Each is a window on
 //! the run's ranks, which come replica by replica; so what is inside of one need not know that there are others.
 
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
 
 use bevy_ecs::prelude::*;
 use kernels::comm::{Comm, Spread, Wire};
@@ -44,6 +47,8 @@ pub struct Ranks {
     pub spread: Spread,
     /// Outputs of a token's experts are added up on their way back; for plans.
     pub reduces_on_the_way: bool,
+    /// Bytes that this rank told others in exchanges.
+    pub(crate) told_bytes: Arc<AtomicU64>,
 }
 
 impl Ranks {
@@ -73,6 +78,7 @@ impl Ranks {
             combine_wire,
             spread: Spread::default(),
             reduces_on_the_way: false,
+            told_bytes: Arc::default(),
         }
     }
 
@@ -112,12 +118,19 @@ impl Ranks {
         local * self.num_data_ranks() + self.data_rank()
     }
 
+    /// Bytes of what [`Ranks::exchange`] sent since the last call.
+    pub fn take_told_bytes(&self) -> u64 {
+        self.told_bytes.swap(0, Ordering::Relaxed)
+    }
+
     /// Shows `mine` to all ranks of the run; returns every rank's, by rank.
     ///
     /// # Errors
     /// If a rank is lost.
     pub fn exchange<T: Serialize + DeserializeOwned>(&self, mine: &T) -> Result<Vec<T>, BevyError> {
-        let all = self.everyone.all_gather_bytes(serde_json::to_vec(mine)?)?;
+        let mine = serde_json::to_vec(mine)?;
+        self.told_bytes.fetch_add(mine.len() as u64 * u64::from(self.everyone.num_ranks() - 1), Ordering::Relaxed);
+        let all = self.everyone.all_gather_bytes(mine)?;
         all.iter().map(|bytes| Ok(serde_json::from_slice(bytes)?)).collect()
     }
 }

@@ -12,6 +12,7 @@ use engine::{
     log::{self, Line},
     tensor_file::TensorFile,
 };
+use half::bf16;
 use kernels::{
     comm::{Coding, Comm},
     device::Device,
@@ -164,7 +165,7 @@ fn tiny(dir: &Path, resume: bool, sets: &[&str]) -> RunReport {
     report
 }
 
-/// Tensors of the newest checkpoint, as the bytes of f32, by file and name.
+/// Tensors of the newest checkpoint as f32, which holds bf16, by file and name.
 fn checkpoint(dir: &Path) -> BTreeMap<String, Vec<f32>> {
     let folder = dir.join("tiny/latest");
     let mut all = BTreeMap::new();
@@ -175,7 +176,8 @@ fn checkpoint(dir: &Path) -> BTreeMap<String, Vec<f32>> {
         let file = TensorFile::read(&folder.join(name)).unwrap();
         for tensor in file.names() {
             let dims = file.dims(tensor).unwrap().to_vec();
-            all.insert(format!("{name} {tensor}"), file.get::<f32>(tensor, &dims).unwrap());
+            let narrow = || file.get::<bf16>(tensor, &dims).unwrap().into_iter().map(bf16::to_f32).collect();
+            all.insert(format!("{name} {tensor}"), file.get::<f32>(tensor, &dims).unwrap_or_else(|_| narrow()));
         }
     }
     all
@@ -237,13 +239,15 @@ const THREE: &str = "diloco=(replicas: 4, inner_steps: 3, absent: [(replica: 2, 
 #[test]
 fn replicas_leave_and_join_and_all_that_are_there_have_the_same() {
     let dir = tempfile::tempdir().unwrap();
-    let report = tiny(dir.path(), false, &["train.steps=9", "checkpoint.every_steps=9", THREE, "eval=(every_steps: 3)"]);
+    let report =
+        tiny(dir.path(), false, &["train.steps=9", "checkpoint.every_steps=9", THREE, "eval=(every_steps: 3)"]);
     assert!(report.val_loss_nats_per_token.is_some());
     assert_all_have_theta(&checkpoint(dir.path()), &[1, 2]);
     let lines = lines(dir.path());
     let trained: Vec<&Line> = lines.iter().filter(|line| line.scalar("loss_nats_per_token").is_some()).collect();
     assert_eq!(trained.len(), 9);
-    let there: Vec<_> = trained.iter().filter_map(|line| Some((line.step, line.scalar("outer/num_replicas")?))).collect();
+    let there: Vec<_> =
+        trained.iter().filter_map(|line| Some((line.step, line.scalar("outer/num_replicas")?))).collect();
     assert_eq!(there, [(3, 3.0), (6, 2.0), (9, 3.0)]);
     // So many targets as those that are there see: 4 sequences of 2 for each, less those that have none.
     let tokens: Vec<f64> = trained.iter().map(|line| line.scalar("num_tokens").unwrap()).collect();
@@ -326,10 +330,14 @@ fn what_crosses_is_counted_and_a_hundredth_of_what_gradients_are() {
         assert_eq!(sum(&lines, "link_bytes/reduce/inter_node"), 0.0, "gradients stay within their replica");
         let per_round = sum(&lines, "outer/sent_inter_node_bytes") / 2.0;
         assert_eq!(sum(&lines, "outer/sent_intra_node_bytes"), 0.0);
+        assert!(sum(&lines, "outer/told_bytes") > 0.0, "figures are counted, too");
         // There and back, from each of 4 to 3 others, a quarter of all.
         let want = 2.0 * 3.0 * (bytes * trained as f64 + 4.0 * biases as f64);
         assert!((per_round / want - 1.0).abs() < 0.02, "{compress}: {per_round} bytes, expected {want}");
-        assert!(per_round <= 1.001 * gradients * bytes / 4.0 * 1.02, "{compress}: {per_round}, of gradients {gradients}");
+        assert!(
+            per_round <= 1.001 * gradients * bytes / 4.0 * 1.02,
+            "{compress}: {per_round}, of gradients {gradients}"
+        );
     }
 }
 

@@ -210,7 +210,10 @@ mod tests {
                             Coding::Int8 => 2.0 * most_around(i) / 254.0,
                         };
                         let error = (f64::from(x) - mean(i)).abs();
-                        assert!(error <= most * 1.001, "{coding:?} of {len}, element {i}: off by {error}, at most {most}");
+                        assert!(
+                            error <= most * 1.001,
+                            "{coding:?} of {len}, element {i}: off by {error}, at most {most}"
+                        );
                     }
                 }
             }

@@ -165,8 +165,7 @@ fn follow_now(m: &Memory, theta: Tensor, local: Tensor, weight: Option<Tensor>) 
 
 fn check_slots(slots: Slots) -> Result<()> {
     let dims = [slots.theta.len()];
-    for (role, tensor) in
-        [("theta", slots.theta), ("v", slots.v), ("crossing", slots.crossing), ("local", slots.local)]
+    for (role, tensor) in [("theta", slots.theta), ("v", slots.v), ("crossing", slots.crossing), ("local", slots.local)]
     {
         expect_tensor("outer", role, tensor, DType::F32, &dims)?;
     }

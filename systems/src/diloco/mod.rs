@@ -210,10 +210,8 @@ pub fn add(app: &mut App, settings: &section::Diloco) {
 fn admit(mut diloco: ResMut<Diloco>, training: Res<Training>) {
     let (after, inner_steps) = (training.step + 1, diloco.settings.inner_steps.max(1));
     let ends = after.is_multiple_of(inner_steps) || after >= training.train.steps;
-    diloco.ending = ends.then(|| Ending {
-        present: diloco.present.clone(),
-        next: diloco.present_in(diloco.settings.round_of(after)),
-    });
+    diloco.ending = ends
+        .then(|| Ending { present: diloco.present.clone(), next: diloco.present_in(diloco.settings.round_of(after)) });
 }
 
 /// `diloco.leave`.

@@ -80,7 +80,8 @@ pub fn lower_round_end(l: &mut Lowering) -> Result<()> {
         l.layer = None;
         Ok(())
     };
-    let meeting = |params: &Arc<[usize]>, ranks: &Arc<[u32]>| MeetingTask { params: params.clone(), ranks: ranks.clone() };
+    let meeting =
+        |params: &Arc<[usize]>, ranks: &Arc<[u32]>| MeetingTask { params: params.clone(), ranks: ranks.clone() };
     let joining: Vec<u32> = ending.joining().collect();
     if ending.present.contains(&replica) {
         let all = peers(&ending.present);
@@ -132,11 +133,7 @@ enum Common<'a> {
     Bias(Tensor),
 }
 
-fn common<'a>(
-    task: &MeetingTask,
-    diloco: &'a Diloco,
-    parameters: &'a Parameters,
-) -> Vec<(&'a ParamSpec, Common<'a>)> {
+fn common<'a>(task: &MeetingTask, diloco: &'a Diloco, parameters: &'a Parameters) -> Vec<(&'a ParamSpec, Common<'a>)> {
     let one = |&index: &usize| {
         let spec = &parameters.specs[index];
         let bias = || (spec.kind == ParamKind::ExpertBias).then(|| Common::Bias(parameters.weights[index].value));

@@ -65,6 +65,8 @@ type Squares = Vec<(Subject, f64)>;
 struct RankRound {
     /// Bytes to other replicas since the round before: within the node, and to others.
     sent: (u64, u64),
+    /// Bytes of figures as this, step by step, to all ranks.
+    told: u64,
     /// Squared norms of this replica's pseudo-gradient; nothing of one that was away.
     mine: Squares,
     /// Of the mean, which all replicas have; the first tells it.
@@ -127,6 +129,7 @@ pub(super) fn record(world: &mut World) -> Result {
     let sent = diloco.comm.take_meter().total();
     let mine = RankRound {
         sent: (sent.intra_node, sent.inter_node),
+        told: ranks.take_told_bytes(),
         mine: if ending.present.contains(&ranks.replica()) { of(0) } else { Vec::new() },
         mean: if ranks.replica() == 0 { of(1) } else { Vec::new() },
     };
@@ -157,6 +160,7 @@ fn figures(all: &[RankRound], per_replica: usize, present: &[u32]) -> Figures {
     scalar("outer/num_replicas".into(), present.len() as f64);
     scalar("outer/sent_intra_node_bytes".into(), sum(|rank| rank.sent.0));
     scalar("outer/sent_inter_node_bytes".into(), sum(|rank| rank.sent.1));
+    scalar("outer/told_bytes".into(), sum(|rank| rank.told));
     let mut mean = Norms::default();
     all.iter().for_each(|rank| mean.add(&rank.mean));
     for (kind, square) in &mean.by_kind {
@@ -209,8 +213,10 @@ mod tests {
     #[test]
     fn an_expert_that_came_nowhere_is_counted() {
         let square = |layer, expert, square| (Subject { kind: 6, expert: Some((layer, expert)) }, square);
-        let rank = |squares: Vec<(Subject, f64)>| RankRound { mine: squares.clone(), mean: squares, sent: (1, 2) };
-        let first = vec![square(1, 0, 1.0), square(1, 1, 4.0), square(1, 2, 1e-4), (Subject { kind: 0, expert: None }, 9.0)];
+        let rank =
+            |squares: Vec<(Subject, f64)>| RankRound { mine: squares.clone(), mean: squares, sent: (1, 2), told: 3 };
+        let first =
+            vec![square(1, 0, 1.0), square(1, 1, 4.0), square(1, 2, 1e-4), (Subject { kind: 0, expert: None }, 9.0)];
         // The other part of the first expert, and another layer whose experts are alike.
         let second = vec![square(1, 0, 8.0), square(2, 0, 1e-6), square(2, 1, 1e-6)];
         let all = [rank(first), rank(second), RankRound::default(), RankRound::default()];
@@ -221,6 +227,7 @@ mod tests {
         assert_eq!(scalar("outer/norm/embedding"), 3.0);
         assert!((scalar("outer/norm").powi(2) - 22.0001).abs() < 1e-3);
         assert_eq!((scalar("outer/sent_intra_node_bytes"), scalar("outer/sent_inter_node_bytes")), (2.0, 4.0));
+        assert_eq!(scalar("outer/told_bytes"), 6.0);
         let layer = told.histograms.iter().find(|(name, _)| name == "pseudo_gradient/replica0/layer 1").unwrap();
         assert_eq!(layer.1, [3.0, 2.0, 0.01]);
     }

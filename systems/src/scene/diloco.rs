@@ -105,10 +105,17 @@ impl Diloco {
         checks.positive(&at("outer.lr"), *lr);
         checks.decay_rate(&at("outer.momentum"), *momentum);
         for (i, Absence { replica, rounds }) in self.absent.iter().enumerate() {
-            checks.expect((1..self.replicas).contains(replica), &at(&format!("absent[{i}].replica")), || match replica {
-                0 => "is 0, but the first replica is always there: it logs and saves".to_owned(),
-                _ => format!("is {replica}, but the replicas that may be absent are 1 to {}", self.replicas.max(1) - 1),
-            });
+            checks.expect(
+                (1..self.replicas).contains(replica),
+                &at(&format!("absent[{i}].replica")),
+                || match replica {
+                    0 => "is 0, but the first replica is always there: it logs and saves".to_owned(),
+                    _ => format!(
+                        "is {replica}, but the replicas that may be absent are 1 to {}",
+                        self.replicas.max(1) - 1
+                    ),
+                },
+            );
             checks.count(&at(&format!("absent[{i}].rounds.count")), rounds.count);
         }
         checks.expect(scene.precision.compute != Compute::F64, "precision.compute", || {
@@ -157,7 +164,8 @@ mod tests {
     fn problems(diloco: &str) -> Vec<String> {
         let text = format!("(eval: (every_steps: 200), batch: (num_microbatches: 8), diloco: {diloco})");
         let scene = Scene::parse(&text, &[]).unwrap().scene;
-        let found = scene.check(Path::new("")).into_iter().map(|problem| format!("{} {}", problem.path, problem.message));
+        let found =
+            scene.check(Path::new("")).into_iter().map(|problem| format!("{} {}", problem.path, problem.message));
         found.filter(|found| found.contains("diloco")).collect()
     }
 
@@ -188,7 +196,10 @@ mod tests {
         let absent = "[(replica: 0, rounds: (start: 0, count: 1)), (replica: 2, rounds: (start: 0, count: 0))]";
         let found = problems(&format!("(replicas: 2, absent: {absent})"));
         assert!(found[0].contains("the first replica is always there"), "{found:?}");
-        assert!(found[1].contains("absent[1].replica is 2, but the replicas that may be absent are 1 to 1"), "{found:?}");
+        assert!(
+            found[1].contains("absent[1].replica is 2, but the replicas that may be absent are 1 to 1"),
+            "{found:?}"
+        );
         assert!(found[2].contains("absent[1].rounds.count"), "{found:?}");
     }
 
