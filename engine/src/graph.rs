@@ -66,20 +66,9 @@ impl Graph {
         self.spans.iter().map(|span| (span.kind, &span.cost))
     }
 
-    /// Spans of the tasks under computed times.
-    ///
-    /// # Panics
-    /// If there is not one time per task.
+    /// Spans of the tasks under computed times: [`spans_at`].
     pub fn spans_at(&self, times: &[TaskTime]) -> Vec<Span> {
-        assert_eq!(times.len(), self.order.len(), "one time per task");
-        let span = |((span, deps), time): ((&Span, &Vec<u32>), &TaskTime)| Span {
-            start_nanos: time.start_nanos,
-            end_nanos: time.end_nanos,
-            wait_nanos: time.wait_nanos,
-            waited_for: deps.iter().copied().max_by_key(|&dep| times[dep as usize].end_nanos),
-            ..span.clone()
-        };
-        self.spans.iter().zip(&self.deps).zip(times).map(span).collect()
+        spans_at(&self.spans, &self.deps, times)
     }
 
     /// When each task starts and ends if task `i` takes `durations_nanos[i]` and the streams are free at `begin_nanos`:
@@ -100,6 +89,22 @@ impl Graph {
         }
         times
     }
+}
+
+/// The tasks' spans under computed times, given what each waits for on other streams.
+///
+/// # Panics
+/// If there is not one time per task.
+pub fn spans_at(spans: &[Span], deps: &[Vec<u32>], times: &[TaskTime]) -> Vec<Span> {
+    assert_eq!(times.len(), spans.len(), "one time per task");
+    let span = |((span, deps), time): ((&Span, &Vec<u32>), &TaskTime)| Span {
+        start_nanos: time.start_nanos,
+        end_nanos: time.end_nanos,
+        wait_nanos: time.wait_nanos,
+        waited_for: deps.iter().copied().max_by_key(|&dep| times[dep as usize].end_nanos),
+        ..span.clone()
+    };
+    spans.iter().zip(deps).zip(times).map(span).collect()
 }
 
 /// Who used a buffer last.

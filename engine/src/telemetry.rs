@@ -8,6 +8,7 @@ use std::{collections::BTreeMap, sync::Arc};
 use bevy_ecs::prelude::*;
 use kernels::cost::Cost;
 
+pub mod bytes;
 mod feed;
 
 pub use feed::{Feed, Receiver};

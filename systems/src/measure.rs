@@ -1,6 +1,8 @@
 //! The last steps of a run as they were on each rank, and beside them the step that their tasks would make by themselves: each
 //! task takes its median time, ranks meet as the schedule says, and nothing else happens. What differs is what the plan does
-//! not know: noise, and ranks that are in each other's way.
+//! not know: noise, and ranks that are in each other's way. Ranks that are processes send theirs to the first: [`gather`].
+
+mod gather;
 
 use std::{collections::VecDeque, sync::Arc};
 
@@ -10,10 +12,12 @@ use engine::{
     bubbles::{Accounting, account, is_compute},
     bubbles_table::{self, IdleReport},
     durations::median_durations,
+    graph::spans_at,
     joint::{RankTasks, simulate_ranks},
     prelude::*,
 };
-use kernels::{comm::meter::LinkBytes, cost::Cost};
+pub use gather::gather;
+use kernels::{comm::meter::LinkBytes, cost::Cost, stream::Rendezvous};
 use serde::Serialize;
 
 use crate::{
@@ -77,9 +81,39 @@ fn keep(
 /// The last steps of one rank, all of one graph.
 pub struct RankSteps {
     rank: u32,
-    graph: Arc<Graph>,
+    outline: Outline,
     steps: Vec<StepOfRank>,
     traffic: Traffic,
+}
+
+/// What of a graph can be simulated where its tasks are not.
+struct Outline {
+    /// Without times.
+    spans: Vec<Span>,
+    stream_of: Vec<u32>,
+    deps: Vec<Vec<u32>>,
+    /// By task, ascending.
+    rendezvous: Vec<(u32, Rendezvous)>,
+}
+
+impl Outline {
+    fn of(graph: &Graph) -> Self {
+        let Graph { spans, stream_of, deps, rendezvous, .. } = graph;
+        let (spans, stream_of, deps) = (spans.clone(), stream_of.clone(), deps.clone());
+        Outline { spans, stream_of, deps, rendezvous: rendezvous.clone() }
+    }
+
+    fn tasks(&self, rank: u32, durations_nanos: &[u64]) -> RankTasks {
+        let mut tasks = RankTasks::new(rank);
+        let mut meetings = self.rendezvous.iter().peekable();
+        for (i, (span, &nanos)) in self.spans.iter().zip(durations_nanos).enumerate() {
+            tasks.push(self.stream_of[i], &self.deps[i], nanos, span.label.clone());
+            while let Some((_, met)) = meetings.next_if(|(task, _)| *task as usize == i) {
+                tasks.meet(met.clone());
+            }
+        }
+        tasks
+    }
 }
 
 impl RankSteps {
@@ -87,9 +121,9 @@ impl RankSteps {
     pub fn of(world: &World) -> Option<Self> {
         let kept = world.get_resource::<Kept>().filter(|kept| !kept.steps.is_empty())?;
         let rank = world.resource::<Ranks>().number();
-        let graph = kept.graph.clone()?;
-        let traffic = Traffic::of(world, &graph);
-        Some(RankSteps { rank, graph, steps: kept.steps.iter().cloned().collect(), traffic })
+        let graph = kept.graph.as_ref()?;
+        let (outline, traffic) = (Outline::of(graph), Traffic::of(world, graph));
+        Some(RankSteps { rank, outline, steps: kept.steps.iter().cloned().collect(), traffic })
     }
 
     /// Memory traffic of each of these steps.
@@ -154,7 +188,7 @@ impl Links {
     fn of(ranks: &[RankSteps]) -> Self {
         let num_steps: usize = ranks.iter().map(|rank| rank.steps.len()).sum();
         let sent: LinkBytes = ranks.iter().flat_map(|rank| &rank.steps).map(|step| step.sent).sum();
-        let planned: Cost = ranks.iter().flat_map(|rank| &rank.graph.spans).map(|span| span.cost).sum();
+        let planned: Cost = ranks.iter().flat_map(|rank| &rank.outline.spans).map(|span| span.cost).sum();
         let mean = |sum: u64, count: usize| sum / count.max(1) as u64;
         Links {
             predicted_intra_node_bytes: mean(planned.intra_node_bytes, ranks.len()),
@@ -192,14 +226,15 @@ impl Comparison {
             .iter()
             .map(|rank| {
                 let spans: Vec<&[Span]> = rank.snapshots().map(|snapshot| &*snapshot.spans).collect();
-                RankTasks::of(rank.rank, &rank.graph, &median_durations(&spans))
+                rank.outline.tasks(rank.rank, &median_durations(&spans))
             })
             .collect();
         let times = simulate_ranks(&tasks).map_err(SessionError::runtime)?;
         let end = times.iter().flatten().map(|time| time.end_nanos).max().unwrap_or(0);
         let mut predicted = Accounting { num_steps: 1, total_nanos: end, ranks: Vec::new() };
         for (rank, times) in ranks.iter().zip(&times) {
-            predicted.beside(account(&rank.graph.spans_at(times), is_compute, (0, end)).ranks);
+            let spans = spans_at(&rank.outline.spans, &rank.outline.deps, times);
+            predicted.beside(account(&spans, is_compute, (0, end)).ranks);
         }
         Ok(Some(Comparison { predicted, measured, links: Links::of(ranks) }))
     }

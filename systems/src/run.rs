@@ -26,7 +26,7 @@ use crate::{
     generate::Generation,
     live,
     local::{self, Silent},
-    measure::{Comparison, MeasurePlugin, RankSteps},
+    measure::{self, Comparison, MeasurePlugin, RankSteps},
     model_config::ModelConfig,
     observe,
     params::{num_activated_params, num_params},
@@ -39,7 +39,6 @@ use crate::{
     serve::Params,
     session::{Session, SessionError},
     setup::{Prepared, prepare, set_up_rank},
-    traffic::Traffic,
     train::Training,
     work::{Work, turn_of},
 };
@@ -100,23 +99,32 @@ pub fn run(mut request: RunRequest) -> Result<RunReport, SessionError> {
     {
         request.progress.note(&format!("the trace is not whole: {error}"));
     }
-    let own = outcomes.first().and_then(|first| first.as_ref()?.as_ref().ok()).map(|(_, reason)| reason);
-    let lost = local::cause(&outcomes).or_else(|| lost_process(across.as_ref()?, own));
-    let steps: Vec<RankSteps> =
+    let mut steps: Vec<RankSteps> =
         outcomes.iter_mut().flatten().flatten().filter_map(|((_, steps), _)| steps.take()).collect();
-    // Both are about all ranks, so they are told where all are here.
-    let all_are_here = across.is_none() && steps.len() == outcomes.len();
-    let idle = if all_are_here { Comparison::of(&steps)? } else { None };
-    let traffic = steps
-        .iter()
-        .filter(|_| across.is_none())
-        .map(RankSteps::traffic)
-        .fold(None, |all: Option<Traffic>, one| Some(all.unwrap_or_default().and(one)));
     let peak_of = |outcome: &local::Outcome<Ran>| match outcome {
         Some(Ok(((report, _), _))) => report.peak_tensor_bytes,
         _ => 0,
     };
-    let peak_tensor_bytes = outcomes.iter().map(peak_of).max().unwrap_or(0);
+    let mut peak_tensor_bytes = outcomes.iter().map(peak_of).max().unwrap_or(0);
+    let ended_well = matches!(outcomes.first(), Some(Some(Ok((_, reason)))) if !reason.is_failure());
+    if let Some(comm) = &across {
+        // Of some ranks only, they would tell nothing of all.
+        let own = steps.pop();
+        if ended_well && comm.lost().is_none() {
+            match measure::gather(comm, own.as_ref(), peak_tensor_bytes) {
+                Ok(gathered) => (steps, peak_tensor_bytes) = gathered,
+                Err(error) => request.progress.note(&format!("what the steps were is not known of all ranks: {error}")),
+            }
+        }
+    }
+    let own = outcomes.first().and_then(|first| first.as_ref()?.as_ref().ok()).map(|(_, reason)| reason);
+    let lost = local::cause(&outcomes).or_else(|| lost_process(across.as_ref()?, own));
+    let num_ranks = distribution.num_ranks() as usize;
+    let (idle, traffic) = match &steps[..] {
+        // Both are about all ranks.
+        all if all.len() == num_ranks => (Comparison::of(all)?, all.iter().map(RankSteps::traffic).cloned().reduce(|a, b| a.and(&b))),
+        _ => (None, None),
+    };
     let first = if outcomes.is_empty() { None } else { outcomes.swap_remove(0) };
     let mut report = match (first, &lost) {
         (Some(Ok(((report, _), _))), None) if leads => {

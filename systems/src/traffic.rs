@@ -10,7 +10,7 @@ use kernels::{
     dtype::DType,
     tensor::{BufferId, Tensor},
 };
-use serde::{Serialize, Serializer};
+use serde::{Deserialize, Serialize, Serializer};
 
 use crate::{
     model::Parameters,
@@ -18,7 +18,7 @@ use crate::{
 };
 
 /// What tensors are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Class {
     /// Weights, and their copies in 8 bits.
@@ -66,6 +66,15 @@ impl Traffic {
             task.writes.iter().for_each(|tensor| count(tensor, false));
         }
         traffic
+    }
+
+    /// Of rows that come from elsewhere: class, format, and bytes read and written; none if a format is none.
+    pub fn from_rows(rows: impl IntoIterator<Item = (Class, String, (u64, u64))>) -> Option<Self> {
+        let formats = [DType::F64, DType::F32, DType::Bf16, DType::U32, DType::U8].map(DType::name);
+        let row = |(class, format, bytes): (Class, String, (u64, u64))| {
+            Some(((class, formats.into_iter().find(|known| *known == format)?), bytes))
+        };
+        rows.into_iter().map(row).collect::<Option<_>>().map(Traffic)
     }
 
     /// Together with another's.

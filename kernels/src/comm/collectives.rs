@@ -2,9 +2,9 @@
 //!
 //! Each sum is taken in the order of ranks, in the type that sums are kept in (f32 for bf16), and rounded once: every rank gets
 //! the same bits, whichever member added them. A large all-reduce is a reduce-scatter of even parts and a gather, so that
-//! each member adds 1/n of it; a small one is added by all, which saves a meeting.
+//! each member adds 1/n of it; a small one is sent to all and added by all, which saves a meeting.
 
-use std::{ops::Range, sync::Arc};
+use std::{cell::Cell, ops::Range, sync::Arc};
 
 use super::{
     Call, Comm, Hub, LinkBytes, Traffic,
@@ -33,7 +33,11 @@ impl Comm {
         const OP: &str = "all_reduce_sum";
         let (me, n) = (self.place_in(OP, group)?, group.len());
         let parts: Parts = (0..n).map(|i| x.len() * i / n..x.len() * (i + 1) / n).collect();
-        let bytes = self.scatter_bytes(group, x, &parts) + self.gather_bytes(group, x, &parts[me]);
+        let bytes = if x.len() < MIN_SCATTERED {
+            self.gather_bytes(group, x, &(0..x.len()))
+        } else {
+            self.scatter_bytes(group, x, &parts) + self.gather_bytes(group, x, &parts[me])
+        };
         let cost = sum_cost(n, x.len(), x);
         self.collective(s, (OP, tag), group, x, cost + bytes.cost(), move |member, m| {
             with_element!(x.dtype, T => all_reduce::<T>(&member, m, x, &parts))?;
@@ -99,8 +103,7 @@ impl Comm {
         self.launch(s, op, (&[x], &[x]), rendezvous, cost, {
             let group = group.clone();
             move |comm, hub, m| {
-                let nanos = std::cell::Cell::new(0);
-                job(Member { comm, hub, group: &group, me, op, tag, nanos }, m)
+                job(Member { comm, hub, group: &group, me, op, tag, nanos: Cell::new(0), handed: Cell::new(None) }, m)
             }
         })
     }
@@ -144,20 +147,27 @@ pub(super) struct Member<'a> {
     pub op: &'static str,
     pub tag: u64,
     /// Waited so far.
-    pub nanos: std::cell::Cell<u64>,
+    pub nanos: Cell<u64>,
+    /// Handed to the engine so far, if anything was.
+    pub handed: Cell<Option<LinkBytes>>,
 }
 
 impl Member<'_> {
     /// What all brought; `what` is said of types and sizes, and must be the same everywhere.
     pub fn meet<T: Brought>(&self, what: String, mine: T) -> Result<Vec<Arc<T>>> {
         let call = Call { op: self.op, tag: self.tag, what };
-        let (all, nanos) = self.hub.meet((self.comm.lane, self.group), self.me, call, mine)?;
-        self.nanos.set(self.nanos.get() + nanos);
-        Ok(all)
+        let met = self.hub.meet((self.comm.lane, self.group), self.me, call, mine)?;
+        self.nanos.set(self.nanos.get() + met.nanos);
+        if let Some(bytes) = met.handed_bytes {
+            let group: Vec<u32> = self.group.iter().map(|rank| rank - self.comm.first).collect();
+            let bytes = self.comm.bytes_to(&group, bytes.into_iter());
+            self.handed.set(Some(self.handed.get().unwrap_or_default() + bytes));
+        }
+        Ok(met.all)
     }
 
     pub fn finish(&self, bytes: LinkBytes) -> Result<Waited> {
-        self.comm.count(Traffic::Reduce, bytes);
+        self.comm.count(Traffic::Reduce, bytes, self.handed.get());
         Ok(Waited { nanos: self.nanos.get(), load: None })
     }
 }

@@ -5,23 +5,32 @@
 //! expert, within an expert by source member, within a member in the source's order. That is the order that one rank with
 //! the tokens of all members, one after the other, would give them, so that a product over them sums in the same order.
 //!
-//! - [`Exchange::dispatch`]: x to rows at the experts. A token goes once to a member, however many of its experts are there.
+//! - [`Exchange::dispatch`]: x to rows at the experts. A token goes once to a member, however many of its experts are there, and
+//!   once to a node: a process that it arrives at passes it on to others of its node, in a meeting of their own.
 //! - [`Exchange::return_rows`]: rows back to their places in the source's expert order: the forward pass of combine, and the
 //!   backward pass of dispatch. The weighted sum of a token's rows stays with the source, in slot order: bits do not depend on n.
-//! - [`Exchange::send_rows`]: rows from expert order to where dispatch put them: the backward pass of combine.
+//!   So each row goes all the way, and directly: rows that met at a rank of their node would be no fewer, unless it added them up.
+//! - [`Exchange::send_rows`]: rows from expert order to where dispatch put them: the backward pass of combine. Of a token's rows each
+//!   is another, so they go directly too.
 //!
 //! A receiver's buffers have room for `cap` rows, known before the routing is; the number that came is `offsets.last()`, and rows
 //! past it are unspecified. Counts are exchanged with the rows, so no host waits for them.
 //!
 //! Shape letters: t tokens of this rank, k slots of a token, d columns, e experts, n members.
 
-use std::{ops::Range, sync::Arc};
+mod brought;
+mod place;
+
+use std::sync::Arc;
+
+use brought::{Arrived, Passed, Returned, Sent, Tokens};
+use place::Place;
 
 use super::{
     Comm, Hub, LinkBytes, Spread, Wire,
     local::Call,
     meter::Traffic,
-    pack::{Brought, put, take},
+    pack::{Brought, Met},
     wire::Rows,
 };
 use crate::{
@@ -90,27 +99,28 @@ impl Exchange {
         let reads = [x, indices, order.offsets, order.token_of_row];
         self.launch(s, OP, &reads, &[to.rows, to.offsets, to.origin], cost, move |meeting, m| {
             with_float!(x.dtype, T => {
-                let tokens_to = tokens_to(&m.read::<u32>(indices), k, &at, |to_nodes, to_members| {
-                    meeting.comm.count(Traffic::Dispatch, LinkBytes {
-                        intra_node: to_members * row_bytes,
-                        inter_node: to_nodes * row_bytes,
-                    });
-                });
+                let copies = at.copies(&m.read::<u32>(indices), k);
+                let offsets = m.download(order.offsets);
                 let mine = Sent {
-                    rows: Rows::encode(meeting.wire, &m.read::<T>(x), d),
-                    offsets: m.download(order.offsets),
-                    token_of_row: m.download(order.token_of_row),
-                    tokens_to,
-                    first_row: 0,
-                    d,
+                    parts: at.by_node(&offsets),
+                    tokens: Arc::new(Tokens {
+                        rows: Rows::encode(meeting.wire, &m.read::<T>(x), d),
+                        token_of_row: m.download(order.token_of_row),
+                        first_row: 0,
+                        d,
+                    }),
+                    offsets,
+                    tokens_to: copies.tokens_to,
                 };
-                let (sent, nanos) = meeting.meet(format!("{:?} rows of {d}, {} experts", x.dtype, at.num_experts), mine)?;
-                meeting.comm.count(Traffic::Dispatch, LinkBytes {
-                    intra_node: at.passed_on(&sent) * row_bytes,
-                    inter_node: 0,
-                });
-                let load = place_rows::<T>(&meeting, m, &at, &sent, to)?;
-                Ok(Waited { nanos, load: Some(load) })
+                let what = format!("{:?} rows of {d}, {} experts", x.dtype, at.num_experts);
+                let met = meeting.meet(what.clone(), mine)?;
+                let (tokens, passed) = meeting.pass_on(&at, what, &met)?;
+                let in_node = copies.to_node_members + at.passed_on(&met.all);
+                let counted = LinkBytes { intra_node: in_node * row_bytes, inter_node: copies.to_nodes * row_bytes };
+                let handed = meeting.handed(&met).map(|handed| handed + passed.bytes);
+                meeting.comm.count(Traffic::Dispatch, counted, handed);
+                let load = place_rows::<T>(&meeting, m, &at, (&met.all, &tokens), to)?;
+                Ok(Waited { nanos: met.nanos + passed.nanos, load: Some(load) })
             })
         })
     }
@@ -127,16 +137,22 @@ impl Exchange {
         let reads = [rows, order.offsets, received.offsets, received.origin];
         self.launch(s, OP, &reads, &[out], cost, move |meeting, m| {
             with_float!(rows.dtype, T => {
+                let offsets: Vec<u32> = m.download(order.offsets);
                 let mine = Sent {
-                    rows: Rows::encode(meeting.wire, &m.read::<T>(rows), d),
-                    offsets: m.download(order.offsets),
-                    token_of_row: Vec::new(),
+                    parts: at.direct(&offsets),
+                    tokens: Arc::new(Tokens {
+                        rows: Rows::encode(meeting.wire, &m.read::<T>(rows), d),
+                        token_of_row: Vec::new(),
+                        first_row: 0,
+                        d,
+                    }),
+                    offsets,
                     tokens_to: Vec::new(),
-                    first_row: 0,
-                    d,
                 };
-                meeting.count(Traffic::Dispatch, row_bytes, |member| at.rows_to(&mine.offsets, member) as u64);
-                let (sent, nanos) = meeting.meet(format!("{:?} rows of {d}, {} experts", rows.dtype, at.num_experts), mine)?;
+                let rows_to: Vec<u64> = mine.parts.iter().map(|rows| rows.len() as u64).collect();
+                let met = meeting.meet(format!("{:?} rows of {d}, {} experts", rows.dtype, at.num_experts), mine)?;
+                meeting.count(Traffic::Dispatch, row_bytes, &rows_to, &met);
+                let sent = met.all;
                 let num_rows = m.read::<u32>(received.offsets)[at.num_local()] as usize;
                 let coming: usize = sent.iter().map(|sent| at.rows_to(&sent.offsets, at.me)).sum();
                 if coming != num_rows {
@@ -146,11 +162,10 @@ impl Exchange {
                 let origin = m.read::<u32>(received.origin);
                 for_row_chunks(&mut m.write::<T>(out)[..num_rows * d], d, #[inline(always)] |first, chunk| {
                     for (out, from) in chunk.chunks_exact_mut(d).zip(origin[2 * first..].chunks_exact(2)) {
-                        let sent = &sent[from[0] as usize];
-                        sent.rows.decode((from[1] - sent.first_row) as usize, out);
+                        sent[from[0] as usize].tokens.decode(from[1], out);
                     }
                 });
-                Ok(Waited { nanos, load: Some(at.load(&sent)) })
+                Ok(Waited { nanos: met.nanos, load: Some(at.load(&sent)) })
             })
         })
     }
@@ -176,8 +191,10 @@ impl Exchange {
                     num_rows: num_rows as u64,
                     d,
                 };
-                meeting.count(Traffic::Combine, row_bytes, |member| mine.places[member].len() as u64);
-                let (back, nanos) = meeting.meet(format!("{:?} rows of {d}", rows.dtype), mine)?;
+                let rows_to: Vec<u64> = mine.places.iter().map(|places| places.len() as u64).collect();
+                let met = meeting.meet(format!("{:?} rows of {d}", rows.dtype), mine)?;
+                meeting.count(Traffic::Combine, row_bytes, &rows_to, &met);
+                let back = met.all;
                 const NOBODY: u32 = u32::MAX;
                 let mut holder = vec![(NOBODY, 0); n];
                 for (member, back) in back.iter().enumerate() {
@@ -195,7 +212,7 @@ impl Exchange {
                     }
                 });
                 let most = back.iter().map(|back| back.num_rows).max().unwrap_or(0);
-                Ok(Waited { nanos, load: Some((num_rows as u64, most)) })
+                Ok(Waited { nanos: met.nanos, load: Some((num_rows as u64, most)) })
             })
         })
     }
@@ -240,7 +257,7 @@ impl Exchange {
     /// arrival one per other rank of the node. All other members being alike, each is hit with probability ranks / (n - 1),
     /// and one in m of a remote node's is the rank of arrival.
     fn dispatch_wire(&self, at: &Place, spread: Spread, token_bytes: u64) -> Cost {
-        let (n, m) = (at.nodes.len() as f64, at.node_members(at.nodes[at.me]).count() as f64);
+        let (n, m) = (at.nodes.len() as f64, at.here().len() as f64);
         let hit = if n > 1.0 { spread.ranks_per_token / (n - 1.0) } else { 0.0 };
         let copies = hit * ((m - 1.0) + (n - m) * (1.0 - 1.0 / m));
         let bytes = |copies: f64| (token_bytes as f64 * copies).round() as u64;
@@ -249,92 +266,13 @@ impl Exchange {
 
     /// Expected cost of `num_rows` rows like those of `like`, to all members alike.
     fn rows_cost(&self, at: &Place, num_rows: usize, like: Tensor, row_bytes: u64) -> Cost {
-        let (n, m) = (at.nodes.len(), at.node_members(at.nodes[at.me]).count());
+        let (n, m) = (at.nodes.len(), at.here().len());
         let plain = (num_rows * like.cols() * like.dtype.size_bytes()) as u64;
         if let Some((num_tokens, spread)) = self.reduced {
             return Cost::stream(0, plain, plain) + self.dispatch_wire(at, spread, num_tokens * row_bytes);
         }
         let bytes = |members: usize| num_rows as u64 * row_bytes * members as u64 / n as u64;
         Cost::stream(0, plain, plain) + Cost::wire(bytes(m - 1), bytes(n - m))
-    }
-}
-
-/// What a source puts down: its rows or tokens, and which expert's they are.
-struct Sent<T> {
-    rows: Rows<T>,
-    offsets: Vec<u32>,
-    /// Empty where there is a row for each.
-    token_of_row: Vec<u32>,
-    /// Tokens that have an expert at each member.
-    tokens_to: Vec<u64>,
-    /// The first row that is here.
-    first_row: u32,
-    d: usize,
-}
-
-/// A process gets the rows of its experts, and of each token that goes to it one row.
-impl<T: Float> Brought for Sent<T> {
-    fn pack(&self, member: usize, num_members: usize) -> Vec<u8> {
-        let num_local = (self.offsets.len() - 1) / num_members;
-        let [first, end] = [member, member + 1].map(|member| self.offsets[member * num_local]);
-        let (rows, token_of_row) = match self.token_of_row.get(first as usize..end as usize) {
-            None => ((first..end).collect(), Vec::new()),
-            Some(tokens) => {
-                let mut rows = tokens.to_vec();
-                rows.sort_unstable();
-                rows.dedup();
-                let place = |token| rows.partition_point(|&row| row < token) as u32;
-                let places: Vec<u32> = tokens.iter().map(|&token| place(token)).collect();
-                (rows, places)
-            }
-        };
-        let mut bytes = Vec::new();
-        put(&mut bytes, &[first, self.d as u32, self.rows.wire() as u32]);
-        put(&mut bytes, &self.offsets);
-        put(&mut bytes, &token_of_row);
-        put(&mut bytes, &self.tokens_to);
-        bytes.extend(self.rows.pack(&rows, self.d));
-        bytes
-    }
-
-    fn unpack(mut bytes: &[u8]) -> Option<Self> {
-        let [first_row, d, wire] = take::<u32>(&mut bytes)?.try_into().ok()?;
-        Some(Sent {
-            first_row,
-            d: d as usize,
-            offsets: take(&mut bytes)?,
-            token_of_row: take(&mut bytes)?,
-            tokens_to: take(&mut bytes)?,
-            rows: Rows::take(Wire::of(wire)?, &mut bytes)?,
-        })
-    }
-}
-
-/// What a rank with experts puts down.
-struct Returned<T> {
-    rows: Rows<T>,
-    /// By source member: row in its expert order, and row here.
-    places: Vec<Vec<(u32, u32)>>,
-    num_rows: u64,
-    d: usize,
-}
-
-/// A process gets its own rows back.
-impl<T: Float> Brought for Returned<T> {
-    fn pack(&self, member: usize, num_members: usize) -> Vec<u8> {
-        let (places, rows): (Vec<u32>, Vec<u32>) = self.places[member].iter().copied().unzip();
-        let mut bytes = Vec::new();
-        put(&mut bytes, &[member as u64, num_members as u64, self.num_rows, self.d as u64, self.rows.wire() as u64]);
-        put(&mut bytes, &places);
-        bytes.extend(self.rows.pack(&rows, self.d));
-        bytes
-    }
-
-    fn unpack(mut bytes: &[u8]) -> Option<Self> {
-        let [member, num_members, num_rows, d, wire] = take::<u64>(&mut bytes)?.try_into().ok()?;
-        let mut places = vec![Vec::new(); num_members as usize];
-        *places.get_mut(member as usize)? = take(&mut bytes)?.into_iter().zip(0..).collect();
-        Some(Returned { places, num_rows, d: d as usize, rows: Rows::take(Wire::of(wire as u32)?, &mut bytes)? })
     }
 }
 
@@ -349,16 +287,57 @@ struct Meeting<'a> {
     wire: Wire,
 }
 
+/// What it took to pass on what arrived.
+#[derive(Default)]
+struct PassedOn {
+    bytes: LinkBytes,
+    nanos: u64,
+}
+
 impl Meeting<'_> {
-    fn meet<T: Brought>(&self, what: String, mine: T) -> Result<(Vec<Arc<T>>, u64)> {
+    fn meet<T: Brought>(&self, what: String, mine: T) -> Result<Met<T>> {
         let call = Call { op: self.op, tag: self.tag, what: format!("{what} as {:?}", self.wire) };
         self.hub.meet((self.comm.lane, &self.comm.group_in_run(&self.group)), self.me, call, mine)
     }
 
-    /// Meters `rows(member)` rows to each member.
-    fn count(&self, traffic: Traffic, row_bytes: u64, rows: impl Fn(usize) -> u64) {
-        let to_each = self.group.iter().enumerate();
-        self.comm.count(traffic, to_each.map(|(i, &rank)| self.comm.link_bytes(rank, rows(i) * row_bytes)).sum());
+    /// Tokens by source. Where members share no memory, those from other nodes are at the member that they arrived at, and are
+    /// passed on to the others of the node.
+    fn pass_on<T: Float>(
+        &self,
+        at: &Place,
+        what: String,
+        met: &Met<Sent<T>>,
+    ) -> Result<(Vec<Arc<Tokens<T>>>, PassedOn)> {
+        let mut tokens: Vec<_> = met.all.iter().map(|sent| sent.tokens.clone()).collect();
+        let here = at.here();
+        if met.handed_bytes.is_none() || here.len() == tokens.len() {
+            return Ok((tokens, PassedOn::default()));
+        }
+        let arrived = at.arriving().map(|source| {
+            let parts = here.clone().map(|to| at.rows_for(&met.all[source].offsets, to..to + 1)).collect();
+            Arrived { source, tokens: tokens[source].clone(), parts }
+        });
+        let arrived = Passed(arrived.collect());
+        let node = Meeting { group: self.group[here.clone()].into(), me: at.me - here.start, ..*self };
+        let passed = node.meet(format!("{what}, inside of a node,"), arrived)?;
+        for arrived in passed.all.iter().flat_map(|passed| &passed.0) {
+            let place = tokens.get_mut(arrived.source);
+            *place.ok_or_else(|| self.error(&format!("tokens of source {} were passed on", arrived.source)))? =
+                arrived.tokens.clone();
+        }
+        let bytes = node.handed(&passed).unwrap_or_default();
+        Ok((tokens, PassedOn { bytes, nanos: passed.nanos }))
+    }
+
+    /// Meters rows that went to each member, directly.
+    fn count<T>(&self, traffic: Traffic, row_bytes: u64, rows_to: &[u64], met: &Met<T>) {
+        let counted = self.comm.bytes_to(&self.group, rows_to.iter().map(|rows| rows * row_bytes));
+        self.comm.count(traffic, counted, self.handed(met));
+    }
+
+    /// What this rank handed to the engine, if it did.
+    fn handed<T>(&self, met: &Met<T>) -> Option<LinkBytes> {
+        Some(self.comm.bytes_to(&self.group, met.handed_bytes.as_ref()?.iter().copied()))
     }
 
     fn error(&self, what: &str) -> Error {
@@ -366,89 +345,12 @@ impl Meeting<'_> {
     }
 }
 
-/// Where this rank and its experts are.
-struct Place {
-    me: usize,
-    /// Of all members.
-    num_experts: usize,
-    cap: usize,
-    /// Of each member.
-    nodes: Vec<u32>,
-}
-
-impl Place {
-    fn num_local(&self) -> usize {
-        self.num_experts / self.nodes.len()
-    }
-
-    fn experts_of(&self, member: usize) -> Range<usize> {
-        member * self.num_local()..(member + 1) * self.num_local()
-    }
-
-    /// Rows of a source with these offsets that are for `member`.
-    fn rows_to(&self, offsets: &[u32], member: usize) -> usize {
-        let experts = self.experts_of(member);
-        (offsets[experts.end] - offsets[experts.start]) as usize
-    }
-
-    /// Rows for this rank's experts, and the most for any member's.
-    fn load<T>(&self, sent: &[Arc<Sent<T>>]) -> (u64, u64) {
-        let rows = |member| sent.iter().map(|sent| self.rows_to(&sent.offsets, member) as u64).sum::<u64>();
-        (rows(self.me), (0..sent.len()).map(rows).max().unwrap_or(0))
-    }
-
-    fn node_members(&self, node: u32) -> impl Iterator<Item = usize> + '_ {
-        (0..self.nodes.len()).filter(move |&i| self.nodes[i] == node)
-    }
-
-    /// The member of `node` that `source`'s tokens arrive at: the one with the same place in its node.
-    fn arrival(&self, source: usize, node: u32) -> usize {
-        let place = self.node_members(self.nodes[source]).position(|i| i == source).unwrap_or(0);
-        let members: Vec<usize> = self.node_members(node).collect();
-        members[place % members.len()]
-    }
-
-    /// Copies that this rank makes of tokens that arrived at it from other nodes, for other ranks of its node.
-    fn passed_on<T>(&self, sent: &[Arc<Sent<T>>]) -> u64 {
-        let node = self.nodes[self.me];
-        let arriving = (0..sent.len()).filter(|&i| self.nodes[i] != node && self.arrival(i, node) == self.me);
-        let others = |i: usize| self.node_members(node).filter(|&j| j != self.me).map(move |j| sent[i].tokens_to[j]);
-        arriving.flat_map(others).sum()
-    }
-}
-
-/// Tokens with an expert at each member; tells `count` the copies to other nodes, and to other members of this rank's node.
-fn tokens_to(indices: &[u32], k: usize, at: &Place, count: impl FnOnce(u64, u64)) -> Vec<u64> {
-    let (mut tokens_to, mut to_nodes) = (vec![0; at.nodes.len()], 0);
-    let num_local = at.num_local();
-    let (mut members, mut nodes) = (Vec::with_capacity(k), Vec::with_capacity(k));
-    for token in indices.chunks_exact(k.max(1)) {
-        members.clear();
-        nodes.clear();
-        for &expert in token {
-            let member = expert as usize / num_local;
-            if !members.contains(&member) {
-                members.push(member);
-                tokens_to[member] += 1;
-                let node = at.nodes[member];
-                if node != at.nodes[at.me] && !nodes.contains(&node) {
-                    nodes.push(node);
-                    to_nodes += 1;
-                }
-            }
-        }
-    }
-    let beside = at.node_members(at.nodes[at.me]).filter(|&i| i != at.me).map(|i| tokens_to[i]).sum();
-    count(to_nodes, beside);
-    tokens_to
-}
-
-/// Writes the received rows, their offsets and origins; returns this rank's load and the largest.
+/// Writes the received rows, their offsets and origins, of each source's counts and tokens; returns this rank's load and the largest.
 fn place_rows<T: Float>(
     meeting: &Meeting,
     m: &Memory,
     at: &Place,
-    sent: &[Arc<Sent<T>>],
+    (sent, tokens): (&[Arc<Sent<T>>], &[Arc<Tokens<T>>]),
     to: Received,
 ) -> Result<(u64, u64)> {
     let load = at.load(sent);
@@ -479,8 +381,7 @@ fn place_rows<T: Float>(
         #[inline(always)]
         |first, chunk| {
             for (out, from) in chunk.chunks_exact_mut(d).zip(origin[2 * first..].chunks_exact(2)) {
-                let sent = &sent[from[0] as usize];
-                sent.rows.decode(sent.token_of_row[(from[1] - sent.first_row) as usize] as usize, out);
+                tokens[from[0] as usize].decode(from[1], out);
             }
         },
     );

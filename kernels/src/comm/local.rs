@@ -46,6 +46,9 @@ pub(super) struct Hub {
     pairs: Vec<Pair>,
     rooms: Mutex<Rooms>,
     lost: Mutex<Option<Error>>,
+    /// Members see of each other only what they pack, as processes do.
+    #[cfg(test)]
+    pub packs: bool,
 }
 
 /// By lane and group.
@@ -86,6 +89,8 @@ impl Hub {
             pairs: (0..num_ranks * num_ranks).map(|_| Pair::default()).collect(),
             rooms: Mutex::default(),
             lost: Mutex::default(),
+            #[cfg(test)]
+            packs: false,
         }
     }
 

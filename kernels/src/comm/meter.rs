@@ -1,9 +1,11 @@
 //! What a rank put on its links, by class of link and kind of traffic. Plain data, to be taken once a step.
 //!
-//! Counted is the payload: elements as they are encoded, with the scales of 8-bit formats, without envelopes, counts and indices.
+//! Counted is the payload: elements as they are encoded, with the scales of 8-bit formats, without envelopes, counts and indices
+//! (`exchange/brought.rs` says how long those are). Ranks that share memory copy nothing, and count what processes would hand to MPI;
+//! processes hand over exactly that, and with debug assertions compare the two in each meeting.
 //! - Messages: as sent.
-//! - Reductions and gathers: as if each member sent to each other directly what that one needs. A ring moves the same number of
-//!   bytes per rank over other links.
+//! - Reductions and gathers: each member sends to each other directly what that one needs. A ring moves the same number of
+//!   bytes per rank over other links, and so may an MPI library.
 //! - Dispatch: as transports do that know of nodes (DeepEP; DeepSeek-V3 technical report, section 3.2.2). Each token goes once to
 //!   each other node it has an expert on, and from the rank that it arrives at, the one with the same place in its node, once to
 //!   each other rank of that node that it goes to. The first copy is counted at the token's own rank as inter-node, the others

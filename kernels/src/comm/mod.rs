@@ -17,6 +17,7 @@
 //! themselves. Whoever drives a rank must do it when a stream fails for another reason, or when its thread unwinds.
 
 pub mod average;
+mod clocks;
 pub mod collectives;
 pub mod exchange;
 pub mod launch;
@@ -39,8 +40,9 @@ use meter::{LinkBytes, Meter, Traffic};
 use parking_lot::Mutex;
 
 pub use average::Coding;
+pub use clocks::ClockOffset;
 pub use exchange::{Exchange, Received};
-use pack::Brought;
+use pack::{Brought, ForFirst, Met};
 pub use spread::Spread;
 use watch::{Limits, Watch};
 pub use wire::Wire;
@@ -108,10 +110,15 @@ impl Hub {
         }
     }
 
-    /// What all members of a group brought, by member, and the nanoseconds until they had.
-    fn meet<T: Brought>(&self, on: (u32, &Arc<[u32]>), me: usize, call: Call, mine: T) -> Result<(Vec<Arc<T>>, u64)> {
+    /// What all members of a group brought.
+    fn meet<T: Brought>(&self, on: (u32, &Arc<[u32]>), me: usize, call: Call, mine: T) -> Result<Met<T>> {
         match self {
-            Hub::Local(hub) => hub.meet(on, me, call, mine),
+            #[cfg(test)]
+            Hub::Local(hub) if hub.packs => testing::meet_packed(hub, on, me, call, mine),
+            Hub::Local(hub) => {
+                let (all, nanos) = hub.meet(on, me, call, mine)?;
+                Ok(Met { all, nanos, handed_bytes: None })
+            }
             Hub::Mpi(hub) => hub.meet(on, me, &call, mine),
         }
     }
@@ -292,7 +299,7 @@ impl Comm {
         let cost = Cost::stream(0, x.size_bytes(), 0) + bytes.cost();
         self.launch(s, OP, (&[x], &[]), rendezvous, cost, move |comm, hub, m| {
             let nanos = hub.send((comm.in_run(comm.rank), comm.in_run(to)), tag, copy_out(m, x))?;
-            comm.count(Traffic::P2p, bytes);
+            comm.count(Traffic::P2p, bytes, None);
             Ok(Waited { nanos, load: None })
         })
     }
@@ -324,18 +331,25 @@ impl Comm {
         Ok(all.iter().map(|bytes| bytes.to_vec()).collect())
     }
 
-    /// Blocks the caller until all ranks are here.
-    pub fn barrier(&self) -> Result<()> {
-        self.host_meeting("barrier", Vec::new()).map(drop)
+    /// On the first rank the bytes of every rank, by rank; none on the others. Blocks the caller; not for use in a step.
+    pub fn bytes_to_first(&self, bytes: Vec<u8>) -> Result<Vec<Vec<u8>>> {
+        let all = self.host_meeting("bytes_to_first", ForFirst(bytes))?;
+        let is_first = self.rank == 0;
+        Ok(all.into_iter().filter(|_| is_first).map(|bytes| bytes.0.clone()).collect())
     }
 
-    fn host_meeting(&self, op: &'static str, bytes: Vec<u8>) -> Result<Vec<Arc<Vec<u8>>>> {
+    /// Blocks the caller until all ranks are here.
+    pub fn barrier(&self) -> Result<()> {
+        self.host_meeting::<Vec<u8>>("barrier", Vec::new()).map(drop)
+    }
+
+    fn host_meeting<T: Brought>(&self, op: &'static str, mine: T) -> Result<Vec<Arc<T>>> {
         let hub = self.hub(op)?;
         let call = Call { op, tag: 0, what: String::new() };
         let group = self.group_in_run(&self.everyone());
         let _under_way = self.watch.enter(op, HOST_LANE, Rendezvous::Collective { group: group.clone(), tag: 0 });
-        let met = hub.meet((HOST_LANE, &group), self.rank as usize, call, bytes);
-        met.inspect_err(|error| self.give_up(error)).map(|(all, _)| all)
+        let met = hub.meet((HOST_LANE, &group), self.rank as usize, call, mine);
+        met.inspect_err(|error| self.give_up(error)).map(|met| met.all)
     }
 
     /// Gives up for `rank`: whoever waits or will wait in an op of this run gets [`Error::PeerLost`] at once. The first call's
@@ -406,8 +420,19 @@ impl Comm {
         Ok(())
     }
 
-    fn count(&self, traffic: Traffic, bytes: LinkBytes) {
+    /// Meters bytes. Where some were handed to an engine, they are as many.
+    fn count(&self, traffic: Traffic, bytes: LinkBytes, handed: Option<LinkBytes>) {
+        debug_assert!(
+            handed.is_none_or(|handed| handed == bytes),
+            "rank {} meters {bytes:?} of {traffic:?}, where {handed:?} were handed over",
+            self.rank
+        );
         *self.meter.lock().of(traffic) += bytes;
+    }
+
+    /// So many bytes on the links to each of a group.
+    fn bytes_to(&self, group: &[u32], bytes: impl Iterator<Item = u64>) -> LinkBytes {
+        group.iter().zip(bytes).map(|(&to, bytes)| self.link_bytes(to, bytes)).sum()
     }
 
     /// So many bytes on the link to `to`; none to oneself.

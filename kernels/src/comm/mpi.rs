@@ -28,7 +28,7 @@ use world::{Request, World, bytes};
 
 use super::{
     local::{Call, MAX_MESSAGES},
-    pack::Brought,
+    pack::{Brought, Met, Packed},
     watch::{Limits, Watch},
 };
 use crate::{
@@ -200,15 +200,17 @@ impl Hub {
         me: usize,
         call: &Call,
         mine: T,
-    ) -> Result<(Vec<Arc<T>>, u64)> {
+    ) -> Result<Met<T>> {
         let n = group.len();
         let mine = Arc::new(mine);
         if n == 1 {
-            return Ok((vec![mine], 0));
+            return Ok(Met { all: vec![mine], nanos: 0, handed_bytes: Some(vec![0]) });
         }
         let comm = self.group(lane, group)?;
         let mut waiting = Wait::default();
-        let parts: Vec<Vec<u8>> = (0..n).map(|to| if to == me { Vec::new() } else { mine.pack(to, n) }).collect();
+        let packed = (0..n).map(|to| if to == me { Packed::default() } else { mine.pack(to, n) });
+        let (parts, handed): (Vec<Vec<u8>>, Vec<u64>) =
+            packed.map(|packed| (packed.bytes, packed.num_payload_bytes)).unzip();
         let most = parts.iter().map(Vec::len).max().unwrap_or(0);
         let call = call.to_string();
         let mut said = digest(&call).to_le_bytes().to_vec();
@@ -264,7 +266,7 @@ impl Hub {
                 Arc::new(T::unpack(came).ok_or_else(|| Error::Comm { op: "meeting", message: message() })?)
             });
         }
-        Ok((all, waiting.nanos()))
+        Ok(Met { all, nanos: waiting.nanos(), handed_bytes: Some(handed) })
     }
 
     /// The communicator of a group on a lane; made by its members when they first meet.

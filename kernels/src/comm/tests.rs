@@ -6,7 +6,10 @@ use std::ops::Range;
 
 use half::bf16;
 
-use super::{testing::on_ranks, *};
+use super::{
+    testing::{on_ranks, on_ranks_that},
+    *,
+};
 use crate::{
     clock,
     device::Device,
@@ -35,8 +38,11 @@ fn parts(len: usize, n: usize) -> Arc<[Range<usize>]> {
 #[test]
 fn sums_are_in_the_order_of_ranks_and_the_same_everywhere() {
     fn check<T: Float>(n: u32, group: &[u32], len: usize) {
+        [false, true].into_iter().for_each(|pack| check_on::<T>(pack, n, group, len));
+    }
+    fn check_on<T: Float>(pack: bool, n: u32, group: &[u32], len: usize) {
         let group: Arc<[u32]> = group.into();
-        let got = on_ranks(n, 2, |comm, s| {
+        let got = on_ranks_that(pack, n, 2, |comm, s| {
             let x = s.memory().from_slice(&[len], &data::<T>(len, comm.rank()));
             if group.contains(&comm.rank()) {
                 comm.all_reduce_sum(s, &group, x, 1).unwrap();
@@ -60,8 +66,8 @@ fn sums_are_in_the_order_of_ranks_and_the_same_everywhere() {
 
 #[test]
 fn a_reduce_scatter_and_a_gather_of_parts_is_an_all_reduce_of_them() {
-    for (n, len) in [(1, 9), (2, 40), (4, 1000), (8, 40_000)] {
-        on_ranks(n, 4, |comm, s| {
+    for (pack, n, len) in [(false, 1, 9), (false, 2, 40), (true, 4, 1000), (false, 4, 1000), (true, 8, 40_000)] {
+        on_ranks_that(pack, n, 4, |comm, s| {
             let (group, parts) = (comm.everyone(), parts(len, n as usize));
             let mine = data::<f32>(len + 3, comm.rank());
             // A part of a larger tensor, which the ops do not know.
@@ -288,11 +294,19 @@ fn recordings_have_the_meetings_and_the_bytes_that_meters_count() {
         comm.all_reduce_sum(s, &group, x, 2).unwrap();
         comm.reduce_scatter_sum(s, &group, x, parts(LEN, 6), 3).unwrap();
         comm.all_gather(s, &group, x, parts(LEN, 6), 4).unwrap();
+        comm.all_reduce_sum(s, &group, s.memory().alloc(DType::Bf16, &[20, LEN]), 5).unwrap();
     };
+    // Those that pack compare what they meter with what they packed.
+    let packing = on_ranks_that(true, 6, 3, |comm, s| {
+        launch(&comm, s);
+        s.synchronize().unwrap();
+        comm.meter()
+    });
     on_ranks(6, 3, |comm, s| {
         launch(&comm, s);
         s.synchronize().unwrap();
         let meter = comm.take_meter();
+        assert_eq!(meter, packing[comm.rank() as usize]);
         assert_eq!(comm.meter(), Meter::default());
         s.start_recording();
         launch(&comm, s);
@@ -306,7 +320,7 @@ fn recordings_have_the_meetings_and_the_bytes_that_meters_count() {
         let collective = |tag| Rendezvous::Collective { group: group.clone(), tag };
         let first = [Rendezvous::Send { to, tag: 1 }, Rendezvous::Receive { from, tag: 1 }];
         assert_eq!(recording.rendezvous[..2], first);
-        assert_eq!(recording.rendezvous[2..], [2, 3, 4].map(collective));
+        assert_eq!(recording.rendezvous[2..], [2, 3, 4, 5].map(collective));
     });
 }
 

@@ -6,7 +6,7 @@
 
 use half::bf16;
 
-use super::pack::{put, take};
+use super::pack::{Packed, take};
 use crate::{
     dtype::{DType, Float},
     fp8::{Scaling, TILE, decode_e4m3},
@@ -92,23 +92,21 @@ impl<T: Float> Rows<T> {
         }
     }
 
-    /// These rows alone, in this order, in bytes; rows have `d` columns.
-    pub fn pack(&self, rows: &[u32], d: usize) -> Vec<u8> {
+    /// Appends these rows alone, in this order; rows have `d` columns.
+    pub fn pack(&self, rows: &[u32], d: usize, to: &mut Packed) {
         fn of<T: Copy>(all: &[T], rows: &[u32], width: usize) -> Vec<T> {
             let mut some = Vec::with_capacity(rows.len() * width);
             rows.iter().for_each(|&row| some.extend_from_slice(&all[row as usize * width..][..width]));
             some
         }
-        let mut bytes = Vec::new();
         match self {
-            Rows::Exact(x) => put(&mut bytes, &of(x, rows, d)),
-            Rows::Bf16(x) => put(&mut bytes, &of(x, rows, d)),
+            Rows::Exact(x) => to.put_payload(&of(x, rows, d)),
+            Rows::Bf16(x) => to.put_payload(&of(x, rows, d)),
             Rows::Fp8 { codes, scales } => {
-                put(&mut bytes, &of(codes, rows, d));
-                put(&mut bytes, &of(scales, rows, d.div_ceil(TILE)));
+                to.put_payload(&of(codes, rows, d));
+                to.put_payload(&of(scales, rows, d.div_ceil(TILE)));
             }
         }
-        bytes
     }
 
     /// Takes from bytes what [`Rows::pack`] made of rows of this encoding.

@@ -7,7 +7,10 @@ use rand::{RngExt as _, SeedableRng};
 
 use super::*;
 use crate::{
-    comm::{meter::Meter, testing::on_ranks},
+    comm::{
+        meter::Meter,
+        testing::{on_ranks, on_ranks_that},
+    },
     device::Device,
     ops::{permute, testing::random},
 };
@@ -79,14 +82,21 @@ fn plain<T: Float>(n: usize, d: usize, routing: Routing, wire: Wire) -> (Vec<T>,
     (m.download(rows), m.download(order.offsets))
 }
 
-/// Dispatch, identity, return and the weighted sum, of ranks against one.
-fn check<T: Float>(n: usize, d: usize, (name, routing): (&str, Routing), wire: Wire) {
-    let case = format!("{name}, {n} ranks, {:?} x {d} as {wire:?}", T::DTYPE);
+/// Dispatch, identity, return and the weighted sum, of ranks against one; ranks that share memory, and ranks that pack, on nodes of one,
+/// of two, and of three, which the last has not.
+fn check<T: Float>(n: usize, d: usize, routing: (&str, Routing), wire: Wire) {
+    for (pack, per_node) in [(false, 2), (true, 2), (true, 1), (true, 3)] {
+        check_on::<T>((pack, n, per_node), d, routing, wire);
+    }
+}
+
+fn check_on<T: Float>((pack, n, per_node): (bool, usize, u32), d: usize, (name, routing): (&str, Routing), wire: Wire) {
+    let case = format!("{name}, {n} ranks by {per_node}, pack {pack}, {:?} x {d} as {wire:?}", T::DTYPE);
     let (all_rows, all_offsets) = plain::<T>(n, d, routing, wire);
     let per_member = E / n;
     let bounds: Vec<usize> = (0..=n).map(|i| all_offsets[i * per_member] as usize).collect();
     let most = bounds.windows(2).map(|w| w[1] - w[0]).max().unwrap();
-    on_ranks(n as u32, 2, |comm, s| {
+    on_ranks_that(pack, n as u32, per_node, |comm, s| {
         let me = comm.rank() as usize;
         let (x, indices) = inputs::<T>(me, d, routing);
         let t = tokens_of(me);
@@ -166,25 +176,30 @@ fn an_encoded_row_is_the_row_quantized_on_any_number_of_ranks() {
     }
 }
 
-/// Copies of tokens and rows by their definitions, one token at a time.
-fn counted(n: usize, per_node: usize, routing: Routing, row_bytes: u64) -> Vec<Meter> {
+/// Copies of tokens and rows between the members of a group by their definitions, one token at a time.
+fn counted(group: &[u32], per_node: u32, routing: Routing, row_bytes: u64) -> Vec<Meter> {
+    let n = group.len();
+    let node_of = |member: usize| group[member] / per_node;
+    let node_members = |node: u32| (0..n).filter(|&i| node_of(i) == node).collect::<Vec<_>>();
+    let nodes: std::collections::BTreeSet<u32> = (0..n).map(node_of).collect();
     let mut meters = vec![Meter::default(); n];
     for source in 0..n {
-        for token in 0..tokens_of(source) {
-            let members: std::collections::BTreeSet<usize> =
-                routing(source, token).iter().map(|&expert| expert as usize * n / E).collect();
-            for node in 0..n / per_node {
-                let here: Vec<usize> = members.iter().copied().filter(|m| m / per_node == node).collect();
-                let from = node * per_node + source % per_node;
-                if node != source / per_node && !here.is_empty() {
+        let place = node_members(node_of(source)).iter().position(|&i| i == source).unwrap();
+        for token in 0..tokens_of(group[source] as usize) {
+            let experts = routing(group[source] as usize, token);
+            let members: std::collections::BTreeSet<usize> = experts.map(|expert| expert as usize * n / E).into();
+            for &node in &nodes {
+                let (all, here) = (node_members(node), members.iter().filter(|&&m| node_of(m) == node));
+                let from = if node == node_of(source) { source } else { all[place % all.len()] };
+                if node != node_of(source) && here.clone().count() > 0 {
                     meters[source].dispatch.inter_node += row_bytes;
                 }
-                meters[from].dispatch.intra_node += here.iter().filter(|&&m| m != from).count() as u64 * row_bytes;
+                meters[from].dispatch.intra_node += here.filter(|&&m| m != from).count() as u64 * row_bytes;
             }
-            for expert in routing(source, token) {
+            for expert in experts {
                 let member = expert as usize * n / E;
                 let combine = &mut meters[member].combine;
-                if member / per_node != source / per_node {
+                if node_of(member) != node_of(source) {
                     combine.inter_node += row_bytes;
                 } else if member != source {
                     combine.intra_node += row_bytes;
@@ -195,27 +210,50 @@ fn counted(n: usize, per_node: usize, routing: Routing, row_bytes: u64) -> Vec<M
     meters
 }
 
+/// Groups of some of the ranks, and how many of all are on a node: some nodes have more members than others.
+const GROUPS: [(&[u32], u32); 11] = [
+    (&[0], 1),
+    (&[0, 1], 1),
+    (&[0, 1], 2),
+    (&[0, 1, 2, 3], 2),
+    (&[0, 1, 2, 3, 4, 5, 6, 7], 4),
+    (&[0, 1, 2, 3, 4, 5, 6, 7], 2),
+    (&[0, 1, 2, 3, 4, 5, 6, 7], 8),
+    (&[0, 1, 2, 3, 4, 5, 6, 7], 3),
+    (&[0, 1, 2, 4], 4),
+    (&[1, 2, 3, 7], 2),
+    (&[2, 5, 6, 7], 4),
+];
+
+/// Ranks that pack check each meeting by what they packed.
 #[test]
-fn meters_are_what_counting_copies_gives() {
+fn meters_are_what_counting_copies_gives_and_what_is_packed() {
     let d = 200;
-    for (n, per_node) in [(1, 1), (2, 1), (2, 2), (4, 2), (8, 4), (8, 2), (8, 8)] {
-        for (name, routing) in ROUTINGS {
-            for (wire, row_bytes) in [(Wire::Exact, 800), (Wire::Bf16, 400), (Wire::Fp8, 202)] {
-                let got = on_ranks(n as u32, per_node as u32, |comm, s| {
+    for ((group, per_node), (name, routing)) in GROUPS.into_iter().flat_map(|g| ROUTINGS.map(|r| (g, r))) {
+        let group: Arc<[u32]> = group.into();
+        let n = group.len();
+        for (wire, row_bytes) in [(Wire::Exact, 800), (Wire::Bf16, 400), (Wire::Fp8, 202)] {
+            for pack in [false, true] {
+                let got = on_ranks_that(pack, 8, per_node, |comm, s| {
                     let me = comm.rank() as usize;
+                    if !group.contains(&comm.rank()) {
+                        return None;
+                    }
                     let (x, indices) = inputs::<f32>(me, d, routing);
                     let (t, m) = (tokens_of(me), s.memory().clone());
                     let (order, to) = (order(s, t * K), received(s, DType::F32, n, 2000, d));
                     let (x, indices) = (m.from_slice(&[t, d], &x), m.from_slice(&[t, K], &indices));
                     let back = m.alloc(DType::F32, &[t * K, d]);
-                    let exchange = Exchange { group: comm.everyone(), comm: comm.clone(), tag: 0, wire, reduced: None };
+                    let exchange = Exchange { group: group.clone(), comm: comm.clone(), tag: 0, wire, reduced: None };
                     permute::sort(s, indices, order).unwrap();
                     exchange.dispatch(s, x, indices, order, Spread::default(), to).unwrap();
                     exchange.return_rows(s, to.rows, to, back).unwrap();
                     s.synchronize().unwrap();
-                    comm.meter()
+                    Some(comm.meter())
                 });
-                assert_eq!(got, counted(n, per_node, routing, row_bytes), "{name}, {n} ranks by {per_node}, {wire:?}");
+                let got: Vec<Meter> = got.into_iter().flatten().collect();
+                let want = counted(&group, per_node, routing, row_bytes);
+                assert_eq!(got, want, "{name}, {group:?} by {per_node}, {wire:?}, pack {pack}");
             }
         }
     }
