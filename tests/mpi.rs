@@ -1,5 +1,5 @@
 //! Ranks that are processes: a run under `mpiexec` ends with the losses and the weights that it has with ranks that are threads, to the
-//! bit; what the launcher and the scene disagree on is refused; and when one process goes, the others say whom they lost.
+//! bit, puts as many bytes on its links, and reports on all ranks; what the launcher and the scene disagree on is refused; and when one process goes, the others say whom they lost.
 //!
 //! `HADAL_TEST_MPI` has the folders of MPI libraries with their `bin/mpiexec`, first the one for all tests (MPICH from PyPI, say).
 
@@ -14,7 +14,8 @@ use std::{
     time::Duration,
 };
 
-use serde_json::Value;
+use kernels::comm::Spread;
+use serde_json::{Map, Value};
 
 /// Libraries to test, or a loud word that nothing is.
 fn libraries() -> Vec<PathBuf> {
@@ -51,7 +52,9 @@ fn mpiexec(prefix: &Path, num_ranks: usize, args: &[String]) -> Command {
 
 fn args(dir: &Path, sets: &[&str]) -> Vec<String> {
     let mut args: Vec<String> = vec!["run".into(), "scenes/tiny.ron".into()];
-    let here = format!("telemetry.dir={:?}", dir.to_str().expect("UTF-8"));
+    let dir = dir.to_str().expect("UTF-8");
+    let here = format!("telemetry.dir={dir:?}");
+    args.push(format!("--json={dir}/report.json"));
     let all = [
         "train.steps=4",
         "checkpoint.every_steps=2",
@@ -68,15 +71,18 @@ fn text(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout)
 }
 
-type Losses = Vec<(u64, String)>;
 type Files = Vec<(PathBuf, Vec<u8>)>;
 
-/// Losses by step, and the bytes of every file of the last checkpoint but those that tell the time.
-fn outcome(dir: &Path) -> (Losses, Files) {
+/// Of each training step, the loss and the bytes on links, by rank and by kind; and the bytes of every file of the last checkpoint but
+/// those that tell the time.
+fn outcome(dir: &Path) -> (Vec<Map<String, Value>>, Files) {
     let run = dir.join("tiny");
     let log = fs::read_to_string(run.join("log.jsonl")).expect("a log");
-    let lines = log.lines().map(|line| serde_json::from_str::<Value>(line).expect("JSON"));
-    let losses = lines.filter_map(|l| Some((l["step"].as_u64()?, l.get("loss_nats_per_token")?.to_string())));
+    let lines = log.lines().map(|line| serde_json::from_str::<Map<String, Value>>(line).expect("JSON"));
+    let told = |key: &str| key == "step" || key == "loss_nats_per_token" || key.starts_with("link_bytes/");
+    let steps = lines
+        .filter(|line| line.contains_key("lr"))
+        .map(|line| line.into_iter().filter(|(key, _)| told(key)).collect::<Map<String, Value>>());
     let mut files = Vec::new();
     let mut folders = vec![run.join("latest")];
     while let Some(folder) = folders.pop() {
@@ -93,10 +99,29 @@ fn outcome(dir: &Path) -> (Losses, Files) {
         }
     }
     files.sort();
-    (losses.collect(), files)
+    (steps.collect(), files)
 }
 
-fn check(prefix: &Path, num_ranks: usize, sets: &[&str]) {
+/// What a run reports, without times and folders.
+fn report(dir: &Path) -> [Value; 4] {
+    let report = fs::read_to_string(dir.join("report.json")).expect("a report");
+    let report: Value = serde_json::from_str(&report).expect("JSON");
+    let idle = &report["idle"];
+    for side in ["predicted", "measured"] {
+        let secs = &idle[side]["step_secs"];
+        assert!(secs.as_f64().is_some_and(|secs| secs > 0.0), "{side}: {idle}");
+    }
+    [&idle["links"], &idle["num_steps"], &report["traffic"], &report["peak_tensor_bytes"]].map(Value::clone)
+}
+
+/// What both have in common, of threads and of processes.
+struct Same {
+    steps: Vec<Map<String, Value>>,
+    report: [Value; 4],
+}
+
+/// Runs with threads and with processes, and compares.
+fn check(prefix: &Path, num_ranks: usize, sets: &[&str]) -> Same {
     let (threads, processes) = (tempfile::tempdir().expect("a folder"), tempfile::tempdir().expect("a folder"));
     let local = Command::new(env!("CARGO_BIN_EXE_hadal"))
         .args(args(threads.path(), sets))
@@ -110,11 +135,28 @@ fn check(prefix: &Path, num_ranks: usize, sets: &[&str]) {
     assert!(text(&mpi).contains(&format!("{num_ranks} processes by ")), "{}", text(&mpi));
     let (want, found) = (outcome(threads.path()), outcome(processes.path()));
     assert_eq!(want.0.len(), 4, "a loss a step");
-    assert_eq!(want.0, found.0, "losses of {sets:?}");
+    assert!(want.0.iter().all(|step| step.contains_key("link_bytes/dispatch/inter_node")), "{:?}", want.0);
+    assert_eq!(want.0, found.0, "losses and links of {sets:?}");
     assert!(want.1.len() >= 2, "weights and optimizer");
-    for ((path, want), (other, found)) in want.1.iter().zip(&found.1) {
-        assert!(path == other && want == found, "{} of {sets:?} has the same bytes", path.display());
+    for ((path, want), (other, bytes)) in want.1.iter().zip(&found.1) {
+        assert!(path == other && want == bytes, "{} of {sets:?} has the same bytes", path.display());
     }
+    let report = report(processes.path());
+    assert_eq!(self::report(threads.path()), report, "reports of {sets:?}");
+    assert!(report.iter().all(|part| !part.is_null()), "{report:?}");
+    for line in ["cause", "sent in its node", "sent to others"] {
+        assert_eq!(text(&local).contains(line), text(&mpi).contains(line), "{line} of {sets:?}: {}", text(&mpi));
+    }
+    let trace = fs::read_to_string(processes.path().join("tiny/trace.json")).expect("a trace");
+    let trace: Vec<Value> = serde_json::from_str(&trace).expect("JSON");
+    for rank in 0..num_ranks {
+        let has = |what: &str| trace.iter().any(|event| event["pid"] == rank && event[what].is_number());
+        assert!(has("ts"), "the trace has tasks of rank {rank}");
+        let is_clock = |event: &&Value| event["name"] == "clock" && event["pid"] == rank;
+        let error_us = trace.iter().find(is_clock).map(|clock| clock["args"]["error_us"].as_f64().expect("a number"));
+        assert_eq!(error_us.is_some(), rank > 0, "the clock of rank {rank}");
+    }
+    Same { steps: found.0, report }
 }
 
 const MESHES: [(usize, &[&str]); 8] = [
@@ -157,7 +199,62 @@ const MESHES: [(usize, &[&str]); 8] = [
             "diloco=(replicas: 3, inner_steps: 2, absent: [(replica: 1, rounds: (start: 1, count: 1))])",
         ],
     ),
+    (4, &["mesh.ep=4", "mesh.ranks_per_node=2", "batch.num_microbatches=4", "expert_parallel=(dispatch: Fp8)"]),
+    // The fourth rank is on a node of its own.
+    (4, &["mesh.ep=4", "mesh.ranks_per_node=3", "batch.num_microbatches=4"]),
 ];
+
+/// Bytes of a step to the other ranks of the node, and to the other node.
+fn predicted_and_measured(links: &Value) -> [(f64, f64); 2] {
+    ["intra", "inter"].map(|class| {
+        let [predicted, measured] = ["predicted", "measured"].map(|side| {
+            let bytes = &links[format!("{side}_{class}_node_bytes")];
+            bytes.as_u64().expect("bytes") as f64
+        });
+        (predicted, measured)
+    })
+}
+
+const TWO_NODES: [&str; 3] = ["mesh.ep=4", "mesh.ranks_per_node=2", "batch.num_microbatches=4"];
+
+/// Bytes that a copy of each token for each layer with experts is in a step: 4 microbatches of 4 sequences of 64 tokens; two layers, and
+/// one for multi-token prediction; 64 columns of f32.
+const COPY_BYTES: f64 = (4 * 4 * 64 * 3 * 64 * 4) as f64;
+
+/// Of dispatch to the other node, the mean over steps.
+fn far_dispatch_bytes(steps: &[Map<String, Value>]) -> f64 {
+    let bytes = steps.iter().map(|step| step["link_bytes/dispatch/inter_node"].as_f64().expect("bytes"));
+    bytes.sum::<f64>() / steps.len() as f64
+}
+
+#[test]
+fn bytes_on_links_are_what_the_plan_says_where_the_routing_leaves_nothing_open() {
+    let Some(prefix) = libraries().first().cloned() else { return };
+    // Every token goes to all experts.
+    let sets = [&TWO_NODES[..], &["model.num_experts_per_tok=8", "model.topk_group=4"]].concat();
+    let Same { steps, report: [links, ..] } = check(&prefix, 4, &sets);
+    for (predicted, measured) in predicted_and_measured(&links) {
+        assert!(predicted > 0.0, "{links}");
+        assert_eq!(predicted, measured, "{links}");
+    }
+    // Forward once to the other node; backward a row for each of the four experts there.
+    assert_eq!(far_dispatch_bytes(&steps), COPY_BYTES * (1.0 + 4.0));
+}
+
+#[test]
+fn bytes_on_links_are_near_what_uniform_routing_is_expected_to_make() {
+    let Some(prefix) = libraries().first().cloned() else { return };
+    let Same { steps, report: [links, ..] } = check(&prefix, 4, &TWO_NODES);
+    // The router is young, and text is no chance: tokens that are alike go the same way.
+    let is_near = |found: f64, expected: f64| (found / expected - 1.0).abs() < 0.1;
+    for (predicted, measured) in predicted_and_measured(&links) {
+        assert!(is_near(measured, predicted), "{links}");
+    }
+    // 2 of 8 experts, in 2 of 4 groups. Backward a row for each expert, of which half are there.
+    let spread = Spread::expected(8, 2, 4, 2, 4, 2);
+    let (found, expected) = (far_dispatch_bytes(&steps), COPY_BYTES * (spread.nodes_per_token + 1.0));
+    assert!(is_near(found, expected), "found {found}, expected {expected}");
+}
 
 /// Over two stages or four, with a layer for each.
 const SCHEDULES: [&str; 8] =
@@ -182,7 +279,9 @@ fn every_schedule_has_the_bits_of_threads() {
 #[test]
 fn processes_have_the_bits_of_threads() {
     if let Some(prefix) = libraries().first() {
-        MESHES.into_iter().for_each(|(num_ranks, sets)| check(prefix, num_ranks, sets));
+        for (num_ranks, sets) in MESHES {
+            check(prefix, num_ranks, sets);
+        }
     }
 }
 

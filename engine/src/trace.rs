@@ -12,6 +12,7 @@ use std::{
     sync::Arc,
 };
 
+use kernels::comm::ClockOffset;
 use serde_json::{Map, Value, json};
 
 use crate::{
@@ -24,6 +25,9 @@ use crate::{
 pub const ORIGIN: &str = "origin";
 /// What [`ORIGIN`] says where times were computed and not measured.
 pub const PLANNED: &str = "planned";
+
+/// Name of the metadata event that says what was added to another process' times, and how wrong that is at most.
+pub const CLOCK: &str = "clock";
 
 /// Writes a trace, step by step.
 pub struct TraceWriter<W: Write> {
@@ -112,6 +116,24 @@ impl<W: Write> TraceWriter<W> {
                 args["waited_for"] = json!(**label);
             }
             self.slice("bubble", "bubble", bubble.rank, tid, (bubble.start_nanos, bubble.end_nanos), args)?;
+        }
+        Ok(())
+    }
+
+    /// Adds what another process wrote of its rank: a whole trace, by a clock of its own.
+    ///
+    /// # Errors
+    /// If it is none, or cannot be written.
+    pub fn append(&mut self, rank: u32, document: &[u8], offset: ClockOffset) -> io::Result<()> {
+        let (add_us, error_us) = (offset.add_nanos as f64 / 1000.0, micros(offset.error_nanos));
+        let clock =
+            json!({ "name": format!("{add_us:+} us, within {error_us}"), "add_us": add_us, "error_us": error_us });
+        self.event(&json!({ "ph": "M", "name": CLOCK, "pid": rank, "tid": 0, "args": clock }))?;
+        for mut event in serde_json::from_slice::<Vec<Value>>(document)? {
+            if let Some(ts) = event.get("ts").and_then(Value::as_f64) {
+                event["ts"] = json!(micros(offset.apply((ts * 1000.0).round() as u64)));
+            }
+            self.event(&event)?;
         }
         Ok(())
     }
@@ -239,6 +261,29 @@ mod tests {
         assert_eq!(filled, [whole, whole, 3 * 6], "tasks and bubbles fill a compute lane; another lane has no bubbles");
         let names: Vec<&Value> = events.iter().filter(|e| e["name"] == "thread_name").map(|e| &e["pid"]).collect();
         assert_eq!(names, [0, 1, 1]);
+    }
+
+    #[test]
+    fn a_trace_of_another_process_is_moved_to_the_clock_of_this_one() {
+        let written = |rank: u32| {
+            let mut writer = TraceWriter::new(Vec::new()).unwrap();
+            let spans = [span("t", rank, "compute", 12, 15)].into();
+            writer.push(&Snapshot { spans, interval_nanos: (BEGIN, END), ..Snapshot::default() }).unwrap();
+            writer
+        };
+        let mut both = written(0);
+        let offset = ClockOffset { add_nanos: -3, error_nanos: 2 };
+        both.append(1, &written(1).finish().unwrap(), offset).unwrap();
+        let both: Vec<Value> = serde_json::from_slice(&both.finish().unwrap()).unwrap();
+        let tasks = both.iter().filter(|event| event["name"] == "t");
+        let tasks: Vec<_> = tasks.map(|event| (&event["pid"], &event["ts"], &event["dur"])).collect();
+        assert_eq!(
+            tasks,
+            [(&json!(0), &json!(0.012), &json!(0.003)), (&json!(1), &json!(0.009), &json!(0.003))],
+            "the first rank's are where they were, the other's 3 ns earlier"
+        );
+        let clock = both.iter().find(|event| event["name"] == CLOCK).unwrap();
+        assert_eq!((&clock["args"]["add_us"], &clock["args"]["error_us"]), (&json!(-0.003), &json!(0.002)));
     }
 
     #[test]

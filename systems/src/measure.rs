@@ -1,8 +1,9 @@
 //! The last steps of a run as they were on each rank, and beside them the step that their tasks would make by themselves: each
 //! task takes its median time, ranks meet as the schedule says, and nothing else happens. What differs is what the plan does
-//! not know: noise, and ranks that are in each other's way. Ranks that are processes send theirs to the first: [`gather`].
+//! not know: noise, and ranks that are in each other's way. Ranks that are
+//! processes send theirs to the first.
 
-mod gather;
+mod bytes;
 
 use std::{collections::VecDeque, sync::Arc};
 
@@ -16,7 +17,6 @@ use engine::{
     joint::{RankTasks, simulate_ranks},
     prelude::*,
 };
-pub use gather::gather;
 use kernels::{comm::meter::LinkBytes, cost::Cost, stream::Rendezvous};
 use serde::Serialize;
 

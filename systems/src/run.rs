@@ -1,5 +1,7 @@
 //! `run`: a scene from its first step to its last, with logs, checkpoints, validation and a sample at the end.
 
+mod processes;
+
 use std::{
     fs::File,
     io::BufWriter,
@@ -16,17 +18,17 @@ use engine::{
     trace::TraceWriter,
 };
 use kernels::comm::Comm;
+use processes::{Own, lost_process, ranks_here};
 
 use crate::{
     api::{GenerateRequest, Progress, RunReport, RunRequest},
-    bill,
-    diloco,
+    bill, diloco,
     distribute::Distribution,
     evaluate::Evaluation,
     generate::Generation,
     live,
     local::{self, Silent},
-    measure::{self, Comparison, MeasurePlugin, RankSteps},
+    measure::{Comparison, MeasurePlugin, RankSteps},
     model_config::ModelConfig,
     observe,
     params::{num_activated_params, num_params},
@@ -73,11 +75,12 @@ pub fn run(mut request: RunRequest) -> Result<RunReport, SessionError> {
     let across = request.comm.clone().filter(Comm::is_across_processes);
     let dir = telemetry.dir.join(&scene.name);
     std::fs::create_dir_all(&dir).map_err(|e| SessionError::runtime(format!("create {}: {e}", dir.display())))?;
+    let trace_file = if leads { "trace.json".into() } else { format!("trace-rank-{}.json", ranks[0].number()) };
+    let trace_file = dir.join(trace_file);
     let trace = match &telemetry.trace_steps {
         None => None,
         Some(_) => {
-            let name = if leads { "trace.json".into() } else { format!("trace-rank-{}.json", ranks[0].number()) };
-            let writer = TraceWriter::create(&dir.join(name)).map_err(SessionError::runtime)?;
+            let writer = TraceWriter::create(&trace_file).map_err(SessionError::runtime)?;
             Some(Arc::new(Mutex::new(writer)))
         }
     };
@@ -93,12 +96,7 @@ pub fn run(mut request: RunRequest) -> Result<RunReport, SessionError> {
     // In this order: who listens is told of the end, and then left.
     drop((handle, inbox));
     drop(server);
-    // The last one to hold the trace closes its document.
-    if let Some(trace) = trace.and_then(Arc::into_inner)
-        && let Err(error) = trace.into_inner().unwrap_or_else(PoisonError::into_inner).finish()
-    {
-        request.progress.note(&format!("the trace is not whole: {error}"));
-    }
+    let trace = trace.and_then(Arc::into_inner).map(|trace| trace.into_inner().unwrap_or_else(PoisonError::into_inner));
     let mut steps: Vec<RankSteps> =
         outcomes.iter_mut().flatten().flatten().filter_map(|((_, steps), _)| steps.take()).collect();
     let peak_of = |outcome: &local::Outcome<Ran>| match outcome {
@@ -107,22 +105,26 @@ pub fn run(mut request: RunRequest) -> Result<RunReport, SessionError> {
     };
     let mut peak_tensor_bytes = outcomes.iter().map(peak_of).max().unwrap_or(0);
     let ended_well = matches!(outcomes.first(), Some(Some(Ok((_, reason)))) if !reason.is_failure());
-    if let Some(comm) = &across {
-        // Of some ranks only, they would tell nothing of all.
-        let own = steps.pop();
-        if ended_well && comm.lost().is_none() {
-            match measure::gather(comm, own.as_ref(), peak_tensor_bytes) {
-                Ok(gathered) => (steps, peak_tensor_bytes) = gathered,
-                Err(error) => request.progress.note(&format!("what the steps were is not known of all ranks: {error}")),
-            }
+    let whole = match &across {
+        None => trace.map_or(Ok(()), |trace| trace.finish().map(drop)),
+        Some(comm) => {
+            let own = Own { steps: steps.pop(), peak_tensor_bytes, trace, trace_file: &trace_file };
+            let gathered = own.gather(comm, ended_well);
+            (steps, peak_tensor_bytes) = (gathered.steps, gathered.peak_tensor_bytes);
+            gathered.whole
         }
+    };
+    if let Err(error) = whole {
+        request.progress.note(&format!("the trace or the report is not whole: {error}"));
     }
     let own = outcomes.first().and_then(|first| first.as_ref()?.as_ref().ok()).map(|(_, reason)| reason);
     let lost = local::cause(&outcomes).or_else(|| lost_process(across.as_ref()?, own));
     let num_ranks = distribution.num_ranks() as usize;
     let (idle, traffic) = match &steps[..] {
         // Both are about all ranks.
-        all if all.len() == num_ranks => (Comparison::of(all)?, all.iter().map(RankSteps::traffic).cloned().reduce(|a, b| a.and(&b))),
+        all if all.len() == num_ranks => {
+            (Comparison::of(all)?, all.iter().map(RankSteps::traffic).cloned().reduce(|a, b| a.and(&b)))
+        }
         _ => (None, None),
     };
     let first = if outcomes.is_empty() { None } else { outcomes.swap_remove(0) };
@@ -143,49 +145,6 @@ pub fn run(mut request: RunRequest) -> Result<RunReport, SessionError> {
         (report.exit_reason, report.exit_code) = (reason.to_string(), exit_code(&reason));
     }
     Ok(report)
-}
-
-/// The process that is gone, and why, if one is; this one too, unless what it found is so for all.
-fn lost_process(comm: &Comm, own: Option<&ExitReason>) -> Option<ExitReason> {
-    match (comm.lost()?, own) {
-        (_, Some(ExitReason::Diverged(_) | ExitReason::Infeasible(_))) => None,
-        (kernels::error::Error::PeerLost { rank, message }, _) => {
-            Some(reason_of_peer(rank, &message))
-        }
-        _ => None,
-    }
-}
-
-/// What another rank's last words come to for this one. If it said that numbers diverged, or that memory does not suffice, then that is
-/// the reason everywhere: for whoever sees one of the exit codes only, it is no loss that another start would mend.
-fn reason_of_peer(rank: u32, said: &str) -> ExitReason {
-    for reason in [ExitReason::Diverged as fn(String) -> ExitReason, ExitReason::Infeasible] {
-        if let Some(what) = said.strip_prefix(&reason(String::new()).to_string()) {
-            return reason(format!("rank {rank}: {what}"));
-        }
-    }
-    ExitReason::PeerLost(format!("rank {rank}: {said}"))
-}
-
-/// The ranks of this process: its own among others, or all.
-fn ranks_here(distribution: &Distribution, comm: Option<&Comm>) -> Result<Vec<Ranks>, SessionError> {
-    let num_ranks = distribution.num_ranks();
-    let replicas = match distribution.num_replicas {
-        1 => String::new(),
-        n => format!(" in each of {n} replicas"),
-    };
-    match comm {
-        Some(comm) if comm.num_ranks() != num_ranks => Err(SessionError::input(format!(
-            "the scene's mesh has {} ranks{replicas}, and the launcher started {} processes; start {num_ranks}, or set mesh.pp, \
-             mesh.ep or mesh.dp so that there are {}",
-            distribution.mesh.num_ranks(),
-            comm.num_ranks(),
-            comm.num_ranks()
-        ))),
-        Some(comm) => Ok(vec![distribution.ranks(comm.clone())]),
-        None if num_ranks == 1 => Ok(vec![distribution.ranks(Comm::solo())]),
-        None => Ok(distribution.local()),
-    }
 }
 
 /// On several ranks no rank has the whole model: the sample comes from the last checkpoint.
@@ -486,22 +445,5 @@ fn report(app: &App, config: &ModelConfig, reason: ExitReason) -> RunReport {
         checkpoint_dir: world.resource::<Saving>().latest().map(Path::to_owned),
         exit_reason: reason.to_string(),
         exit_code: exit_code(&reason),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn all_ranks_end_with_the_code_of_the_one_that_failed() {
-        for (reason, code, text) in [
-            (ExitReason::Diverged("a NaN".into()), 4, "diverged: rank 1: a NaN"),
-            (ExitReason::Infeasible("no memory".into()), 3, "infeasible: rank 1: no memory"),
-            (ExitReason::Error("no disk".into()), 5, "peer lost: rank 1: no disk"),
-        ] {
-            let found = reason_of_peer(1, &reason.to_string());
-            assert_eq!((exit_code(&found), found.to_string().as_str()), (code, text));
-        }
     }
 }

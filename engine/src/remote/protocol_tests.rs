@@ -1,8 +1,13 @@
 //! Tests of what goes over the wire: that it comes back as it was, and that nonsense is no harm.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+use kernels::cost::Cost;
+
 use super::*;
-use crate::telemetry::tests::span;
+use crate::{
+    task::{Pass, Role},
+    telemetry::tests::span,
+};
 
 fn a_snapshot() -> Snapshot {
     let mut first = span("norm of layer 0", 0, "compute", 1_000, 1_900);

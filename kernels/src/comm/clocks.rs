@@ -90,7 +90,10 @@ mod tests {
             let (late, offset) = offset.expect("no rank is lost");
             let wrong = (offset.add_nanos + late as i64).unsigned_abs();
             assert!(wrong <= offset.error_nanos, "{late} ns late: {offset:?}");
-            assert!(offset.error_nanos < 100_000_000, "threads of a process answer within a tenth of a second: {offset:?}");
+            assert!(
+                offset.error_nanos < 100_000_000,
+                "threads of a process answer within a tenth of a second: {offset:?}"
+            );
         }
     }
 }

@@ -38,8 +38,8 @@ pub use sections::{
     Train, Validation, WireFormat,
 };
 
-pub use watchdog::Watchdog;
 use check::Checks;
+pub use watchdog::Watchdog;
 
 use crate::hf::config::HfConfig;
 use crate::mesh::Mesh;
