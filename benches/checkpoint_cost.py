@@ -5,12 +5,13 @@
 
 A round is four runs, without, with, with, without, so that a machine that gets slower or faster favours neither. A run's time is that of
 the whole process, so that waiting for the last checkpoint, which has no step beside it, counts; the cost is what runs with checkpoints
-take longer, over the time that runs without are in steps. Run it on a quiet machine; it says how busy it was.
+take longer, over the time that runs without are in steps. The same of processor time, the cost in work, holds on a busy machine, too.
 """
 
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -19,11 +20,17 @@ import time
 from pathlib import Path
 
 
+def processor_secs():
+    """Of processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def run(args, folder, checkpoint):
-    """Seconds of the process, seconds in steps, and bytes of the last checkpoint."""
+    """Seconds of the process, of its processors, and in steps; and bytes of the last checkpoint."""
     report = Path(folder) / "report.json"
     sets = [
-        f"telemetry=(dir: {json.dumps(str(folder))}, tensorboard: false, log_every_steps: 1000000)",
+        f"telemetry=(dir: {json.dumps(str(folder))}, tensorboard: false, trace_steps: None, log_every_steps: 1000000)",
         f"train.steps={args.steps}",
         "schedule=Constant(lr: 1e-3)",
         "batch.ramp=[]",
@@ -34,16 +41,16 @@ def run(args, folder, checkpoint):
         *args.set,
     ]
     command = [args.hadal, "run", args.scene, "--fresh", "--json", str(report)] + [f"--set={text}" for text in sets]
-    begin = time.perf_counter()
+    begin, begin_work = time.perf_counter(), processor_secs()
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    secs = time.perf_counter() - begin
+    secs, work = time.perf_counter() - begin, processor_secs() - begin_work
     if done.returncode != 0:
         sys.exit(f"checkpoint_cost: {' '.join(command)}\n{done.stderr}")
     found = json.loads(report.read_text())
     assert found["num_steps"] == args.steps, found
     saved = found["checkpoint_dir"] and Path(found["checkpoint_dir"]).resolve()
     num_bytes = sum(file.stat().st_size for file in saved.rglob("*") if file.is_file()) if saved else 0
-    return secs, found["train_secs"], num_bytes
+    return secs, work, found["train_secs"], num_bytes
 
 
 def main():
@@ -60,26 +67,30 @@ def main():
     saves = f"(every_steps: {args.every})"
     rounds = []
     for number in range(args.rounds):
-        secs = {"None": [], saves: []}
+        secs, works = {"None": [], saves: []}, {"None": [], saves: []}
         steps_secs, num_bytes = [], 0
         load = os.getloadavg()[0]
         for checkpoint in ("None", saves, saves, "None"):
             with tempfile.TemporaryDirectory() as folder:
-                whole, in_steps, size = run(args, folder, checkpoint)
+                whole, work, in_steps, size = run(args, folder, checkpoint)
             secs[checkpoint].append(whole)
+            works[checkpoint].append(work)
             num_bytes = max(num_bytes, size)
             if checkpoint == "None":
                 steps_secs.append(in_steps)
         none, some = (statistics.mean(secs[key]) for key in ("None", saves))
         cost = (some - none) / statistics.mean(steps_secs)
+        work, more = (statistics.mean(works[key]) for key in ("None", saves))
         rounds.append({"without_secs": none, "with_secs": some, "cost": cost, "load": load, "checkpoint_bytes": num_bytes})
+        rounds[-1].update({"without_processor_secs": work, "with_processor_secs": more, "processor_cost": more / work - 1})
         print(
-            f"round {number + 1}: without {none:.2f} s, with {some:.2f} s, cost {cost:+.2%}, checkpoints of {num_bytes / 1e6:.1f} MB, "
-            f"load average before {load:.1f}",
+            f"round {number + 1}: without {none:.2f} s, with {some:.2f} s, cost {cost:+.2%}; of processors {work:.2f} s, {more:.2f} s, "
+            f"{more / work - 1:+.2%}; checkpoints of {num_bytes / 1e6:.1f} MB, load average before {load:.1f}",
             flush=True,
         )
-    costs = sorted(one["cost"] for one in rounds)
-    print(f"cost, median of {len(costs)} rounds: {statistics.median(costs):+.2%} ({costs[0]:+.2%} to {costs[-1]:+.2%})")
+    for key, what in (("cost", "time"), ("processor_cost", "processor time")):
+        costs = sorted(one[key] for one in rounds)
+        print(f"cost in {what}, median of {len(costs)} rounds: {statistics.median(costs):+.2%} ({costs[0]:+.2%} to {costs[-1]:+.2%})")
     if args.json:
         args.json.write_text(json.dumps({"steps": args.steps, "every_steps": args.every, "rounds": rounds}, indent=1))
 
