@@ -36,7 +36,7 @@ pub struct Placed {
     /// Ranks of a node; without it the scene's `mesh.ranks_per_node`
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub ranks_per_node: Option<u32>,
-    /// Processor cores of a rank
+    /// Processor cores of a rank; without it nodes are had whole
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub cores_per_rank: Option<u32>,
     /// File to write, which must not be there yet; without it only stdout has the text

@@ -26,9 +26,12 @@ echo "Slurm of 4 nodes: up in $(secs "$began")"
 # What all runs have in common.
 sets=(--set train.steps="${STEPS:-40}" --set eval=None --set sample=None --set 'telemetry.tensorboard=false' --set 'telemetry.trace_steps=None')
 in_folder() { echo "--set=telemetry.dir=\"$folder/$1\""; }
+train_as_threads() { # name, arguments of run...; the run's folder is printed
+    "$hadal" run scenes/cluster.ron "${sets[@]}" "$(in_folder "$1")" "${@:2}" >"$folder/$1.log" 2>&1 || fail "$(cat "$folder/$1.log")"
+    echo "$folder/$1/cluster"
+}
 began=$(now)
-"$hadal" run scenes/cluster.ron "${sets[@]}" "$(in_folder whole)" >"$folder/whole.log" 2>&1 || fail "$(cat "$folder/whole.log")"
-whole=$folder/whole/cluster
+whole=$(train_as_threads whole)
 echo "four ranks as threads, not interrupted: $(num_steps "$whole") steps in $(secs "$began")"
 
 # Writes the file, and submits it from the folder that the job's log is to be in. The job's number is then in $job, its run in $run.
@@ -55,7 +58,7 @@ has_started_again() { grep -q '^resumed from' "$log"; }
 is_over() { [[ $(state) =~ ^(COMPLETED|FAILED|CANCELLED|TIMEOUT|NODE_FAIL)$ ]]; }
 # What the job's last state and exit code have to be.
 ends() { # state code
-    wait_for 120 is_over
+    wait_for 300 is_over
     if ! is "$1" || [[ $(exit_code) != "$2" ]]; then fail "$name: expected $1 with $2, found $(state) with $(exit_code)"; fi
 }
 # After an interruption at $began: when it ran again, and that it ended as if nothing had been.
@@ -92,11 +95,6 @@ scancel --signal=USR1 "$job"
 goes_on 1
 grep -q 'SIGTERM: stopping here, with a checkpoint' "$log" || fail "$name: no checkpoint was said"
 
-# The file's own --signal: a few seconds after the start of a minute.
-submit 'time-is-up' --time 1 --signal-secs 45
-began=$(now)
-goes_on 1
-
 submit 'preempted'
 wait_for 60 has_steps "$run" 12
 began=$(now)
@@ -121,8 +119,15 @@ lose_node 2
 goes_on 0
 [[ $(restarts) == 0 ]] || fail "$name: the job went back into the queue"
 
-# Slurm takes its time to notice that a node is gone, so only where it is asked for.
+# Slurm looks at limits of time every 30 s, and takes its time to notice that a node is gone, so only where it is asked for.
 if [[ -n ${SLOW:-} ]]; then
+    # The file's own --signal.
+    short=$whole
+    whole=$(train_as_threads long --set train.steps=200)
+    submit 'time-is-up' --set train.steps=200 --time 1 --signal-secs 50
+    began=$(now)
+    goes_on 1
+    whole=$short
     for spare in 0 1; do
         submit "node-without-power-$spare-spare" --spare-nodes "$spare"
         wait_for 60 has_steps "$run" 12
