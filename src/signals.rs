@@ -68,15 +68,16 @@ mod tests {
 
     #[test]
     fn a_second_signal_ends_at_once_but_neither_an_echo_nor_what_follows_a_preemption() {
-        let later = 2 * ECHO_NANOS;
-        let cases: [(&[(i32, u64)], Option<usize>); 7] = [
-            (&[(SIGINT, 0), (SIGINT, later)], Some(1)),
-            (&[(SIGTERM, 0), (SIGINT, later)], Some(1)),
+        type Came = &'static [(i32, u64)];
+        const LATER: u64 = 2 * ECHO_NANOS;
+        let cases: [(Came, Option<usize>); 7] = [
+            (&[(SIGINT, 0), (SIGINT, LATER)], Some(1)),
+            (&[(SIGTERM, 0), (SIGINT, LATER)], Some(1)),
             (&[(SIGTERM, 0), (SIGTERM, 1), (SIGTERM, ECHO_NANOS)], None),
-            (&[(SIGTERM, 0), (SIGTERM, 1), (SIGTERM, later)], Some(2)),
-            (&[(SIGUSR1, 0), (SIGUSR1, later), (SIGTERM, 2 * later)], None),
-            (&[(SIGUSR1, 0), (SIGTERM, later), (SIGTERM, 2 * later)], Some(2)),
-            (&[(SIGTERM, 0), (SIGUSR2, later)], None),
+            (&[(SIGTERM, 0), (SIGTERM, 1), (SIGTERM, LATER)], Some(2)),
+            (&[(SIGUSR1, 0), (SIGUSR1, LATER), (SIGTERM, 2 * LATER)], None),
+            (&[(SIGUSR1, 0), (SIGTERM, LATER), (SIGTERM, 2 * LATER)], Some(2)),
+            (&[(SIGTERM, 0), (SIGUSR2, LATER)], None),
         ];
         for (signals, want) in cases {
             let mut heard = Heard::default();
