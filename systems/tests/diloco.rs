@@ -9,6 +9,7 @@ use std::{
 };
 
 use engine::{
+    control,
     log::{self, Line},
     tensor_file::TensorFile,
 };
@@ -143,6 +144,11 @@ fn outer_steps_have_the_history_that_was_computed_elsewhere() {
 
 /// A run of `scenes/tiny.ron` in `dir`, with values set over some of all these runs.
 fn tiny(dir: &Path, resume: bool, sets: &[&str]) -> RunReport {
+    asked(dir, resume, sets, &[])
+}
+
+/// The same, asked for these methods before its first step, each with a replica.
+fn asked(dir: &Path, resume: bool, sets: &[&str], methods: &[(&str, u32)]) -> RunReport {
     let scene = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../scenes/tiny.ron");
     let here = format!("telemetry.dir={:?}", dir.to_str().unwrap());
     let common = [
@@ -159,8 +165,17 @@ fn tiny(dir: &Path, resume: bool, sets: &[&str]) -> RunReport {
     let problems = loaded.scene.check(Path::new(""));
     assert!(problems.is_empty(), "{problems:?}");
     let stop = Arc::new(AtomicUsize::new(0));
-    let request = RunRequest { loaded, resume, stop, progress: Arc::new(Silent), control: None, comm: None };
-    let report = run(request).unwrap();
+    let (handle, inbox) = control::channel();
+    let answers: Vec<_> = methods
+        .iter()
+        .map(|(method, replica)| handle.call(*method, serde_json::json!({ "replica": replica })))
+        .collect();
+    let control = Some((handle, inbox));
+    let report = run(RunRequest { loaded, resume, stop, progress: Arc::new(Silent), control, comm: None }).unwrap();
+    for (answer, (method, replica)) in answers.iter().zip(methods) {
+        let answer = answer.recv().unwrap();
+        assert_eq!(answer.is_ok(), *replica > 0, "{method}: {answer:?}");
+    }
     assert_eq!(report.exit_code, 0, "{}", report.exit_reason);
     report
 }
@@ -307,6 +322,20 @@ fn a_run_goes_on_with_more_replicas_and_with_fewer() {
     let losses = losses(dir.path());
     assert_eq!(losses.len(), 16);
     assert!(losses[15].1 < losses[0].1 - 0.3, "{losses:?}");
+}
+
+#[test]
+fn a_replica_leaves_and_joins_when_it_is_asked_to() {
+    let dir = tempfile::tempdir().unwrap();
+    let sets = |steps: &'static str| ["diloco=(replicas: 3, inner_steps: 2)", "checkpoint.every_steps=100", steps];
+    // It is settled already who is in the first round, and the first replica does not go.
+    let leave = [("diloco.leave", 1), ("diloco.leave", 2), ("diloco.leave", 0)];
+    asked(dir.path(), false, &sets("train.steps=4"), &leave);
+    // What was asked for stays, also when the run goes on: one is asked to come back, the other is not.
+    asked(dir.path(), true, &sets("train.steps=8"), &[("diloco.join", 2)]);
+    let replicas: Vec<f64> = lines(dir.path()).iter().filter_map(|line| line.scalar("outer/num_replicas")).collect();
+    assert_eq!(replicas, [3.0, 1.0, 1.0, 2.0]);
+    assert_all_have_theta(&checkpoint(dir.path()), &[2]);
 }
 
 #[test]
