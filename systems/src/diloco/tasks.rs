@@ -56,6 +56,19 @@ pub(crate) struct MeetingTask {
     ranks: Arc<[u32]>,
 }
 
+/// Parameters by layer.
+type Groups = BTreeMap<Option<usize>, Vec<usize>>;
+
+/// Emits something of each layer's parameters.
+fn each(l: &mut Lowering, groups: &Groups, emit: impl Fn(&mut Lowering, &Arc<[usize]>) -> Result<()>) -> Result<()> {
+    for (layer, params) in groups {
+        l.layer = layer.map(|layer| layer as u32);
+        emit(l, &Arc::from(params.as_slice()))?;
+    }
+    l.layer = None;
+    Ok(())
+}
+
 /// Emits the end of a round, if the step at hand is its last.
 ///
 /// # Errors
@@ -66,39 +79,32 @@ pub fn lower_round_end(l: &mut Lowering) -> Result<()> {
     let ranks = l.world.resource::<Ranks>();
     let (replica, place, num) = (ranks.replica(), ranks.layout.rank, ranks.layout.mesh.num_ranks());
     let peers = |replicas: &[u32]| -> Arc<[u32]> { replicas.iter().map(|replica| replica * num + place).collect() };
-    let mut groups: BTreeMap<Option<usize>, Vec<usize>> = BTreeMap::new();
-    for (index, spec) in l.world.resource::<Parameters>().specs.iter().enumerate() {
-        if diloco.held[index].is_some() || spec.kind == ParamKind::ExpertBias {
-            groups.entry(spec.layer).or_default().push(index);
+    // All that others of this replica show their parts of, too: a rank may have none of a small parameter.
+    let mut groups = Groups::new();
+    for (spec, weight) in l.world.resource::<Parameters>().iter() {
+        if weight.grad.is_some() || spec.kind == ParamKind::ExpertBias {
+            groups.entry(spec.layer).or_default().push(weight.index);
         }
     }
-    let each = |l: &mut Lowering, emit: &dyn Fn(&mut Lowering, &Arc<[usize]>) -> Result<()>| -> Result<()> {
-        for (layer, params) in &groups {
-            l.layer = layer.map(|layer| layer as u32);
-            emit(l, &Arc::from(params.as_slice()))?;
-        }
-        l.layer = None;
-        Ok(())
-    };
     let meeting =
         |params: &Arc<[usize]>, ranks: &Arc<[u32]>| MeetingTask { params: params.clone(), ranks: ranks.clone() };
     let joining: Vec<u32> = ending.joining().collect();
     if ending.present.contains(&replica) {
         let all = peers(&ending.present);
-        each(l, &|l, params| l.task(BRING, None, meeting(params, &all)))?;
-        each(l, &|l, params| l.transfer(AVERAGE, None, meeting(params, &all)))?;
-        each(l, &|l, params| {
+        each(l, &groups, |l, params| l.task(BRING, None, meeting(params, &all)))?;
+        each(l, &groups, |l, params| l.transfer(AVERAGE, None, meeting(params, &all)))?;
+        each(l, &groups, |l, params| {
             l.task(OUTER_STEP, None, meeting(params, &all))?;
             lower_show(l, &trained(l, params)).map(drop)
         })?;
         if replica == 0 && !joining.is_empty() {
             let to = peers(&joining);
-            each(l, &|l, params| l.transfer(SEND_THETA, None, meeting(params, &to)))?;
+            each(l, &groups, |l, params| l.transfer(SEND_THETA, None, meeting(params, &to)))?;
         }
     } else if joining.contains(&replica) {
         let from = peers(&[0]);
-        each(l, &|l, params| l.transfer(RECEIVE_THETA, None, meeting(params, &from)))?;
-        each(l, &|l, params| {
+        each(l, &groups, |l, params| l.transfer(RECEIVE_THETA, None, meeting(params, &from)))?;
+        each(l, &groups, |l, params| {
             l.task(FOLLOW, None, meeting(params, &from))?;
             lower_show(l, &trained(l, params)).map(drop)
         })?;
@@ -106,7 +112,7 @@ pub fn lower_round_end(l: &mut Lowering) -> Result<()> {
     Ok(())
 }
 
-/// Those that an optimizer updates, on this rank or another.
+/// Those that an optimizer updates.
 fn trained(l: &Lowering, params: &[usize]) -> Vec<usize> {
     let weights = &l.world.resource::<Parameters>().weights;
     params.iter().copied().filter(|&index| weights[index].grad.is_some()).collect()
