@@ -71,11 +71,12 @@ fn text(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout)
 }
 
+type Steps = Vec<Map<String, Value>>;
 type Files = Vec<(PathBuf, Vec<u8>)>;
 
 /// Of each training step, the loss and the bytes on links, by rank and by kind; and the bytes of every file of the last checkpoint but
 /// those that tell the time.
-fn outcome(dir: &Path) -> (Vec<Map<String, Value>>, Files) {
+fn outcome(dir: &Path) -> (Steps, Files) {
     let run = dir.join("tiny");
     let log = fs::read_to_string(run.join("log.jsonl")).expect("a log");
     let lines = log.lines().map(|line| serde_json::from_str::<Map<String, Value>>(line).expect("JSON"));
@@ -116,7 +117,7 @@ fn report(dir: &Path) -> [Value; 4] {
 
 /// What both have in common, of threads and of processes.
 struct Same {
-    steps: Vec<Map<String, Value>>,
+    steps: Steps,
     report: [Value; 4],
 }
 
@@ -159,7 +160,7 @@ fn check(prefix: &Path, num_ranks: usize, sets: &[&str]) -> Same {
     Same { steps: found.0, report }
 }
 
-const MESHES: [(usize, &[&str]); 8] = [
+const MESHES: [(usize, &[&str]); 10] = [
     (2, &["mesh.pp=2"]),
     (2, &["mesh.ep=2"]),
     (2, &["mesh.dp=2"]),

@@ -172,7 +172,7 @@ impl Case {
     }
 }
 
-type Outcome = (super::Losses, super::Files);
+type Outcome = (super::Steps, super::Files);
 
 /// What each mesh comes to without a fault.
 #[derive(Default)]
