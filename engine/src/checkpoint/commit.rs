@@ -47,8 +47,11 @@ pub(super) struct Commit {
     keep: Keep,
 }
 
+/// A part of a commit.
+pub(super) type Stage = fn(&Commit) -> Result<(), Error>;
+
 /// Nothing is removed before the last stage.
-pub(super) const STAGES: [fn(&Commit) -> Result<(), Error>; 7] = [
+pub(super) const STAGES: [Stage; 7] = [
     Commit::write_manifest,
     Commit::write_digest,
     Commit::sync_folders,
@@ -160,7 +163,7 @@ impl Commit {
         let (folder, newest) = (self.checkpoints(), self.draft.step);
         let mut steps = steps(&folder)?;
         steps.sort_unstable_by_key(|&step| (step > newest, std::cmp::Reverse(step)));
-        let stays = |step: u64| self.keep.every_steps.is_some_and(|every| step <= newest && step % every.max(1) == 0);
+        let stays = |step: u64| self.keep.every_steps.is_some_and(|every| step <= newest && step.is_multiple_of(every));
         for step in steps.into_iter().skip(self.keep.last.max(1)).filter(|&step| !stays(step)) {
             // Renamed first: a removal that is cut off leaves a temporary, never half a checkpoint.
             let path = folder.join(folder_name(step));
