@@ -171,6 +171,7 @@ impl TensorPieces {
 #[cfg(test)]
 mod tests {
     #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+    #![expect(clippy::single_range_in_vec_init, reason = "lists of ranges are what it is about")]
 
     use super::*;
     use crate::tensor_file::TensorFile;
