@@ -161,7 +161,7 @@ fn describe_replicas(diloco: &Diloco) -> String {
         diloco.compress.map_or_else(|| "parameters in F32".into(), |how| format!("pseudo-gradients in {how:?}"));
     let away = match diloco.absent.len() {
         0 => String::new(),
-        n => format!("; {n} absences"),
+        n => format!("; absences: {n}"),
     };
     format!(
         "{} of these ranks, that meet every {} steps: Nesterov with lr {lr} and momentum {momentum}; {crossing}{away}",

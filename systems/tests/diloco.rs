@@ -331,15 +331,15 @@ fn a_run_goes_on_with_more_replicas_and_with_fewer() {
 #[test]
 fn a_replica_leaves_and_joins_when_it_is_asked_to() {
     let dir = tempfile::tempdir().unwrap();
-    let sets = |steps: &'static str| ["diloco=(replicas: 3, inner_steps: 2)", "checkpoint.every_steps=100", steps];
+    let sets = |steps: &'static str| ["diloco=(replicas: 4, inner_steps: 2)", "checkpoint.every_steps=100", steps];
     // It is settled already who is in the first round, and the first replica does not go.
     let leave = [("diloco.leave", 1), ("diloco.leave", 2), ("diloco.leave", 0)];
     asked(dir.path(), false, &sets("train.steps=4"), &leave);
     // What was asked for stays, also when the run goes on: one is asked to come back, the other is not.
     asked(dir.path(), true, &sets("train.steps=8"), &[("diloco.join", 2)]);
     let replicas: Vec<f64> = lines(dir.path()).iter().filter_map(|line| line.scalar("outer/num_replicas")).collect();
-    assert_eq!(replicas, [3.0, 1.0, 1.0, 2.0]);
-    assert_all_have_theta(&checkpoint(dir.path()), &[2]);
+    assert_eq!(replicas, [4.0, 2.0, 2.0, 3.0]);
+    assert_all_have_theta(&checkpoint(dir.path()), &[2, 3]);
 }
 
 #[test]
