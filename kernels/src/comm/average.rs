@@ -25,7 +25,7 @@ pub enum Coding {
     /// As they are: 4 bytes.
     #[default]
     F32,
-    /// Rounded to bfloat16: 2 bytes. An error of at most 2^-9 of the number.
+    /// Rounded to bfloat16: 2 bytes. An error of at most 2^-8 of the number.
     Bf16,
     /// A signed byte for each, and for each [`BLOCK`] numbers the f32 that it is multiplied by: the largest magnitude over 127. An error of
     /// at most 1/254 of the largest of the block.
@@ -205,7 +205,7 @@ mod tests {
                             Coding::F32 => mean(i).abs() * 2f64.powi(-24),
                             Coding::Bf16 => {
                                 let sizes = all.iter().map(|x| f64::from(x[i].abs())).sum::<f64>();
-                                2.0 * 2f64.powi(-9) * sizes / all.len() as f64
+                                (2.0 + 2f64.powi(-8)) * 2f64.powi(-8) * sizes / all.len() as f64
                             }
                             Coding::Int8 => 2.0 * most_around(i) / 254.0,
                         };
