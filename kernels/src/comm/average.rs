@@ -242,7 +242,7 @@ mod tests {
             coding.decode(&bytes, |i, x| got[i] = x);
             got
         };
-        assert_eq!(round(Coding::Int8, &[]), []);
+        assert_eq!(round(Coding::Int8, &[]), [0f32; 0]);
         assert_eq!(round(Coding::Int8, &[0.0; 300]), [0.0; 300]);
         assert_eq!(round(Coding::Int8, &[127.0, -127.0, 1.0, 0.4]), [127.0, -127.0, 1.0, 0.0]);
         assert_eq!(round(Coding::Int8, &[1e-38, -1e-41])[1], 0.0, "beside a small one a tiny one is nothing");

@@ -119,7 +119,7 @@ impl Exchange {
                 let counted = LinkBytes { intra_node: in_node * row_bytes, inter_node: copies.to_nodes * row_bytes };
                 let handed = meeting.handed(&met).map(|handed| handed + passed.bytes);
                 meeting.comm.count(Traffic::Dispatch, counted, handed);
-                let load = place_rows::<T>(&meeting, m, &at, (&met.all, &tokens), to)?;
+                let load = place_rows::<T>(&meeting, m, &at, &met.all, &tokens, to)?;
                 Ok(Waited { nanos: met.nanos + passed.nanos, load: Some(load) })
             })
         })
@@ -350,7 +350,8 @@ fn place_rows<T: Float>(
     meeting: &Meeting,
     m: &Memory,
     at: &Place,
-    (sent, tokens): (&[Arc<Sent<T>>], &[Arc<Tokens<T>>]),
+    sent: &[Arc<Sent<T>>],
+    tokens: &[Arc<Tokens<T>>],
     to: Received,
 ) -> Result<(u64, u64)> {
     let load = at.load(sent);

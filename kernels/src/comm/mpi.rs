@@ -118,6 +118,21 @@ impl Hub {
 
     /// Gets on with what was sent. Whoever drives a rank calls it now and then; waits do so themselves.
     pub fn progress(&self) -> Result<()> {
+        self.get_on().map_err(|error| self.explain(error))
+    }
+
+    /// Where the library fails, the cause may be another process that is gone: waits for what the watchdog makes of it.
+    fn explain(&self, error: Error) -> Error {
+        let is_the_librarys = matches!(&error, Error::Comm { op, .. } if op.starts_with("MPI_"));
+        let patience = self.pulse.lock().as_ref().filter(|_| is_the_librarys).map_or(Duration::ZERO, Pulse::patience);
+        let began = clock::now_nanos();
+        while u128::from(clock::now_nanos() - began) < patience.as_nanos() && self.lost().is_none() {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        self.lost().unwrap_or(error)
+    }
+
+    fn get_on(&self) -> Result<()> {
         let mut failed = Ok(());
         self.outbox.lock().retain_mut(|request| match self.world.is_done(request) {
             Ok(is_done) => !is_done,
@@ -130,7 +145,19 @@ impl Hub {
         self.notices.look()
     }
 
-    pub fn send(&self, (_, to): (u32, u32), tag: u64, data: Storage) -> Result<u64> {
+    pub fn send(&self, between: (u32, u32), tag: u64, data: Storage) -> Result<u64> {
+        self.put(between, tag, data).map_err(|error| self.explain(error))
+    }
+
+    pub fn receive(&self, between: (u32, u32), tag: u64) -> Result<(Storage, u64)> {
+        self.take(between, tag).map_err(|error| self.explain(error))
+    }
+
+    pub fn meet<T: Brought>(&self, on: (u32, &Arc<[u32]>), me: usize, call: &Call, mine: T) -> Result<Met<T>> {
+        self.come(on, me, call, mine).map_err(|error| self.explain(error))
+    }
+
+    fn put(&self, (_, to): (u32, u32), tag: u64, data: Storage) -> Result<u64> {
         let mut waiting = Wait::default();
         while self.outbox.lock().len() >= MAX_MESSAGES {
             self.pause(&mut waiting)?;
@@ -145,11 +172,11 @@ impl Hub {
             outbox.push(self.world.send(self.messages, to, HEADERS, header)?);
             outbox.push(self.world.send(self.messages, to, BODIES, data)?);
         }
-        self.progress()?;
+        self.get_on()?;
         Ok(waiting.nanos())
     }
 
-    pub fn receive(&self, (from, _): (u32, u32), tag: u64) -> Result<(Storage, u64)> {
+    fn take(&self, (from, _): (u32, u32), tag: u64) -> Result<(Storage, u64)> {
         let mut waiting = Wait::default();
         loop {
             {
@@ -194,13 +221,7 @@ impl Hub {
         Ok(())
     }
 
-    pub fn meet<T: Brought>(
-        &self,
-        (lane, group): (u32, &Arc<[u32]>),
-        me: usize,
-        call: &Call,
-        mine: T,
-    ) -> Result<Met<T>> {
+    fn come<T: Brought>(&self, (lane, group): (u32, &Arc<[u32]>), me: usize, call: &Call, mine: T) -> Result<Met<T>> {
         let n = group.len();
         let mine = Arc::new(mine);
         if n == 1 {
@@ -288,7 +309,7 @@ impl Hub {
     }
 
     fn pause(&self, waiting: &mut Wait) -> Result<()> {
-        self.progress()?;
+        self.get_on()?;
         self.notices.check()?;
         waiting.pause();
         Ok(())

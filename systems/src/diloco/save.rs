@@ -88,7 +88,7 @@ impl Part {
             let speaks = spec.kind != ParamKind::ExpertBias
                 || ranks.layout.holders(config, spec).first() == Some(&ranks.layout.rank);
             for (name, tensor) in tensors.into_iter().filter(|(name, _)| (ranks.replica() == 0) == (*name < COMMON)) {
-                if speaks && tensor.len() > 0 {
+                if speaks && !tensor.is_empty() {
                     let name = piece_name(&name_of(name, ranks.replica(), &spec.name), at);
                     pieces.push((name, model::download(memory, tensor)));
                 }

@@ -207,7 +207,7 @@ mod tests {
         let experts: Vec<_> = subjects.iter().map(|subject| subject.expert.unwrap()).collect();
         assert_eq!((experts, &*ranges), (vec![(3, 4), (3, 5), (3, 6)], &[0..2, 2..8, 8..11][..]));
         let (subjects, ranges) = super::subjects(&spec(ParamKind::Linear, &[3, 6], 0), &(4..15));
-        assert_eq!((subjects[0].expert, &*ranges), (None, &[0..11][..]));
+        assert_eq!((subjects[0].expert, &*ranges), (None, std::slice::from_ref(&(0..11))));
     }
 
     #[test]

@@ -93,6 +93,13 @@ impl Pulse {
     }
 }
 
+impl Pulse {
+    /// How long it takes at most until whoever is gone is known.
+    pub fn patience(&self) -> Duration {
+        Duration::from_secs_f64(2.5 * self.board.limits.min_secs)
+    }
+}
+
 fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {
     let thread = thread::Builder::new().name(name.into()).spawn(body);
     thread.map_err(|e| Error::Comm { op: "watch_over", message: format!("no thread `{name}`: {e}") })
