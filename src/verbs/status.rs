@@ -22,7 +22,7 @@ const TICK: Duration = Duration::from_millis(20);
 pub fn status(args: &StatusArgs, output: &Output) -> Result<ExitCode, Failure> {
     let token = args.token.clone();
     let client = Client::connect(&args.url, token, Arc::new(|| ()));
-    let asked = [client.call("run.status", Value::Null), client.call("telemetry.last", Value::Null)];
+    let asked = [client.call("run.status", Value::Null), client.call("run.last", Value::Null)];
     let mut answers = [None, None];
     let mut why = "it gave no answer".to_owned();
     // A request waits for the step at hand.

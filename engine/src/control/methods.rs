@@ -65,7 +65,7 @@ pub(super) const METHODS: [Method; 16] = [
         run: |world, _| Ok(status(world)),
     },
     Method {
-        name: "telemetry.last",
+        name: "run.last",
         about: "{} -> {step, scalars: {name: value}} of the last step that was done; null before the first",
         access: Access::Reads,
         run: |world, _| {

@@ -109,8 +109,7 @@ async fn post(Extension(Granted(handle)): Extension<Granted>, body: Body) -> Res
 
 /// `GET /metrics`.
 async fn metrics(Extension(Granted(handle)): Extension<Granted>) -> Response {
-    let asked =
-        [rpc::ask(&handle, "run.status", Value::Null).await, rpc::ask(&handle, "telemetry.last", Value::Null).await];
+    let asked = [rpc::ask(&handle, "run.status", Value::Null).await, rpc::ask(&handle, "run.last", Value::Null).await];
     let text = match asked {
         [Ok(status), Ok(last)] => metrics::text(&status, &last).map_err(|error| error.to_string()),
         [Err(error), _] | [_, Err(error)] => Err(error.to_string()),

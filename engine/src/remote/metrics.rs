@@ -55,13 +55,12 @@ mod tests {
     #[test]
     fn a_step_is_read_by_prometheus() {
         let status = serde_json::json!({ "name": "tiny", "step": 4, "num_ranks": 2, "state": "running" });
-        let last =
-            serde_json::json!({ "step": 4, "scalars": { "lr": 0.5, "mtp_loss_nats_per_token/1": 2.5, "x": null } });
+        let last = serde_json::json!({ "step": 4, "scalars": { "lr": 0.5, "busy_secs/stream 1": 2.5, "x": null } });
         let text = text(&status, &last).expect("text");
         for line in [
             "# TYPE hadal_lr gauge",
             "hadal_lr{run=\"tiny\"} 0.5",
-            "hadal_mtp_loss_nats_per_token_1{run=\"tiny\"} 2.5",
+            "hadal_busy_secs_stream_1{run=\"tiny\"} 2.5",
             "hadal_step{run=\"tiny\"} 4.0",
             "hadal_is_paused{run=\"tiny\"} 0.0",
         ] {
