@@ -1,8 +1,8 @@
 //! What a rank is in, so that a run that stands still says who keeps it waiting, and not only that it waits.
 //!
 //! Ops between ranks enter and leave here, the host says which task it launches and which phase it is in, and a counter goes up with
-//! each. That costs some 100 ns an op. What is under way is told to the first rank as a [`Report`], for [`judge`] to compare; the last
-//! ops are kept in a ring, for a trace of how it came about. [`Fault`]s strike here too: where the host or an op enters.
+//! each. That costs some 100 ns an op. What is under way is told to the first rank, which compares; the last ops are kept in a ring, for
+//! a trace of how it came about. [`Fault`]s strike here too: where the host or an op enters.
 
 mod fault;
 mod judge;
