@@ -180,22 +180,36 @@ fn asked(dir: &Path, resume: bool, sets: &[&str], methods: &[(&str, u32)]) -> Ru
     report
 }
 
-/// Tensors of the newest checkpoint as f32, which holds bf16, by file and name.
+/// Tensors of the newest checkpoint as f32, which holds bf16, by kind of file and name; those that are in pieces are put together.
 fn checkpoint(dir: &Path) -> BTreeMap<String, Vec<f32>> {
     let folder = dir.join("tiny/latest");
-    let mut all = BTreeMap::new();
-    for name in ["model.safetensors", "train/optimizer.safetensors", "train/diloco.safetensors"] {
-        if !folder.join(name).exists() {
-            continue;
-        }
-        let file = TensorFile::read(&folder.join(name)).unwrap();
-        for tensor in file.names() {
-            let dims = file.dims(tensor).unwrap().to_vec();
-            let narrow = || file.get::<bf16>(tensor, &dims).unwrap().into_iter().map(bf16::to_f32).collect();
-            all.insert(format!("{name} {tensor}"), file.get::<f32>(tensor, &dims).unwrap_or_else(|_| narrow()));
+    let mut pieces: BTreeMap<String, BTreeMap<usize, Vec<f32>>> = BTreeMap::new();
+    for part in ["", "train/"] {
+        for entry in folder.join(part).read_dir().unwrap() {
+            let path = entry.unwrap().path();
+            let file_name = path.file_name().unwrap().to_str().unwrap();
+            let Some(stem) = file_name.strip_suffix(".safetensors") else { continue };
+            let kind = stem.split('-').next().unwrap();
+            let file = TensorFile::read(&path).unwrap();
+            for tensor in file.names() {
+                let dims = file.dims(tensor).unwrap().to_vec();
+                let narrow = || file.get::<bf16>(tensor, &dims).unwrap().into_iter().map(bf16::to_f32).collect();
+                let values = file.get::<f32>(tensor, &dims).unwrap_or_else(|_| narrow());
+                let (name, start) = tensor.rsplit_once('@').unwrap_or((tensor, "0"));
+                let whole = pieces.entry(format!("{part}{kind}.safetensors {name}")).or_default();
+                assert!(whole.insert(start.parse().unwrap(), values).is_none(), "{file_name}: {tensor} twice");
+            }
         }
     }
-    all
+    let whole = |(name, pieces): (String, BTreeMap<usize, Vec<f32>>)| {
+        let mut values = Vec::new();
+        for (start, piece) in pieces {
+            assert_eq!(start, values.len(), "{name} has no gap");
+            values.extend(piece);
+        }
+        (name, values)
+    };
+    pieces.into_iter().map(whole).collect()
 }
 
 fn assert_same(a: &BTreeMap<String, Vec<f32>>, b: &BTreeMap<String, Vec<f32>>, what: &str) {
