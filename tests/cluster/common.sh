@@ -11,7 +11,7 @@ skip() {
 }
 # Says what is wrong, after the log of the job at hand if there is one.
 fail() {
-    [[ -z ${log:-} ]] || cat "$log" >&2
+    [[ -z ${log:-} ]] || cat "$log" >&2 || true
     printf 'FAILED: %s\n' "$*" >&2
     exit 1
 }

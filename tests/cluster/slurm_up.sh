@@ -5,7 +5,8 @@
 # TmpFS differs by node, or steps of two nodes meet in one folder; cred_expire is short, or a requeued job waits for two minutes.
 
 slurm_up() { # folder number of nodes
-    local folder=$1 num_nodes=$2 host port node
+    # What is shown if it does not come up.
+    local folder=$1 num_nodes=$2 host port node log=$1/log/slurmd.n1.log
     host=$(hostname -s)
     # Away from other tests on the same machine.
     port=$((20000 + $$ % 4000 * 10))
