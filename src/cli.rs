@@ -5,12 +5,16 @@ mod bench;
 mod editor;
 mod launch;
 mod serve;
+#[cfg(feature = "remote")]
+mod status;
 
 use std::path::{Path, PathBuf};
 
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use systems::{hf::write::SaveDtype, scene::Compute};
 
+#[cfg(feature = "remote")]
+pub use self::{serve::ServeArgs, status::StatusArgs};
 pub use bench::{
     Bench, BenchArgs, BenchHardwareArgs, BenchKernelsArgs, BenchOverlapArgs, BenchSchedulesArgs, BenchServeArgs,
     BenchTrainArgs,
@@ -19,8 +23,6 @@ pub use bench::{
 pub use editor::{EditorArgs, EditorTheme};
 pub use launch::{K8sArgs, LaunchArgs, Launcher, Mpi, Placed, SlurmArgs};
 pub use serve::CapacityArgs;
-#[cfg(feature = "remote")]
-pub use serve::ServeArgs;
 
 use crate::{units, verbs::ExpertsArgs};
 
@@ -119,23 +121,6 @@ pub struct Overrides {
     /// Change a value of the scene, as in `--set train.steps=50`; may be given again
     #[arg(long, value_name = "PATH=RON")]
     pub set: Vec<String>,
-}
-
-/// Arguments of `status`.
-#[cfg(feature = "remote")]
-#[derive(Debug, Args)]
-pub struct StatusArgs {
-    /// Where the run listens, as it says when it starts: http://HOST:PORT
-    #[arg(value_name = "URL")]
-    pub url: String,
-    /// The run's token, which an address that other machines reach wants; in remote.token in its folder
-    #[arg(long, env = "HADAL_TOKEN", hide_env_values = true)]
-    pub token: Option<String>,
-    /// Seconds to wait: an answer waits for the step at hand
-    #[arg(long, value_name = "SECS", default_value_t = 30)]
-    pub timeout_secs: u32,
-    #[command(flatten)]
-    pub json: Json,
 }
 
 /// Arguments of `run`.
