@@ -5,6 +5,9 @@
 
 #[path = "mpi/faults.rs"]
 mod faults;
+#[cfg(feature = "remote")]
+#[path = "mpi/watched.rs"]
+mod watched;
 
 use std::{
     env, fs,

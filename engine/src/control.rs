@@ -12,11 +12,13 @@ use crossbeam::channel::{self, Receiver, Sender, TrySendError};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+mod gather;
 mod methods;
 mod plugin;
 mod values;
 mod world;
 
+pub use gather::tell_last_step;
 pub use methods::{Access, AppControlExt, Method};
 pub use plugin::{Control, ControlPlugin, ControlSystems, Note};
 pub use values::{LiveValue, params_of};

@@ -19,7 +19,9 @@ use serde_json::json;
 use super::*;
 use crate::{
     app::{EnginePlugin, Exit, ExitReason},
+    bubbles::Accounting,
     step::{Step, StepIndex, StepSystems},
+    telemetry::{StepTimes, Telemetry, tests::span},
 };
 
 #[derive(Resource, Default)]
@@ -47,13 +49,19 @@ struct Run {
 
 /// A run of so many ranks that goes on until it is stopped, but for 10,000 steps at most.
 fn start(num_ranks: u32) -> Run {
+    start_with(num_ranks, false)
+}
+
+/// The same, with a feed for each rank, as processes have.
+fn start_with(num_ranks: u32, feeds_are_apart: bool) -> Run {
     let (handle, inbox) = channel();
-    inbox.feed().set_num_ranks(num_ranks as usize);
+    inbox.feed().set_num_ranks(if feeds_are_apart { 1 } else { num_ranks as usize });
     let signal = Arc::new(AtomicUsize::new(0));
     let story: Story = Arc::new(Mutex::new(vec![Vec::new(); num_ranks as usize]));
     let notes = Notes::default();
     let spawn = |comm: Comm| {
-        let (inbox, signal, story, notes) = (inbox.clone(), signal.clone(), story.clone(), notes.clone());
+        let inbox = if feeds_are_apart && comm.rank() > 0 { channel().1 } else { inbox.clone() };
+        let (signal, story, notes) = (signal.clone(), story.clone(), notes.clone());
         let body = move || {
             let rank = comm.rank() as usize;
             let mut app = App::new();
@@ -63,6 +71,7 @@ fn start(num_ranks: u32) -> Run {
                     name: "r".into(),
                     comm,
                     inbox: Some(inbox),
+                    feeds_are_apart,
                     signal,
                     note: Arc::new(move |line| notes.lock().unwrap().push(line.to_owned())),
                 },
@@ -93,6 +102,14 @@ fn start(num_ranks: u32) -> Run {
                     }
                 })
                 .in_set(StepSystems::Admit),
+            );
+            app.add_systems(
+                Step,
+                (move |mut telemetry: ResMut<Telemetry>| {
+                    let spans = [span("a", rank as u32, "compute", 5, 10 + rank as u64)];
+                    telemetry.open(spans.into(), (5, 20), StepTimes::default(), Accounting::default());
+                })
+                .in_set(StepSystems::Record),
             );
             let whole = app.world_mut().spawn((Part { number: 1 }, Name::new("whole"))).id();
             app.world_mut().spawn((Part { number: 2 + rank as u32 }, ChildOf(whole)));
@@ -247,6 +264,33 @@ fn every_rank_can_be_looked_at() {
             assert_eq!(numbers, [1, 2 + rank].into());
         }
         assert_eq!(code(run.ask("world.get", json!({ "entity": 12345, "rank": 2 }))), RpcError::INVALID_PARAMS);
+        run.ask("run.stop", Value::Null).unwrap();
+        run.end();
+    }
+}
+
+#[test]
+fn a_listener_sees_all_ranks_whether_or_not_they_share_a_feed() {
+    for feeds_are_apart in [false, true] {
+        let run = start_with(3, feeds_are_apart);
+        let listener = run.handle.subscribe(1024);
+        let from = run.step();
+        while run.step() < from + 100 {}
+        run.ask("run.pause", Value::Null).unwrap();
+        let paused_at = run.ask("run.step", Value::Null).unwrap()["step"].as_u64().unwrap();
+        let steps: Vec<_> = std::iter::from_fn(|| listener.try_recv().ok()).collect();
+        let (whole, figures): (Vec<_>, Vec<_>) = steps.iter().partition(|step| !step.spans.is_empty());
+        for step in &whole {
+            let ends: Vec<_> = step.spans.iter().map(|span| (span.rank, span.end_nanos)).collect();
+            assert_eq!(ends, [(0, 10), (1, 11), (2, 12)], "step {}", step.step);
+        }
+        let numbers: Vec<u64> = steps.iter().map(|step| step.step).collect();
+        assert!(
+            steps.len() >= 100 && numbers.is_sorted() && numbers.ends_with(&[paused_at]),
+            "each once, in order: {numbers:?}"
+        );
+        assert!(whole.len() >= 2 && (figures.is_empty() || feeds_are_apart), "{} of {}", whole.len(), steps.len());
+        assert!(steps.iter().all(|step| step.scalar("step_secs").is_some()), "figures of every step");
         run.ask("run.stop", Value::Null).unwrap();
         run.end();
     }

@@ -7,6 +7,7 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use bevy_ecs::prelude::*;
 use kernels::cost::Cost;
+use serde::{Deserialize, Serialize};
 
 pub mod bytes;
 mod feed;
@@ -179,6 +180,18 @@ enum Told {
     Nothing,
 }
 
+/// What listeners get of the steps that they are told of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Detail {
+    /// All that this world has.
+    #[default]
+    Whole,
+    /// All, together with what others have, once that was fetched.
+    Held,
+    /// All but spans.
+    Figures,
+}
+
 /// The step being recorded, and the listeners.
 #[derive(Resource, Default)]
 pub struct Telemetry {
@@ -186,6 +199,8 @@ pub struct Telemetry {
     /// The step's number for listeners, if it is not that of the engine.
     number: Option<u64>,
     told: Told,
+    detail: Detail,
+    held: Option<Arc<Snapshot>>,
     num_told: u64,
     times: StepTimes,
     bubbles: Accounting,
@@ -233,6 +248,26 @@ impl Telemetry {
             self.scalar(name.clone(), *value);
         }
         self.told = Told::Figures(Snapshot { step, scalars, ..Snapshot::default() });
+    }
+
+    /// What listeners get of the steps from here on.
+    pub(crate) fn set_detail(&mut self, detail: Detail) {
+        self.detail = detail;
+    }
+
+    /// The step that listeners are to be told of, when what others have of it was fetched.
+    pub(crate) fn held(&self) -> Option<&Snapshot> {
+        self.held.as_deref()
+    }
+
+    /// The same, which is for the caller to tell.
+    pub(crate) fn take_held(&mut self) -> Option<Arc<Snapshot>> {
+        self.held.take()
+    }
+
+    /// Tells listeners of a step as several ranks had it, the first of them first.
+    pub(crate) fn publish_parts(&self, ranks: Vec<Arc<Snapshot>>) {
+        self.feed.publish_parts(ranks);
     }
 
     /// How many steps listeners were told of, or would have been, had there been any.
@@ -299,10 +334,26 @@ impl Telemetry {
         match std::mem::take(&mut self.told) {
             Told::Step => {
                 self.num_told += 1;
-                self.feed.publish(self.rank, snapshot);
+                match self.detail {
+                    Detail::Whole => self.feed.publish(self.rank, snapshot),
+                    Detail::Held => self.held = Some(snapshot),
+                    Detail::Figures => {
+                        let figures = Snapshot { spans: Arc::default(), ..(*snapshot).clone() };
+                        self.feed.publish(self.rank, Arc::new(figures));
+                    }
+                }
             }
             Told::Figures(figures) => self.feed.publish(self.rank, Arc::new(figures)),
             Told::Nothing => {}
+        }
+    }
+}
+
+impl Drop for Telemetry {
+    /// What others have of the last step does not come any more.
+    fn drop(&mut self) {
+        if let Some(held) = self.held.take() {
+            self.feed.publish_parts(vec![held]);
         }
     }
 }

@@ -233,6 +233,7 @@ fn run_rank(request: &RunRequest, setup: RankSetup) -> Result<(Ran, ExitReason),
                 name: scene.name.clone(),
                 comm: ranks.everyone.clone(),
                 inbox: Some(inbox.clone()),
+                feeds_are_apart: ranks.everyone.is_across_processes(),
                 signal: stop.clone(),
                 note: {
                     let progress = progress.clone();
@@ -253,6 +254,11 @@ fn run_rank(request: &RunRequest, setup: RankSetup) -> Result<(Ran, ExitReason),
         *app.world_mut().resource_mut::<Work>() = after_training(app.world());
     }
     let reason = engine::app::run(&mut app);
+    if !reason.is_failure()
+        && let Err(error) = control::tell_last_step(app.world_mut())
+    {
+        progress.note(&format!("the last step was not told: {error}"));
+    }
     for fault in ranks.comm.watch().faults_left() {
         progress.note(&format!(
             "a fault did not come about: rank {} came to no `{}` in step {}",

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # A run on several hosts: namespaces of this machine with links of 250 Mbit each, two ranks on each of two of them, over MPI and TCP. Losses
 # and weights have the bits of ranks that are threads; bytes on links are as many as with threads, and as the plan says where the routing
-# leaves nothing open; the interfaces' own counts are beside them.
+# leaves nothing open; the interfaces' own counts are beside them. Then the second host's cable is pulled while a run is under way: every
+# rank ends with 5 and names one that it does not hear, and the run, resumed, ends with the bits of one that kept its cable.
 #
 #   HADAL=target/debug/hadal HADAL_TEST_MPI=FOLDER_OF_MPICH tests/cluster/hosts.sh
 set -euo pipefail
@@ -26,21 +27,27 @@ began=$(now)
 hosts_up "$folder/hosts" 4 "${RATE:-250mbit}"
 echo "4 hosts: up in $(secs "$began")"
 
+settings=(run scenes/cluster.ron --set train.steps=16 --set eval=None --set sample=None --set telemetry.trace_steps=None)
+on_threads() { # name arguments...
+    "$hadal" "${settings[@]}" "${@:2}" >"$folder/$1/log" 2>&1 || fail "$(cat "$folder/$1/log")"
+}
+# Two ranks on each of two hosts, as it comes out of a shell on the first host, so quoted once more.
+on_hosts() { # program arguments...
+    timeout 300 "$folder/hosts/on" h1 "$(printf '%q ' "$mpi/bin/mpiexec" -launcher ssh -launcher-exec "$folder/hosts/on" -hosts h1,h2 -iface eth0 \
+        -disable-auto-cleanup -n 4 -ppn 2 "$1" "${settings[@]}" "${@:2}")"
+}
+
 check() { # name overrides...
-    local name=$1 began host before=() after=() args
+    local name=$1 began host before=() after=() args=()
     shift
-    args=(run scenes/cluster.ron --set train.steps=16 --set eval=None --set sample=None --set telemetry.trace_steps=None)
     for set; do args+=(--set "$set"); done
     mkdir -p "$folder/$name"
     began=$(now)
-    "$hadal" "${args[@]}" --set "telemetry.dir=\"$folder/$name/threads\"" --json "$folder/$name/threads.json" \
-        >"$folder/$name/log" 2>&1 || fail "$(cat "$folder/$name/log")"
+    on_threads "$name" "${args[@]}" --set "telemetry.dir=\"$folder/$name/threads\"" --json "$folder/$name/threads.json"
     echo "$name: as threads $(secs "$began")"
     for host in 1 2; do before[host]=$(link_bytes "$host"); done
     began=$(now)
-    # As it comes out of a shell on the first host, so quoted once more.
-    timeout 300 "$folder/hosts/on" h1 "$(printf '%q ' "$mpi/bin/mpiexec" -launcher ssh -launcher-exec "$folder/hosts/on" -hosts h1,h2 -iface eth0 \
-        -n 4 -ppn 2 "$hadal" "${args[@]}" --set "telemetry.dir=\"$folder/$name/hosts\"" --json "$folder/$name/hosts.json")" \
+    on_hosts "$hadal" "${args[@]}" --set "telemetry.dir=\"$folder/$name/hosts\"" --json "$folder/$name/hosts.json" \
         >"$folder/$name/log" 2>&1 || fail "$(cat "$folder/$name/log")"
     echo "$name: on 2 hosts x 2 ranks $(secs "$began")"
     for host in 1 2; do after[host]=$(link_bytes "$host"); done
@@ -64,3 +71,44 @@ ep4=('mesh=(pp: 1, ep: 4, dp: 1, ranks_per_node: 2)' 'pipeline=(schedule: OneFOn
 check 'a stage on each host, as the router chooses'
 check 'experts over both hosts, as the router chooses' "${ep4[@]}"
 check 'experts over both hosts, all for each token' "${ep4[@]}" model.num_experts_per_tok=8 model.topk_group=4
+
+# A rank that leaves its exit code and its words, since nobody on the other side can be told.
+cat >"$folder/rank" <<RANK
+#!/bin/bash
+"$hadal" "\$@" 2>"$folder/cut/said.\$PMI_RANK"
+code=\$?
+echo \$code >"$folder/cut/code.\$PMI_RANK"
+exit \$code
+RANK
+chmod +x "$folder/rank"
+all_ended() { [[ $(cat "$folder"/cut/code.* 2>/dev/null | wc -l) == 4 ]]; }
+none_left() { ! pgrep -f "telemetry.dir=\"$folder/cut/hosts\"" >/dev/null; }
+cut_off() {
+    local rank other launcher began args=(--set 'checkpoint=(every_steps: 2)' --set 'watchdog=(min_secs: 4)')
+    mkdir -p "$folder/cut"
+    on_threads cut "${args[@]}" --set "telemetry.dir=\"$folder/cut/threads\""
+    args+=(--set "telemetry.dir=\"$folder/cut/hosts\"")
+    on_hosts "$folder/rank" "${args[@]}" >"$folder/cut/first.log" 2>&1 &
+    launcher=$!
+    log=$folder/cut/first.log
+    wait_for 120 has_steps "$folder/cut/hosts/cluster" 5
+    began=$(now)
+    ip -n "$prefix-switch" link set port2 down
+    wait_for 60 all_ended
+    echo "a cable is pulled: all ranks ended after $(secs "$began"), watchdog.min_secs is 4"
+    for rank in 0 1 2 3; do
+        other=$((rank < 2 ? 2 : 0))
+        [[ $(cat "$folder/cut/code.$rank") == 5 ]] || fail "rank $rank ended with $(cat "$folder/cut/code.$rank"): $(cat "$folder/cut/said.$rank")"
+        grep "peer lost: rank [$other$((other + 1))]: " "$folder/cut/said.$rank" | tail -n 1 || fail "rank $rank names no rank of the other host: $(cat "$folder/cut/said.$rank")"
+    done
+    wait_for 10 none_left
+    kill "$launcher" 2>/dev/null || true
+    wait "$launcher" 2>/dev/null || true
+    ip -n "$prefix-switch" link set port2 up
+    began=$(now)
+    on_hosts "$hadal" "${args[@]}" --resume >"$folder/cut/log" 2>&1 || fail "it does not go on"
+    grep '^resumed from' "$folder/cut/log" || fail "it begins from nothing"
+    echo "a cable is pulled: the rest took $(secs "$began")"
+    same_bits 'a cable is pulled' "$folder/cut/threads/cluster" "$folder/cut/hosts/cluster"
+}
+cut_off

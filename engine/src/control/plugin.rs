@@ -21,13 +21,14 @@ use serde_json::{Map, Value};
 
 use super::{
     Inbox, Reply, Request, RpcError, RpcResult,
+    gather::{self, Fetch, Gather},
     methods::{self, Access, METHODS, Method, Methods, RUN_STEP},
     values::LiveValues,
 };
 use crate::{
     app::{Exit, ExitReason},
     step::StepIndex,
-    telemetry::Telemetry,
+    telemetry::{Detail, Telemetry},
 };
 
 /// How often a paused run looks whether it was told to stop.
@@ -47,6 +48,8 @@ pub struct ControlPlugin {
     pub comm: Comm,
     /// Where requests come in, on the first rank.
     pub inbox: Option<Inbox>,
+    /// Whether the feeds of the other ranks are others, as they are in other processes: what they tell is then fetched by the first.
+    pub feeds_are_apart: bool,
     /// Number of the signal that asked to stop; 0 for none.
     pub signal: Arc<AtomicUsize>,
     /// Is told in words what was changed from outside.
@@ -62,7 +65,7 @@ impl Plugin for ControlPlugin {
         world.get_resource_or_init::<LiveValues>();
         world.get_resource_or_init::<Methods>().0.extend(METHODS);
         if let Some(inbox) = &self.inbox {
-            let rank = self.comm.rank() as usize;
+            let rank = if self.feeds_are_apart { 0 } else { self.comm.rank() as usize };
             world.get_resource_or_init::<Telemetry>().attach(inbox.feed().clone(), rank);
         }
         app.insert_resource(Control {
@@ -75,6 +78,8 @@ impl Plugin for ControlPlugin {
             goes_on: true,
             stepping: VecDeque::new(),
             num_told: 0,
+            gather: Gather::default(),
+            feeds_are_apart: self.feeds_are_apart && self.comm.num_ranks() > 1,
         })
         .add_systems(Update, handle.in_set(ControlSystems));
     }
@@ -84,16 +89,18 @@ impl Plugin for ControlPlugin {
 #[derive(Resource)]
 pub struct Control {
     name: String,
-    comm: Comm,
+    pub(super) comm: Comm,
     inbox: Option<Inbox>,
     signal: Arc<AtomicUsize>,
-    note: Note,
+    pub(super) note: Note,
     paused: bool,
     goes_on: bool,
     /// Steps to be done although the run is paused: who waits for the end of each.
     stepping: VecDeque<Reply>,
     /// Steps that listeners were told of: what the engine does in between counts for none.
     num_told: u64,
+    pub(super) gather: Gather,
+    feeds_are_apart: bool,
 }
 
 impl Control {
@@ -115,6 +122,12 @@ impl Control {
         self.paused && self.stepping.is_empty()
     }
 
+    /// What listeners get of the step that begins.
+    fn detail(&self) -> Detail {
+        let num_listeners = || self.inbox.as_ref().map_or(0, |inbox| inbox.feed().listeners().0);
+        if self.feeds_are_apart { self.gather.detail(num_listeners()) } else { Detail::Whole }
+    }
+
     pub(super) fn status(&self, world: &World) -> Map<String, Value> {
         let (num_listeners, num_dropped) = self.inbox.as_ref().map_or((0, 0), |inbox| inbox.feed().listeners());
         let state = if self.paused { "paused" } else { "running" };
@@ -133,8 +146,10 @@ impl Control {
 /// What the first rank tells the others between two steps.
 #[derive(Serialize, Deserialize)]
 enum Order {
-    /// The next step begins.
-    Go,
+    /// The next step begins, and listeners get so much of it.
+    Go(Detail),
+    /// The first brings together what all tell of the last step.
+    Fetch(Fetch),
     /// Every rank does this.
     Call { method: String, params: Value },
     /// One rank does this, and all get its answer.
@@ -154,6 +169,13 @@ fn handle(world: &mut World) -> Result {
 }
 
 fn lead(world: &mut World) -> Result {
+    if let Some(fetch) = gather::next(world)? {
+        exchange(world, Some(Order::Fetch(fetch.clone())))?;
+        if world.resource::<Exit>().reason().is_some() {
+            return Ok(());
+        }
+        gather::gather(world, &fetch)?;
+    }
     let num_told = world.resource::<Telemetry>().num_told();
     let mut control = world.resource_mut::<Control>();
     if std::mem::replace(&mut control.num_told, num_told) < num_told
@@ -193,7 +215,9 @@ fn lead(world: &mut World) -> Result {
             return Ok(());
         }
     }
-    exchange(world, Some(Order::Go))?;
+    let detail = world.resource::<Control>().detail();
+    exchange(world, Some(Order::Go(detail)))?;
+    world.resource_mut::<Telemetry>().set_detail(detail);
     world.resource_mut::<Control>().goes_on = true;
     Ok(())
 }
@@ -288,7 +312,12 @@ fn follow(world: &mut World) -> Result {
                 let mine = is_mine.then(|| (methods::find(world, &method)?.run)(world, &params));
                 let _for_who_asked = hear(world, rank, mine)?;
             }
-            Some(Order::Go) | None => return Ok(()),
+            Some(Order::Fetch(fetch)) => gather::gather(world, &fetch)?,
+            Some(Order::Go(detail)) => {
+                world.resource_mut::<Telemetry>().set_detail(detail);
+                return Ok(());
+            }
+            None => return Ok(()),
         }
     }
 }

@@ -1,8 +1,8 @@
 //! Where snapshots go: to any number of listeners, who may come and go while a run goes on.
 //!
 //! Each listener has a bounded channel that drops the oldest. Ranks of one process share a feed: what they tell of one step is one
-//! snapshot for who listens, put together by the first listener that asks for it, on the listener's thread. With nobody listening
-//! a publication is a lock and a look at an empty list.
+//! snapshot for who listens, put together by the first listener that asks for it, on the listener's thread; what ranks of other
+//! processes tell is brought here first ([`crate::control`]). With nobody listening a publication is a lock and a look at an empty list.
 
 use std::{
     collections::BTreeMap,
@@ -172,6 +172,11 @@ impl Feed {
         let ranks: Vec<_> = state.pending.remove(&step).into_iter().flatten().flatten().collect();
         state.pending.retain(|&pending, _| pending > step);
         state.send(&Arc::new(Parts { ranks, whole: OnceLock::new() }));
+    }
+
+    /// A step as several ranks had it, the first of them first.
+    pub(crate) fn publish_parts(&self, ranks: Vec<Arc<Snapshot>>) {
+        self.state().send(&Arc::new(Parts { ranks, whole: OnceLock::new() }));
     }
 
     /// The run is over: listeners get what is left, and then are told.

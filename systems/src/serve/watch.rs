@@ -43,6 +43,7 @@ impl Plugin for WatchPlugin {
             name: self.name.clone(),
             comm: Comm::solo(),
             inbox: Some(self.inbox.clone()),
+            feeds_are_apart: false,
             // A signal lets answers end, which is the host's to see to.
             signal: Arc::new(AtomicUsize::new(0)),
             note: self.note.clone(),
