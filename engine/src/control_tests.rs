@@ -21,7 +21,7 @@ use crate::{
     app::{EnginePlugin, Exit, ExitReason},
     bubbles::Accounting,
     step::{Step, StepIndex, StepSystems},
-    telemetry::{StepTimes, Telemetry, tests::span},
+    telemetry::{Snapshot, StepTimes, Telemetry, tests::span},
 };
 
 #[derive(Resource, Default)]
@@ -278,7 +278,10 @@ fn a_listener_sees_all_ranks_whether_or_not_they_share_a_feed() {
         while run.step() < from + 100 {}
         run.ask("run.pause", Value::Null).unwrap();
         let paused_at = run.ask("run.step", Value::Null).unwrap()["step"].as_u64().unwrap();
-        let steps: Vec<_> = std::iter::from_fn(|| listener.try_recv().ok()).collect();
+        let mut steps = Vec::new();
+        while steps.last().is_none_or(|last: &Arc<Snapshot>| last.step < paused_at) {
+            steps.push(listener.recv_timeout(Duration::from_secs(20)).unwrap());
+        }
         let (whole, figures): (Vec<_>, Vec<_>) = steps.iter().partition(|step| !step.spans.is_empty());
         for step in &whole {
             let ends: Vec<_> = step.spans.iter().map(|span| (span.rank, span.end_nanos)).collect();
@@ -287,7 +290,7 @@ fn a_listener_sees_all_ranks_whether_or_not_they_share_a_feed() {
         let numbers: Vec<u64> = steps.iter().map(|step| step.step).collect();
         assert!(
             steps.len() >= 100 && numbers.is_sorted() && numbers.ends_with(&[paused_at]),
-            "each once, in order: {numbers:?}"
+            "each once, in order, to {paused_at}: {numbers:?}"
         );
         assert!(whole.len() >= 2 && (figures.is_empty() || feeds_are_apart), "{} of {}", whole.len(), steps.len());
         assert!(steps.iter().all(|step| step.scalar("step_secs").is_some()), "figures of every step");

@@ -72,9 +72,11 @@ check 'a stage on each host, as the router chooses'
 check 'experts over both hosts, as the router chooses' "${ep4[@]}"
 check 'experts over both hosts, all for each token' "${ep4[@]}" model.num_experts_per_tok=8 model.topk_group=4
 
-# A rank that leaves its exit code and its words, since nobody on the other side can be told.
+# A rank that leaves its exit code and its words, since nobody on the other side can be told. MPICH sends SIGUSR1 to those of a rank that
+# is gone.
 cat >"$folder/rank" <<RANK
 #!/bin/bash
+trap : USR1
 "$hadal" "\$@" 2>"$folder/cut/said.\$PMI_RANK"
 code=\$?
 echo \$code >"$folder/cut/code.\$PMI_RANK"
@@ -82,7 +84,7 @@ exit \$code
 RANK
 chmod +x "$folder/rank"
 all_ended() { [[ $(cat "$folder"/cut/code.* 2>/dev/null | wc -l) == 4 ]]; }
-none_left() { ! pgrep -f "telemetry.dir=\"$folder/cut/hosts\"" >/dev/null; }
+none_left() { ! pgrep -f "^$hadal run .*$folder/cut/hosts" >/dev/null; }
 cut_off() {
     local rank other launcher began args=(--set 'checkpoint=(every_steps: 2)' --set 'watchdog=(min_secs: 4)')
     mkdir -p "$folder/cut"
