@@ -137,7 +137,7 @@ Examples:
   hadal run scenes/quickstart.ron
   hadal run scenes/quickstart.ron --resume
   hadal run scenes/quickstart.ron --fresh --set schedule.peak_lr=1e-3 --json result.json
-  mpiexec -n 4 hadal run scenes/two_by_two.ron")]
+  mpiexec -n 4 hadal run scenes/cluster.ron")]
 pub struct RunArgs {
     /// Scene file
     pub scene: PathBuf,

@@ -47,7 +47,6 @@ impl Failure {
     }
 
     /// What happened, in a line or more, for where there is no terminal.
-    #[cfg(feature = "editor")]
     pub fn message(&self) -> String {
         match self {
             Failure::Scene(errors) => errors.to_string(),

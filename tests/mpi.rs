@@ -3,6 +3,8 @@
 //!
 //! `HADAL_TEST_MPI` has the folders of MPI libraries with their `bin/mpiexec`, first the one for all tests (MPICH from PyPI, say).
 
+#[path = "mpi/begin.rs"]
+mod begin;
 #[path = "mpi/faults.rs"]
 mod faults;
 #[cfg(feature = "remote")]

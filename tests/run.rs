@@ -271,6 +271,42 @@ fn runs_that_go_wrong_say_where_and_exit_as_documented() {
 }
 
 #[test]
+fn a_run_is_neither_written_to_twice_nor_begun_anew_unasked() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let run = dir.path().join("runs/tiny");
+    let quick = ["checkpoint.every_steps=2", "eval=None", "sample=None", "schedule=Constant(lr: 1e-3)"];
+    let resume = |more: &[&str]| {
+        let mut args = run_args(dir.path(), &[&quick[..], more].concat());
+        args.push("--resume".into());
+        output(&strs(&args))
+    };
+    let (mut child, send) = under_way(dir.path(), &[&quick[..], &["train.steps=100000"]].concat(), 3);
+    let (code, _, said) = resume(&[]);
+    let by = format!("runs/tiny is being written to by another run (process {} on ", child.id());
+    assert!(code == 2 && said.contains(&by), "{code}: {said}");
+    send(Signal::TERM);
+    assert_eq!(child.wait().expect("it ends").code(), Some(143));
+
+    // All steps are done: there is none more.
+    let (num_steps, log) = (losses(&run).len(), fs::read_to_string(run.join("log.jsonl")).expect("a log"));
+    let (code, told, said) = resume(&[&format!("train.steps={num_steps}")]);
+    assert!(code == 0 && said.contains("all steps of the scene are done already"), "{code}: {said}{told}");
+    assert_eq!(losses(&run).len(), num_steps, "{said}");
+
+    // A run that is damaged is left as it is.
+    for folder in fs::read_dir(run.join("checkpoints")).expect("checkpoints") {
+        let path = folder.expect("a checkpoint").path().join("model.safetensors");
+        fs::write(&path, "cut off").expect("it is written");
+    }
+    for ranks in ["mesh.ep=1", "mesh.ep=2"] {
+        let (code, _, said) = resume(&[ranks]);
+        assert!(code == 1 && said.contains("is whole, and nothing was changed"), "{code}: {said}");
+        assert!(said.contains("model.safetensors is damaged: expected "), "{said}");
+    }
+    assert_eq!(fs::read_to_string(run.join("log.jsonl")).expect("a log"), log);
+}
+
+#[test]
 fn a_full_disk_leaves_the_checkpoint_before_it() {
     let dir = tempfile::tempdir().expect("a folder");
     let (code, _, stderr) = output(&strs(&run_args(dir.path(), &["train.steps=18"])));

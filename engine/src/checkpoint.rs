@@ -9,7 +9,7 @@ mod commit;
 mod find;
 
 pub use commit::{Draft, Keep};
-pub use find::{Found, candidates, latest_valid, verify, verify_share};
+pub use find::{Found, candidates, is_damage, latest_valid, verify, verify_share};
 
 use std::{
     fs::{self, File},
@@ -71,7 +71,7 @@ fn advice(error: &io::Error) -> &'static str {
         ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge => {
             "free space there, keep fewer checkpoints, or put the run directory on another disk"
         }
-        ErrorKind::PermissionDenied => "make it writable for this user, or choose another run directory",
+        ErrorKind::PermissionDenied => "give this user access to it, or choose another run directory",
         ErrorKind::ReadOnlyFilesystem => "mount it writable, or choose another run directory",
         ErrorKind::NotFound => "check that the path exists",
         _ => "look at this path and its disk",

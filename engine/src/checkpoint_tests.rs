@@ -345,7 +345,7 @@ fn failures_leave_what_was_there() {
         (
             "an error with no path",
             |_| Err(io::Error::from(ErrorKind::PermissionDenied).into()),
-            "step-0000020: permission denied; make it writable for this user",
+            "step-0000020: permission denied; give this user access to it",
         ),
         ("any other error", |_| Err("state is not finite".into()), "step-0000020: state is not finite"),
         (

@@ -137,7 +137,7 @@ struct Nodes {
 
 impl Nodes {
     fn of(placed: &Placed, scene: &Scene) -> Result<Self, Failure> {
-        let num_ranks = scene.mesh.num_ranks();
+        let num_ranks = scene.num_ranks();
         let has_gpus = scene.device != Device::Cpu;
         let cores_per_rank = placed.cores_per_rank;
         let ranks_per_node = match (placed.nodes, placed.ranks_per_node) {
@@ -164,7 +164,7 @@ impl From<Nodes> for Value {
 fn uneven(num_ranks: u32, named: &str, number: u32) -> Failure {
     let fits: Vec<String> = (1..=num_ranks).filter(|n| num_ranks.is_multiple_of(*n)).map(|n| n.to_string()).collect();
     Failure::usage(
-        format!("{named} is {number}, which does not divide the {num_ranks} ranks of the scene's mesh"),
+        format!("{named} is {number}, which does not divide the {num_ranks} ranks of the scene"),
         format!("one of {} does", fits.join(", ")),
     )
 }

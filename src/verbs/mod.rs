@@ -9,6 +9,7 @@ mod editor;
 mod eval;
 mod generate;
 mod launch;
+mod peers;
 mod plan;
 mod plan_experts;
 mod run;

@@ -7,16 +7,17 @@ use std::{
     sync::Arc,
 };
 
-use kernels::comm::{Comm, launch};
+use kernels::comm::Comm;
 use systems::{
     api::{RunReport, RunRequest},
     measure::Links,
     rounding::{Lost, RoundingReport},
     run as training,
-    scene::Scene,
+    scene::Watchdog,
     traffic::Traffic,
 };
 
+use super::peers::{agree, give_up, join};
 use crate::{
     cli::RunArgs,
     failure::Failure,
@@ -31,10 +32,19 @@ use crate::{
 /// # Errors
 /// If the scene is not valid, an earlier run is in the way, or the run fails.
 pub fn run(args: &RunArgs, output: &Output) -> Result<ExitCode, Failure> {
-    let checked = load::scene(&args.scene, &args.overrides.set, &["model", "data", "train"])?;
+    let checked = load::scene(&args.scene, &args.overrides.set, &["model", "data", "train"]);
+    // Others wait for a process whether or not it can run.
+    let (ranks_per_node, max_secs) = match &checked {
+        Ok(checked) => (checked.loaded.scene.mesh.ranks_per_node, checked.loaded.scene.watchdog.first_step_secs),
+        Err(_) => (1, Watchdog::default().first_step_secs),
+    };
+    let comm = join(args, ranks_per_node, max_secs)?;
+    if let Some(comm) = &comm {
+        agree(comm, args, checked.as_ref())?;
+    }
+    let checked = checked?;
     let loaded = checked.loaded;
     let has_experts = checked.model.is_some_and(|model| model.moe.is_some());
-    let comm = join(args, &loaded.scene)?;
     let rank = comm.as_ref().map(Comm::rank);
     let leads = rank.is_none_or(|rank| rank == 0);
     if !args.resume && leads {
@@ -80,27 +90,6 @@ pub fn run(args: &RunArgs, output: &Output) -> Result<ExitCode, Failure> {
         eprintln!("try: {program} generate {} --prompt 'Once'", report.run_dir.join("latest").display());
     }
     Ok(ExitCode::from(report.exit_code))
-}
-
-/// The other processes, if a launcher started this one among several.
-fn join(args: &RunArgs, scene: &Scene) -> Result<Option<Comm>, Failure> {
-    let variable = |name: &str| std::env::var(name).ok();
-    let said = args.rank.zip(args.num_ranks);
-    let place =
-        launch::discover(said, &variable).map_err(|e| Failure::usage(e, "hadal run --help names the variables"))?;
-    let Some(place) = place.filter(|place| place.num_ranks > 1) else { return Ok(None) };
-    let (comm, engine) = launch::join(&place, scene.mesh.ranks_per_node, &variable).map_err(Failure::runtime)?;
-    if place.rank == 0 {
-        eprintln!("{} processes by {}, over {engine}", place.num_ranks, place.source);
-    }
-    Ok(Some(comm))
-}
-
-/// Whoever waits for this rank is told that it does not come.
-fn give_up(comm: Option<&Comm>, why: &str) {
-    if let Some(comm) = comm {
-        comm.abort(comm.rank(), why);
-    }
 }
 
 /// What a rank sends in a step, if it sends anything.
@@ -156,6 +145,7 @@ pub(super) fn make_room(run_dir: &Path, fresh: bool) -> Result<(), Failure> {
              --set name='\"other\"' keeps both",
         ));
     }
+    let _is_over = training::claim(run_dir)?;
     let aside = (1..).map(|n| PathBuf::from(format!("{shown}.{n}"))).find(|path| !path.exists());
     let moved = aside.ok_or(io::ErrorKind::AlreadyExists.into()).and_then(|aside| {
         fs::rename(run_dir, &aside)?;

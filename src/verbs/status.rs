@@ -2,7 +2,11 @@
 
 use std::{process::ExitCode, sync::Arc, thread, time::Duration};
 
-use engine::remote::client::{Client, ClientEvent};
+use engine::{
+    control::RpcError,
+    remote::client::{Client, ClientEvent},
+};
+use kernels::clock;
 use serde_json::{Value, json};
 
 use crate::{
@@ -22,19 +26,25 @@ const TICK: Duration = Duration::from_millis(20);
 pub fn status(args: &StatusArgs, output: &Output) -> Result<ExitCode, Failure> {
     let token = args.token.clone();
     let client = Client::connect(&args.url, token, Arc::new(|| ()));
+    let began = clock::now_nanos();
+    let failed = |why: &str| failed(args, (clock::now_nanos() - began) / 1_000_000_000, why);
     let asked = [client.call("run.status", Value::Null), client.call("run.last", Value::Null)];
     let mut answers = [None, None];
-    let mut why = "it gave no answer".to_owned();
+    let mut lost = None;
     // A request waits for the step at hand.
     let mut num_ticks = u64::from(args.timeout_secs) * 1000 / TICK.as_millis() as u64;
     while answers.iter().any(Option::is_none) && num_ticks > 0 {
         match client.try_event() {
             Some(ClientEvent::Reply { id, result }) => {
                 let at = asked.iter().position(|asked| *asked == id);
-                let answer = result.map_err(|error| failed(args, &error.to_string()))?;
+                // Why there is no connection is said beside.
+                let answer = result.map_err(|error| match &lost {
+                    Some(lost) if error.code == RpcError::OVER => failed(lost),
+                    _ => failed(&error.to_string()),
+                })?;
                 at.into_iter().for_each(|at| answers[at] = Some(answer.clone()));
             }
-            Some(ClientEvent::Lost { why: lost }) => why = lost,
+            Some(ClientEvent::Lost { why }) => lost = Some(why),
             Some(_) => {}
             None => {
                 num_ticks -= 1;
@@ -42,15 +52,15 @@ pub fn status(args: &StatusArgs, output: &Output) -> Result<ExitCode, Failure> {
             }
         }
     }
-    let [Some(status), Some(last)] = answers else { return Err(failed(args, &why)) };
+    let [Some(status), Some(last)] = answers else { return Err(failed(lost.as_deref().unwrap_or("it gave none"))) };
     output.result(&json!({ "status": status, "last": last }), &screen(&status, &last))?;
     Ok(ExitCode::SUCCESS)
 }
 
-fn failed(args: &StatusArgs, why: &str) -> Failure {
+fn failed(args: &StatusArgs, secs: u64, why: &str) -> Failure {
     Failure::Other {
         exit_code: 1,
-        message: format!("no answer from {} in {} s: {why}", args.url, args.timeout_secs),
+        message: format!("no answer from {} in {secs} s: {why}", args.url),
         help: Some(
             "a run listens if its scene has a section `remote`; its address is in remote.json in its folder".into(),
         ),

@@ -1,5 +1,6 @@
 //! `run`: a scene from its first step to its last, with logs, checkpoints, validation and a sample at the end.
 
+mod claim;
 mod processes;
 
 use std::{
@@ -11,6 +12,7 @@ use std::{
 
 use bevy_app::prelude::*;
 use bevy_ecs::prelude::*;
+pub use claim::{Claim, claim};
 use engine::{
     control::{self, ControlPlugin, Inbox},
     log::RunLog,
@@ -75,12 +77,14 @@ pub fn run(mut request: RunRequest) -> Result<RunReport, SessionError> {
     let across = request.comm.clone().filter(Comm::is_across_processes);
     let dir = telemetry.dir.join(&scene.name);
     std::fs::create_dir_all(&dir).map_err(|e| SessionError::runtime(format!("create {}: {e}", dir.display())))?;
+    let _claim = if leads { Some(claim(&dir)?) } else { None };
     let trace_file = if leads { "trace.json".into() } else { format!("trace-rank-{}.json", ranks[0].number()) };
     let trace_file = dir.join(trace_file);
     let trace = match &telemetry.trace_steps {
         None => None,
         Some(_) => {
-            let writer = TraceWriter::create(&trace_file).map_err(SessionError::runtime)?;
+            let cannot = |e| SessionError::runtime(format!("cannot write {}: {e}", trace_file.display()));
+            let writer = TraceWriter::create(&trace_file).map_err(cannot)?;
             Some(Arc::new(Mutex::new(writer)))
         }
     };
@@ -201,7 +205,7 @@ fn run_rank(request: &RunRequest, setup: RankSetup) -> Result<(Ran, ExitReason),
             progress.note(&format!("skipped the damaged checkpoint {}: {why}", path.display()));
         }
         match found.path {
-            None => progress.note(&format!("{} has no whole checkpoint: starting from step 0", dir.display())),
+            None => progress.note(&format!("{} has no checkpoint: starting from step 0", dir.display())),
             Some(path) => {
                 restore::restore(app.world_mut(), &path).map_err(SessionError::runtime)?;
                 diloco::restore(app.world_mut(), &path).map_err(SessionError::runtime)?;
@@ -251,7 +255,11 @@ fn run_rank(request: &RunRequest, setup: RankSetup) -> Result<(Ran, ExitReason),
     }
     if app.world().resource::<Training>().step >= app.world().resource::<Training>().train.steps {
         progress.note("all steps of the scene are done already; raise train.steps to go on");
-        *app.world_mut().resource_mut::<Work>() = after_training(app.world());
+        // Not one step more where nothing follows the last one.
+        *app.world_mut().resource_mut::<Work>() = match after_training(app.world()) {
+            Work::Train => Work::Rest,
+            next => next,
+        };
     }
     let reason = engine::app::run(&mut app);
     if !reason.is_failure()

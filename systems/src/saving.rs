@@ -266,10 +266,11 @@ pub fn save(world: &mut World) -> Result<PathBuf> {
 }
 
 /// The checkpoint of run directory `dir` to go on from, as [`checkpoint::latest_valid`]; each rank reads a share of the files, and all
-/// come to the same one.
+/// come to the same one. None where there never was any.
 ///
 /// # Errors
-/// If ranks see different checkpoints, the folder cannot be listed, or a rank is lost.
+/// If there are some and none is whole, ranks see different ones, a file cannot be read although it is there, the folder cannot be
+/// listed, or a rank is lost: to begin anew would cost what may be mended.
 pub fn latest_valid(ranks: &Ranks, dir: &Path) -> Result<Found> {
     let steps = checkpoint::candidates(dir)?;
     let all = ranks.exchange(&steps)?;
@@ -286,14 +287,29 @@ pub fn latest_valid(ranks: &Ranks, dir: &Path) -> Result<Found> {
     for step in steps {
         let path = checkpoint::path(dir, step);
         let share = (ranks.number() as usize, all.len());
-        let damage = checkpoint::verify_share(&path, step, share).err().map(|error| error.to_string());
-        match ranks.exchange(&damage)?.into_iter().flatten().next() {
-            Some(damage) => found.skipped.push((path, damage)),
+        let problem = checkpoint::verify_share(&path, step, share).err();
+        let problem = problem.map(|error| (checkpoint::is_damage(&error), error.to_string()));
+        // One that cannot be read says more than one that is damaged.
+        match ranks.exchange(&problem)?.into_iter().flatten().min() {
+            Some((true, damage)) => found.skipped.push((path, damage)),
+            Some((false, why)) => {
+                return Err(format!("{why}; to go on from an older checkpoint, move {} away", path.display()).into());
+            }
             None => {
                 (found.path, found.step) = (Some(path), step);
                 break;
             }
         }
     }
-    Ok(found)
+    match found.skipped.first() {
+        Some((path, damage)) if found.path.is_none() => Err(format!(
+            "none of the {} checkpoints in {} is whole, and nothing was changed; {}: {damage}; `--fresh` in place of `--resume` \
+             moves the run aside and begins anew",
+            found.skipped.len(),
+            dir.display(),
+            path.display()
+        )
+        .into()),
+        _ => Ok(found),
+    }
 }

@@ -1,7 +1,7 @@
 //! The checkpoint to go on from: whole ones are told from damaged ones by their manifest, and the manifest by its digest.
 
 use std::{
-    fs,
+    fs, io,
     path::{Path, PathBuf},
 };
 
@@ -33,10 +33,23 @@ pub fn candidates(root: &Path) -> Result<Vec<u64>, Error> {
     Ok(steps)
 }
 
+/// Whether the checkpoint itself is wrong: it lacks a file, or has another. One that cannot be read now may be whole.
+pub fn is_damage(error: &Error) -> bool {
+    match error {
+        Error::Io { source, .. } => {
+            matches!(
+                source.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::NotADirectory | io::ErrorKind::IsADirectory
+            )
+        }
+        _ => true,
+    }
+}
+
 /// The first of [`candidates`] that is whole. Reads every byte of those it looks at.
 ///
 /// # Errors
-/// If the folder cannot be listed. A damaged checkpoint is no error: it is skipped.
+/// If the folder cannot be listed, or a file not be read although it is there. A damaged checkpoint is no error: it is skipped.
 pub fn latest_valid(root: &Path) -> Result<Found, Error> {
     let mut found = Found::default();
     for step in candidates(root)? {
@@ -46,7 +59,8 @@ pub fn latest_valid(root: &Path) -> Result<Found, Error> {
                 (found.path, found.step) = (Some(path), step);
                 break;
             }
-            Err(error) => found.skipped.push((path, error.to_string())),
+            Err(error) if is_damage(&error) => found.skipped.push((path, error.to_string())),
+            Err(error) => return Err(error),
         }
     }
     Ok(found)

@@ -1,0 +1,105 @@
+//! The other processes of a run: found through the launcher's variables, and asked whether they are to do the same.
+
+use std::{
+    hash::{DefaultHasher, Hash as _, Hasher as _},
+    process,
+    sync::mpsc,
+    time::Duration,
+};
+
+use kernels::comm::{Comm, launch};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    cli::RunArgs,
+    failure::{Failure, PEER_LOST},
+    load::Checked,
+};
+
+/// The other processes, if a launcher started this one among several. Who does not come within `max_secs` ends this one: MPI itself would
+/// wait for ever.
+pub(super) fn join(args: &RunArgs, ranks_per_node: u32, max_secs: f64) -> Result<Option<Comm>, Failure> {
+    let variable = |name: &str| std::env::var(name).ok();
+    let said = args.rank.zip(args.num_ranks);
+    let place =
+        launch::discover(said, &variable).map_err(|e| Failure::usage(e, "hadal run --help names the variables"))?;
+    let Some(place) = place.filter(|place| place.num_ranks > 1) else { return Ok(None) };
+    let (joined, waiting) = mpsc::sync_channel::<()>(1);
+    let (rank, num_ranks) = (place.rank, place.num_ranks);
+    let patience = move || {
+        if waiting.recv_timeout(Duration::from_secs_f64(max_secs)) == Err(mpsc::RecvTimeoutError::Timeout) {
+            eprintln!(
+                "error: rank {rank} waited {max_secs} s for MPI to begin with all {num_ranks} processes \
+                 (watchdog.first_step_secs): one did not start, or ended before"
+            );
+            process::exit(PEER_LOST.into());
+        }
+    };
+    let spawned = std::thread::Builder::new().name("patience".into()).spawn(patience);
+    spawned.map_err(|e| Failure::runtime(format!("the operating system gave no thread: {e}")))?;
+    let (comm, engine) = launch::join(&place, ranks_per_node, &variable).map_err(Failure::runtime)?;
+    drop(joined);
+    if rank == 0 {
+        eprintln!("{num_ranks} processes by {}, over {engine}", place.source);
+    }
+    Ok(Some(comm))
+}
+
+/// What a process is about to do.
+#[derive(Serialize, Deserialize)]
+enum Intent {
+    /// This, which must be the same for all.
+    Run { digest: u64 },
+    /// Nothing, and why.
+    Fail { why: String },
+}
+
+/// Asks all whether they are to run the same.
+///
+/// # Errors
+/// If another cannot run; on all, if one's scene, program or command line is another one; or if one is lost.
+pub(super) fn agree(comm: &Comm, args: &RunArgs, checked: Result<&Checked, &Failure>) -> Result<(), Failure> {
+    let mine = match checked.map(|checked| checked.loaded.to_ron()) {
+        Ok(Ok(scene)) => {
+            let mut hasher = DefaultHasher::new();
+            (scene, env!("CARGO_PKG_VERSION"), args.resume, args.fresh).hash(&mut hasher);
+            Intent::Run { digest: hasher.finish() }
+        }
+        Ok(Err(error)) => Intent::Fail { why: error.to_string() },
+        Err(failure) => Intent::Fail { why: failure.message() },
+    };
+    let mine = serde_json::to_vec(&mine).map_err(Failure::runtime)?;
+    let all = comm.all_gather_bytes(mine).map_err(|lost| Failure::from_peer(&lost))?;
+    let all: Vec<Intent> =
+        all.iter().map(|intent| serde_json::from_slice(intent)).collect::<Result<_, _>>().map_err(Failure::runtime)?;
+    let failed = |(rank, intent): (usize, &Intent)| match intent {
+        Intent::Fail { why } => Some(Failure::usage(format!("rank {rank} cannot begin: {why}"), "mend that first")),
+        Intent::Run { .. } => None,
+    };
+    // This one has more to say of its own.
+    let others = || all.iter().enumerate().filter(|(rank, _)| *rank != comm.rank() as usize);
+    if let Some(failure) = others().find_map(failed).filter(|_| checked.is_ok()) {
+        return Err(failure);
+    }
+    let digest = |intent: &Intent| if let Intent::Run { digest } = intent { Some(*digest) } else { None };
+    if checked.is_err() {
+        return Ok(());
+    }
+    match (0..).zip(&all).find(|(_, intent)| digest(intent) != digest(&all[0])) {
+        None => Ok(()),
+        Some((rank, _)) => {
+            let rank: u32 = rank;
+            Err(Failure::usage(
+                format!("rank {rank} is to run another scene than rank 0, or has another program or command line"),
+                "start all ranks with one command, and have all nodes see the same files",
+            ))
+        }
+    }
+}
+
+/// Whoever waits for this rank is told that it does not come.
+pub(super) fn give_up(comm: Option<&Comm>, why: &str) {
+    if let Some(comm) = comm {
+        comm.abort(comm.rank(), why);
+    }
+}
