@@ -117,18 +117,25 @@ fn all_that_is_wrong_with_a_scene_is_said_at_once() {
 
 #[test]
 fn ranks_that_do_not_fit_are_refused_with_what_would() {
-    let sets = "--set mesh.pp=8 --set mesh.ep=3 --set mesh.dp=5 --set batch.num_microbatches=7";
+    let sets = "--set mesh.pp=8 --set mesh.ep=40 --set mesh.dp=5 --set batch.num_microbatches=7";
     for verb in ["check", "run", "plan"] {
         hadal(&format!("{verb} scenes/pipeline.ron {sets}")).exits(2).says(&[
             "`mesh.pp` comes to 8 stages, more than the 6 layers of the model",
             "mesh.pp: 6 or fewer",
-            "`mesh.ep` is 3, which does not divide the 32 routed experts",
-            "mesh.ep: 2 or 4",
-            "`batch.num_microbatches` is 7, which the 15 data ranks (mesh.ep 3 x mesh.dp 5) do not divide",
-            "batch.num_microbatches: 15",
+            "`mesh.ep` is 40, but with 32 routed experts a layer not every rank would have one",
+            "mesh.ep: 32 or fewer",
+            "`batch.num_microbatches` is 7, which the 200 data ranks (mesh.ep 40 x mesh.dp 5) do not divide",
+            "batch.num_microbatches: 200",
             "3 errors in the scene",
         ]);
     }
+    let uneven = "--set mesh.ep=3 --set batch.num_microbatches=24";
+    let ran = hadal(&format!("check scenes/pipeline.ron {uneven}")).exits(0);
+    assert!(
+        ran.stdout.contains("12: pp 4, ep 3, dp 1, 8 a node; DualPipe; 10 or 11 experts a layer each"),
+        "{}",
+        ran.stdout
+    );
     hadal("check scenes/pipeline.ron --set batch.num_microbatches=6")
         .exits(2)
         .says(&["the number of microbatches must be at least twice the ranks (2 * 4), but is 6", "nearest: 8"]);

@@ -19,7 +19,7 @@ use std::{
     time::Duration,
 };
 
-use kernels::comm::Spread;
+use kernels::comm::{Choice, Spread};
 use serde_json::{Map, Value};
 
 /// Libraries to test, or a loud word that nothing is.
@@ -165,7 +165,7 @@ fn check(prefix: &Path, num_ranks: usize, sets: &[&str]) -> Same {
     Same { steps: found.0, report }
 }
 
-const MESHES: [(usize, &[&str]); 10] = [
+const MESHES: [(usize, &[&str]); 11] = [
     (2, &["mesh.pp=2"]),
     (2, &["mesh.ep=2"]),
     (2, &["mesh.dp=2"]),
@@ -208,6 +208,8 @@ const MESHES: [(usize, &[&str]); 10] = [
     (4, &["mesh.ep=4", "mesh.ranks_per_node=2", "batch.num_microbatches=4", "expert_parallel=(dispatch: Fp8)"]),
     // The fourth rank is on a node of its own.
     (4, &["mesh.ep=4", "mesh.ranks_per_node=3", "batch.num_microbatches=4"]),
+    // Two experts, three and three.
+    (3, &["mesh.ep=3", "mesh.ranks_per_node=2", "batch.num_microbatches=3", "expert_parallel=(combine: Bf16)"]),
 ];
 
 /// Bytes of a step to the other ranks of the node, and to the other node.
@@ -257,8 +259,9 @@ fn bytes_on_links_are_near_what_uniform_routing_is_expected_to_make() {
         assert!(is_near(measured, predicted), "{links}");
     }
     // 2 of 8 experts, in 2 of 4 groups. Backward a row for each expert, of which half are there.
-    let spread = Spread::expected(8, 2, 4, 2, 4, 2);
-    let (found, expected) = (far_dispatch_bytes(&steps), COPY_BYTES * (spread.nodes_per_token + 1.0));
+    let choice = Choice { num_experts: 8, top_k: 2, num_groups: 4, groups_kept: 2 };
+    let spread = Spread::expected(choice, &[0, 0, 1, 1], 0);
+    let (found, expected) = (far_dispatch_bytes(&steps), COPY_BYTES * (spread.nodes_afar + 1.0));
     assert!(is_near(found, expected), "found {found}, expected {expected}");
 }
 

@@ -77,6 +77,36 @@ fn skewed_routing_costs_time_and_has_a_cause() {
     assert!(imbalance(&skewed) > 0.0);
 }
 
+/// 32 experts on three ranks are 10, 11 and 11: the second one is planned, and the first one waits for it.
+#[test]
+fn ranks_that_do_not_divide_the_experts_are_planned_by_the_fullest() {
+    let on = |ep: u32| {
+        let sets = [format!("mesh=(ep: {ep})"), format!("batch.num_microbatches={}", 4 * ep)];
+        let args = ["scenes/quickstart.ron", "--hardware", "scenes/hardware/h100.ron"];
+        let sets = sets.iter().chain([&"batch.ramp=[]".to_owned(), &"precision.compute=Bf16".to_owned()]).cloned();
+        let sets: Vec<String> = sets.flat_map(|set| ["--set".to_owned(), set]).collect();
+        let (code, plan, stderr) = plan(&args.into_iter().chain(sets.iter().map(String::as_str)).collect::<Vec<_>>());
+        assert_eq!(code, 0, "ep {ep}: {stderr}");
+        plan
+    };
+    let [two, three, four] = [2, 3, 4].map(on);
+    let bytes = |plan: &Value, class: &str| plan["peak_bytes_per_rank"][0][class].as_i64().unwrap();
+    // 16, 11 and 8 experts.
+    for class in ["weights", "gradients"] {
+        let (all, some) = (bytes(&two, class) - bytes(&four, class), bytes(&three, class) - bytes(&four, class));
+        assert!(all > 0 && 8 * some == 3 * all, "{class}: {all} and {some}");
+    }
+    assert_eq!([&two, &three, &four].map(|plan| bytes(plan, "rank")), [0, 1, 0]);
+    // A rank has as many rows of experts whatever their number; the fullest has 11 * 3 / 32 of them.
+    let activations = |plan: &Value| bytes(plan, "activations") as f64 / bytes(&four, "activations") as f64;
+    assert!((activations(&two) - 1.0).abs() < 1e-3, "{}", activations(&two));
+    assert!(activations(&three) > 1.002 && activations(&three) < 33.0 / 32.0, "{}", activations(&three));
+    let load = |plan: &Value| plan["load_max_over_mean"].as_f64().unwrap();
+    assert!((load(&three) - 33.0 / 32.0).abs() < 1e-12 && load(&two) == 1.0, "{}", load(&three));
+    let waits = |plan: &Value| plan["idle_secs_by_cause"]["load_imbalance"].as_f64().unwrap();
+    assert!(waits(&three) > 0.0 && waits(&four) == 0.0, "{}", waits(&three));
+}
+
 #[test]
 fn what_does_not_fit_is_refused_with_what_would() {
     let (code, plan, stderr) = plan(&[

@@ -196,6 +196,35 @@ fn a_run_of_several_ranks_says_where_idle_time_and_bytes_went() {
     assert!(bubbles.all(|bubble| bubble["args"]["cause"].is_string()));
 }
 
+/// Every token goes to all of eight experts, so that links carry what is expected to the byte, to two, three and three of them also.
+#[test]
+fn bytes_on_links_are_those_predicted_where_ranks_have_other_numbers_of_experts() {
+    for (mesh, microbatches) in [("ep: 3, ranks_per_node: 2", 3), ("ep: 5, ranks_per_node: 2", 5), ("ep: 3, dp: 2", 6)]
+    {
+        let dir = tempfile::tempdir().expect("a folder");
+        let report_path = dir.path().join("report.json");
+        let (mesh, microbatches) = (format!("mesh=({mesh})"), format!("batch.num_microbatches={microbatches}"));
+        let sets = [
+            mesh.as_str(),
+            &microbatches,
+            "train.steps=2",
+            "schedule=Constant(lr: 3e-3)",
+            "model.num_experts_per_tok=8",
+            "model.topk_group=4",
+        ];
+        let mut args = run_args(dir.path(), &sets);
+        args.extend(["--json".into(), report_path.to_str().expect("UTF-8").into()]);
+        let (code, _, stderr) = output(&strs(&args));
+        assert_eq!(code, 0, "{stderr}");
+        let links = &json(&report_path)["idle"]["links"];
+        for class in ["intra_node_bytes", "inter_node_bytes"] {
+            let [predicted, measured] = ["predicted", "measured"].map(|side| links[format!("{side}_{class}")].as_u64());
+            assert!(measured.is_some() && predicted == measured, "{mesh}: {links}");
+        }
+        assert!(links["measured_intra_node_bytes"].as_u64() > Some(0), "{mesh}: {links}");
+    }
+}
+
 #[test]
 fn a_run_on_priced_hardware_keeps_its_bill() {
     let dir = tempfile::tempdir().expect("a folder");

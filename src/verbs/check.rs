@@ -135,8 +135,14 @@ fn table(checked: &Checked, report: &Report) -> Table {
         let Mesh { pp, ep, dp, ranks_per_node } = scene.mesh;
         let schedule = scene.pipeline.clone().unwrap_or_default().schedule;
         let num = scene.mesh.num_ranks();
-        let ranks = format!("{num}: pp {pp}, ep {ep}, dp {dp}, {} a node; {schedule:?}", ranks_per_node.min(num));
-        table.row("ranks", ranks);
+        let moe = checked.model.as_ref().and_then(|config| config.moe.as_ref());
+        let uneven = moe.map(|moe| (moe.n_routed_experts / ep as usize, moe.n_routed_experts % ep as usize));
+        let uneven = match uneven {
+            Some((fewest, 1..)) => format!("; {fewest} or {} experts a layer each", fewest + 1),
+            _ => String::new(),
+        };
+        let node = ranks_per_node.min(num);
+        table.row("ranks", format!("{num}: pp {pp}, ep {ep}, dp {dp}, {node} a node; {schedule:?}{uneven}"));
     }
     table.maybe("replicas", scene.diloco.as_ref().map(describe_replicas));
     table.maybe("data", scene.data.as_ref().map(describe_data));

@@ -38,6 +38,8 @@ pub struct Arrived {
     pub offsets: Tensor,
     /// Where rows come from; `None` if all experts are here.
     from: Option<Received>,
+    /// Experts of the layer, on all ranks.
+    num_experts: usize,
 }
 
 impl Arrived {
@@ -59,6 +61,7 @@ pub(crate) struct MoveTask {
     what: Move,
     order: Option<permute::Order>,
     received: Received,
+    num_experts: usize,
     tag: u64,
     num_tokens: u64,
 }
@@ -67,10 +70,10 @@ pub(crate) struct MoveTask {
 pub fn lower_dispatch(l: &mut Lowering, route: RouteActivations, num_experts: usize) -> Result<Arrived> {
     if let Some(rows) = route.rows {
         let dims = [route.num_rows(), route.x.dim(1)];
-        return Ok(Arrived { rows, dims, offsets: route.order.offsets, from: None });
+        return Ok(Arrived { rows, dims, offsets: route.order.offsets, from: None, num_experts });
     }
     let (k, d) = (route.chosen().dim(1), route.x.dim(1));
-    let e = num_experts / l.layout.mesh.ep as usize;
+    let e = l.layout.my_experts(num_experts).len();
     let n = l.max_expert_rows(route.x.dim(0), k, e);
     let received = Received {
         rows: l.alloc_wire("arrived rows", n, d),
@@ -82,18 +85,18 @@ pub fn lower_dispatch(l: &mut Lowering, route: RouteActivations, num_experts: us
     l.transfer(
         DISPATCH_F,
         Pass::Forward,
-        MoveTask { what, order: Some(route.order), received, tag, num_tokens: num_tokens(l) },
+        MoveTask { what, order: Some(route.order), received, num_experts, tag, num_tokens: num_tokens(l) },
     )?;
     let rows = Rows::High(received.rows);
-    Ok(Arrived { rows, dims: [n, d], offsets: received.offsets, from: Some(received) })
+    Ok(Arrived { rows, dims: [n, d], offsets: received.offsets, from: Some(received), num_experts })
 }
 
 /// Emits the way of `rows` [t k, d] to where dispatch put theirs, `out` [n, d].
 pub fn lower_send(l: &mut Lowering, order: permute::Order, arrived: Arrived, rows: Tensor, out: Tensor) -> Result<()> {
     let Some(received) = arrived.from else { return Ok(()) };
     let tag = l.tag(SEND_I);
-    let task =
-        MoveTask { what: Move::Send { rows, out }, order: Some(order), received, tag, num_tokens: num_tokens(l) };
+    let (what, num_experts) = (Move::Send { rows, out }, arrived.num_experts);
+    let task = MoveTask { what, order: Some(order), received, num_experts, tag, num_tokens: num_tokens(l) };
     l.transfer(SEND_I, Pass::InputGrad, task)
 }
 
@@ -108,7 +111,8 @@ pub fn lower_return(
 ) -> Result<()> {
     let Some(received) = arrived.from else { return Ok(()) };
     let (tag, num_tokens) = (l.tag(kind), num_tokens(l));
-    l.transfer(kind, pass, MoveTask { what: Move::Return { rows, out }, order: None, received, tag, num_tokens })
+    let (what, num_experts) = (Move::Return { rows, out }, arrived.num_experts);
+    l.transfer(kind, pass, MoveTask { what, order: None, received, num_experts, tag, num_tokens })
 }
 
 fn num_tokens(l: &Lowering) -> u64 {
@@ -116,10 +120,10 @@ fn num_tokens(l: &Lowering) -> u64 {
 }
 
 pub(crate) fn move_rows(In(id): In<Entity>, mut launch: Launch<MoveTask>, ranks: Res<Ranks>) -> Result {
-    let (_, &MoveTask { what, order, received, tag, num_tokens }, s) = launch.get(id)?;
+    let (_, &MoveTask { what, order, received, num_experts, tag, num_tokens }, s) = launch.get(id)?;
     let (comm, group) = (ranks.comm.clone(), ranks.expert_group.clone());
     let reduced = ranks.reduces_on_the_way.then_some((num_tokens, ranks.spread));
-    let over = |wire| Exchange { comm, group, tag, wire, reduced };
+    let over = |wire| Exchange { comm, group, num_experts, tag, wire, reduced };
     match (what, order) {
         (Move::Dispatch { x, indices }, Some(order)) => {
             over(ranks.dispatch_wire).dispatch(s, x, indices, order, ranks.spread, received)?;

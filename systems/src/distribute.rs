@@ -2,7 +2,7 @@
 
 use std::{ops::Range, sync::Arc};
 
-use kernels::comm::{Comm, Spread, Wire};
+use kernels::comm::{Choice, Comm, Spread, Wire};
 
 use crate::{
     layout::Layout,
@@ -37,7 +37,7 @@ pub struct Distribution {
     stages_of: Vec<Vec<u32>>,
     chunk_order: [Chunk; 10],
     wires: (Wire, Wire),
-    spread: Spread,
+    choice: Option<Choice>,
     reduce: Reduce,
 }
 
@@ -94,18 +94,13 @@ impl Distribution {
         let expert_parallel = scene.expert_parallel.clone().unwrap_or_default();
         let wires = (wire(expert_parallel.dispatch), wire(expert_parallel.combine));
         let reduce = expert_parallel.reduce;
-        let spread = config.moe.as_ref().map_or_else(Spread::default, |moe| {
-            let members_per_node = mesh.ranks_per_node.min(mesh.ep) as usize;
-            Spread::expected(
-                moe.n_routed_experts,
-                moe.num_experts_per_tok,
-                moe.n_group,
-                moe.topk_group,
-                mesh.ep as usize,
-                members_per_node,
-            )
+        let choice = config.moe.as_ref().map(|moe| Choice {
+            num_experts: moe.n_routed_experts,
+            top_k: moe.num_experts_per_tok,
+            num_groups: moe.n_group,
+            groups_kept: moe.topk_group,
         });
-        Ok(Distribution { mesh, num_replicas, schedule, stages, stages_of, chunk_order, wires, spread, reduce })
+        Ok(Distribution { mesh, num_replicas, schedule, stages, stages_of, chunk_order, wires, choice, reduce })
     }
 
     /// Ranks of all replicas.
@@ -117,13 +112,18 @@ impl Distribution {
     pub fn ranks(&self, comm: Comm) -> Ranks {
         let layout =
             Layout::new(self.mesh, comm.rank() % self.mesh.num_ranks(), self.stages.clone(), self.stages_of.clone());
+        let ranks = Ranks::new(comm, layout, self.schedule.clone());
+        let spread = self.choice.map_or_else(Spread::default, |choice| {
+            let nodes: Vec<u32> = ranks.expert_group.iter().map(|&rank| ranks.comm.node_of(rank)).collect();
+            Spread::expected(choice, &nodes, ranks.layout.mesh.coordinates(ranks.layout.rank).ep as usize)
+        });
         Ranks {
             chunk_order: self.chunk_order,
             dispatch_wire: self.wires.0,
             combine_wire: self.wires.1,
-            spread: self.spread,
+            spread,
             reduces_on_the_way: self.reduce == Reduce::Node,
-            ..Ranks::new(comm, layout, self.schedule.clone())
+            ..ranks
         }
     }
 
@@ -180,14 +180,6 @@ fn multiples_around(value: usize, of: usize) -> String {
     list.into_iter().flatten().collect::<Vec<_>>().join(" or ")
 }
 
-/// The divisors of `n` next to `value`, as text.
-fn divisors_around(value: usize, n: usize) -> String {
-    let divides = |d: &usize| n.is_multiple_of(*d);
-    let below = (1..=value.min(n)).rev().find(divides);
-    let above = (value + 1..=n).find(divides);
-    [below, above].into_iter().flatten().map(|d| d.to_string()).collect::<Vec<_>>().join(" or ")
-}
-
 fn mesh_problems(scene: &Scene, config: &ModelConfig) -> Vec<Problem> {
     let mesh = scene.mesh;
     let mut problems = Vec::new();
@@ -202,10 +194,11 @@ fn mesh_problems(scene: &Scene, config: &ModelConfig) -> Vec<Problem> {
             let message = format!("is {ep}, but the model has no experts");
             problems.push(Problem::new("mesh.ep", message).help("mesh.ep: 1; dp spreads the batch"));
         }
-        Some(moe) if moe.n_routed_experts % ep != 0 => {
-            let message = format!("is {ep}, which does not divide the {} routed experts", moe.n_routed_experts);
-            let help = format!("mesh.ep: {}", divisors_around(ep, moe.n_routed_experts));
-            problems.push(Problem::new("mesh.ep", message).help(help));
+        Some(moe) if ep > moe.n_routed_experts => {
+            let num_experts = moe.n_routed_experts;
+            let message =
+                format!("is {ep}, but with {num_experts} routed experts a layer not every rank would have one");
+            problems.push(Problem::new("mesh.ep", message).help(format!("mesh.ep: {num_experts} or fewer")));
         }
         _ => {}
     }

@@ -6,6 +6,8 @@
 
 use std::{ops::Range, sync::Arc};
 
+use kernels::comm::shares;
+
 use crate::{
     mesh::Mesh,
     model_config::ModelConfig,
@@ -85,9 +87,8 @@ impl Layout {
 
     /// The experts of `num_experts` that this rank holds.
     pub fn my_experts(&self, num_experts: usize) -> Range<usize> {
-        let share = num_experts / self.mesh.ep as usize;
         let at = self.mesh.coordinates(self.rank).ep as usize;
-        at * share..(at + 1) * share
+        shares::experts_of(at, self.mesh.ep as usize, num_experts)
     }
 
     /// The parameters that this rank holds, those of experts cut to its share, with their number in the whole model's list.

@@ -27,8 +27,9 @@ use systems::{
     work::{Work, turn_of},
 };
 
-/// pp, ep, dp, and how the five layers lie on the stages. Layers are uneven wherever there is a pipeline.
-const LAYOUTS: [(u32, u32, u32, &str); 10] = [
+/// pp, ep, dp, and how the five layers lie on the stages. Layers are uneven wherever there is a pipeline, and the eight experts on three
+/// ranks.
+const LAYOUTS: [(u32, u32, u32, &str); 12] = [
     (1, 1, 1, "()"),
     (2, 1, 1, "(stages: Some([4, 1]))"),
     (4, 1, 1, "(schedule: OneFOneB)"),
@@ -37,8 +38,10 @@ const LAYOUTS: [(u32, u32, u32, &str); 10] = [
     (1, 1, 2, "()"),
     (1, 2, 2, "()"),
     (2, 2, 1, "(schedule: DualPipe)"),
-    (2, 1, 2, "(schedule: ZbH1, stages: Some([2, 3]))"),
-    (2, 2, 2, "(schedule: Interleaved(chunks: 2))"),
+    (2, 1, 2, "(schedule: Interleaved(chunks: 2))"),
+    (2, 2, 2, "(schedule: ZbH1, stages: Some([2, 3]))"),
+    (1, 3, 1, "()"),
+    (2, 3, 1, "(schedule: DualPipe)"),
 ];
 
 /// The tiny scene on some ranks.
@@ -56,7 +59,7 @@ impl Case {
         ];
         let small = [
             "model.num_hidden_layers=5",
-            "batch=(microbatch_sequences: 1, num_microbatches: 8)",
+            "batch=(microbatch_sequences: 1, num_microbatches: 12)",
             "data.seq_len=32",
             "schedule=Constant(lr: 3e-3)",
             "eval=None",
@@ -199,7 +202,7 @@ fn every_layout_goes_on_from_every_other() {
 
 #[test]
 fn so_it_is_in_other_formats_and_under_muon() {
-    let layouts = [LAYOUTS[0], LAYOUTS[6], LAYOUTS[7]];
+    let layouts = [LAYOUTS[0], LAYOUTS[6], LAYOUTS[7], LAYOUTS[11]];
     for set in ["precision.compute=F64", "precision=(compute: Bf16, moments: Bf16)", "optimizer=Muon()"] {
         every_pair(&layouts, &[set]);
     }

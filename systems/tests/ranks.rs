@@ -321,6 +321,24 @@ fn pipelines_of_experts_and_data() {
     }
 }
 
+/// Eight experts on three ranks and on five: two or three each, one or two.
+#[test]
+fn experts_that_ranks_do_not_divide() {
+    for compute in [Compute::F64, Compute::F32, Compute::Fp8] {
+        let with = |mesh, schedule| Case { compute, ..Case::new(mesh, schedule, 30) };
+        let one = run(&with((1, 1, 1), PipelineSchedule::OneFOneB));
+        for mesh in [(1, 3, 1), (1, 5, 1), (1, 3, 2), (2, 3, 1)] {
+            check(&with(mesh, PipelineSchedule::OneFOneB), &one);
+        }
+    }
+    let with = |mesh, schedule| Case::new(mesh, schedule, 24);
+    let one = run(&with((1, 1, 1), PipelineSchedule::GPipe));
+    for schedule in PipelineSchedule::BUILT {
+        check(&with((2, 3, 1), schedule.clone()), &one);
+        check(&with((2, 3, 2), schedule), &one);
+    }
+}
+
 #[test]
 fn experts_and_data_on_many_ranks() {
     for compute in [Compute::F64, Compute::F32, Compute::Fp8] {

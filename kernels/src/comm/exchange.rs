@@ -1,9 +1,10 @@
 //! Expert parallelism: rows to the ranks of their experts, and back.
 //!
-//! The e experts of a layer are spread over the n members of a group: member i has experts `i e/n..(i + 1) e/n`. On the source, t
-//! tokens of k slots make t k rows in expert order ([`permute`](crate::ops::permute)). At the member, the rows of its experts lie by
-//! expert, within an expert by source member, within a member in the source's order. That is the order that one rank with
-//! the tokens of all members, one after the other, would give them, so that a product over them sums in the same order.
+//! The e experts of a layer are spread over the n members of a group: member i has experts `i e/n..(i + 1) e/n`
+//! ([`super::shares`]), so that some have one more than others where n does not divide e. On the source, t tokens of k slots make t k
+//! rows in expert order ([`permute`](crate::ops::permute)). At the member, the rows of its experts lie by expert, within an expert by
+//! source member, within a member in the source's order. That is the order that one rank with the tokens of all members, one after
+//! the other, would give them, so that a product over them sums in the same order.
 //!
 //! - [`Exchange::dispatch`]: x to rows at the experts. A token goes once to a member, however many of its experts are there, and
 //!   once to a node: a process that it arrives at passes it on to others of its node, in a meeting of their own.
@@ -21,7 +22,7 @@
 mod brought;
 mod place;
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 use brought::{Arrived, Passed, Returned, Sent, Tokens};
 use place::Place;
@@ -53,7 +54,7 @@ use crate::{
 pub struct Received {
     /// Rows by expert; [cap, d].
     pub rows: Tensor,
-    /// This rank's expert j has rows `offsets[j]..offsets[j + 1]`; U32 \[e/n + 1\].
+    /// This rank's expert j has rows `offsets[j]..offsets[j + 1]`; U32 of one more than it has experts.
     pub offsets: Tensor,
     /// Source member of each row, and its row in that member's expert order; U32 [cap, 2].
     pub origin: Tensor,
@@ -66,6 +67,8 @@ pub struct Exchange {
     pub comm: Comm,
     /// Members, ascending; member i has experts `i e/n..(i + 1) e/n`.
     pub group: Arc<[u32]>,
+    /// e: those of all members together, no fewer than members.
+    pub num_experts: usize,
     /// Names the layer in errors and recordings.
     pub tag: u64,
     /// How rows are encoded.
@@ -89,7 +92,7 @@ impl Exchange {
     ) -> Result<()> {
         const OP: &str = "dispatch";
         let (t, d, k) = (x.rows(), x.cols(), indices.cols());
-        let at = self.place(OP, order.offsets, to)?;
+        let at = self.place(OP, Some(order.offsets), to)?;
         expect_tensor(OP, "indices", indices, DType::U32, &[t, k])?;
         expect_tensor(OP, "token_of_row", order.token_of_row, DType::U32, &[t * k])?;
         expect_tensor(OP, "rows", to.rows, x.dtype, &[at.cap, d])?;
@@ -129,11 +132,12 @@ impl Exchange {
     pub fn send_rows(&self, s: &mut Stream, rows: Tensor, order: Order, received: Received, out: Tensor) -> Result<()> {
         const OP: &str = "send_rows";
         let (n, d) = (rows.rows(), rows.cols());
-        let at = self.place(OP, order.offsets, received)?;
+        let at = self.place(OP, Some(order.offsets), received)?;
         expect_tensor(OP, "token_of_row", order.token_of_row, DType::U32, &[n])?;
         expect_tensor(OP, "out", out, rows.dtype, &[at.cap, d])?;
         let row_bytes = self.wire.row_bytes(rows.dtype, d);
-        let cost = self.rows_cost(&at, n, rows, row_bytes);
+        let plain = (n * d * rows.dtype.size_bytes()) as u64;
+        let cost = Cost::stream(0, plain, plain) + self.send_wire(&at, n as u64 * row_bytes, row_bytes);
         let reads = [rows, order.offsets, received.offsets, received.origin];
         self.launch(s, OP, &reads, &[out], cost, move |meeting, m| {
             with_float!(rows.dtype, T => {
@@ -174,10 +178,11 @@ impl Exchange {
     pub fn return_rows(&self, s: &mut Stream, rows: Tensor, received: Received, out: Tensor) -> Result<()> {
         const OP: &str = "return_rows";
         let (n, d) = (out.rows(), out.cols());
-        let at = self.place(OP, received.offsets, received)?;
+        let at = self.place(OP, None, received)?;
         expect_tensor(OP, "rows", rows, out.dtype, &[at.cap, d])?;
         let row_bytes = self.wire.row_bytes(rows.dtype, d);
-        let cost = self.rows_cost(&at, n, out, row_bytes);
+        let plain = (n * d * rows.dtype.size_bytes()) as u64;
+        let cost = Cost::stream(0, plain, plain) + self.return_wire(&at, n as u64 * row_bytes, row_bytes);
         self.launch(s, OP, &[rows, received.offsets, received.origin], &[out], cost, move |meeting, m| {
             with_float!(rows.dtype, T => {
                 let num_rows = m.read::<u32>(received.offsets).last().copied().unwrap_or(0) as usize;
@@ -218,21 +223,22 @@ impl Exchange {
     }
 
     /// Checks what the ops have in common, and where this rank is.
-    fn place(&self, op: &'static str, offsets: Tensor, received: Received) -> Result<Place> {
+    fn place(&self, op: &'static str, offsets: Option<Tensor>, received: Received) -> Result<Place> {
         let me = self.comm.place_in(op, &self.group)?;
         let n = self.group.len();
         let cap = received.origin.rows();
         expect_tensor(op, "origin", received.origin, DType::U32, &[cap, 2])?;
-        let num_local = received.offsets.len().saturating_sub(1);
-        expect_tensor(op, "received offsets", received.offsets, DType::U32, &[num_local + 1])?;
-        let num_experts = num_local * n;
-        let fits = offsets == received.offsets
-            || (offsets.dtype == DType::U32 && offsets.shape == *[num_experts + 1].as_slice());
-        expect_that(op, "offsets", offsets, fits, || {
-            format!("U32 of [{}], for {num_local} experts on each of {n} ranks", num_experts + 1)
+        let num_experts = self.num_experts;
+        expect_that(op, "offsets", received.offsets, n <= num_experts, || {
+            format!("of at least one expert for each of {n} ranks, of {num_experts} in all")
         })?;
         let nodes = self.group.iter().map(|&rank| self.comm.node_of(rank)).collect();
-        Ok(Place { me, num_experts, cap, nodes })
+        let at = Place { me, num_experts, cap, nodes };
+        expect_tensor(op, "received offsets", received.offsets, DType::U32, &[at.num_local() + 1])?;
+        if let Some(offsets) = offsets {
+            expect_tensor(op, "offsets", offsets, DType::U32, &[num_experts + 1])?;
+        }
+        Ok(at)
     }
 
     fn launch(
@@ -253,27 +259,43 @@ impl Exchange {
         })
     }
 
-    /// Expected bytes on links of dispatching tokens of `token_bytes` in all: a copy per other node, and from the ranks of
-    /// arrival one per other rank of the node. All other members being alike, each is hit with probability ranks / (n - 1),
-    /// and one in m of a remote node's is the rank of arrival.
+    /// Expected bytes on links of dispatching tokens of `token_bytes` in all, every member having as many: a copy for each other node,
+    /// and one for each other rank of this node that has an expert of a token that begins or arrives here.
     fn dispatch_wire(&self, at: &Place, spread: Spread, token_bytes: u64) -> Cost {
-        let (n, m) = (at.nodes.len() as f64, at.here().len() as f64);
-        let hit = if n > 1.0 { spread.ranks_per_token / (n - 1.0) } else { 0.0 };
-        let copies = hit * ((m - 1.0) + (n - m) * (1.0 - 1.0 / m));
-        let bytes = |copies: f64| (token_bytes as f64 * copies).round() as u64;
-        Cost::wire(bytes(copies), bytes(spread.nodes_per_token))
+        let begin_here = (1 + at.arriving().count()) as f64;
+        wire(token_bytes, spread.ranks_near * begin_here, spread.nodes_afar)
     }
 
-    /// Expected cost of `num_rows` rows like those of `like`, to all members alike.
-    fn rows_cost(&self, at: &Place, num_rows: usize, like: Tensor, row_bytes: u64) -> Cost {
-        let (n, m) = (at.nodes.len(), at.here().len());
-        let plain = (num_rows * like.cols() * like.dtype.size_bytes()) as u64;
+    /// Expected bytes on links of sending rows of `bytes` in all, by row: a member gets as its share of the experts is.
+    fn send_wire(&self, at: &Place, bytes: u64, row_bytes: u64) -> Cost {
         if let Some((num_tokens, spread)) = self.reduced {
-            return Cost::stream(0, plain, plain) + self.dispatch_wire(at, spread, num_tokens * row_bytes);
+            return self.dispatch_wire(at, spread, num_tokens * row_bytes);
         }
-        let bytes = |members: usize| num_rows as u64 * row_bytes * members as u64 / n as u64;
-        Cost::stream(0, plain, plain) + Cost::wire(bytes(m - 1), bytes(n - m))
+        let share = |members: Range<usize>| {
+            (at.experts_of(members.end).start - at.experts_of(members.start).start) as f64 / at.num_experts as f64
+        };
+        let (node, mine) = (share(at.here()), share(at.me..at.me + 1));
+        wire(bytes, node - mine, 1.0 - node)
     }
+
+    /// Expected bytes on links of returning rows, of which this rank and every other gets `bytes` in all: this rank has its share of
+    /// the experts' of them. One of a token's sums goes to where the token begins or arrived, and one from there to its node.
+    fn return_wire(&self, at: &Place, bytes: u64, row_bytes: u64) -> Cost {
+        let (n, m) = (at.nodes.len(), at.here().len());
+        if let Some((num_tokens, spread)) = self.reduced {
+            let arriving = at.arriving().count();
+            let near = spread.this_rank * (n - 1 - arriving) as f64;
+            return wire(num_tokens * row_bytes, near, spread.this_node * arriving as f64);
+        }
+        let share = at.num_local() as f64 / at.num_experts as f64;
+        wire(bytes, share * (m - 1) as f64, share * (n - m) as f64)
+    }
+}
+
+/// So many times `bytes` to ranks of this node, and to others.
+fn wire(bytes: u64, near: f64, afar: f64) -> Cost {
+    let times = |copies: f64| (bytes as f64 * copies).round() as u64;
+    Cost::wire(times(near), times(afar))
 }
 
 /// A rank in one exchange while it runs.
@@ -358,8 +380,8 @@ fn place_rows<T: Float>(
     let num_rows = load.0 as usize;
     if num_rows > at.cap {
         return Err(meeting.error(&format!(
-            "{num_rows} rows come to rank {}, which has room for {}; the most that can come is n t min(k, e/n), for n ranks of t \
-             tokens",
+            "{num_rows} rows come to rank {}, which has room for {}; the most that can come is n t min(k, its experts), for n ranks \
+             of t tokens",
             meeting.comm.rank, at.cap
         )));
     }

@@ -25,6 +25,7 @@ mod local;
 pub mod meter;
 mod mpi;
 mod pack;
+pub mod shares;
 pub mod spread;
 pub mod watch;
 pub mod wire;
@@ -43,7 +44,7 @@ pub use average::Coding;
 pub use clocks::ClockOffset;
 pub use exchange::{Exchange, Received};
 use pack::{Brought, ForFirst, Met};
-pub use spread::Spread;
+pub use spread::{Choice, Spread};
 use watch::{Limits, Watch};
 pub use wire::Wire;
 

@@ -16,6 +16,7 @@ mod search;
 
 use std::{collections::BTreeSet, fmt};
 
+use kernels::comm::shares;
 use serde::{Deserialize, Serialize};
 
 use crate::problem::Problem;
@@ -163,14 +164,11 @@ pub fn max_over_mean(loads: &[f64]) -> f64 {
     if total > 0.0 { loads.iter().copied().fold(0.0, f64::max) * loads.len() as f64 / total } else { 1.0 }
 }
 
-/// Max over mean if `load` `[expert]` lies on `num_ranks` (above 0) in the order of its experts, without replicas. If ranks do not
-/// divide experts, some have one expert more.
+/// Max over mean if `load` `[expert]` lies on `num_ranks` (above 0) as the experts of a run do ([`shares`]): in order, without
+/// replicas. If ranks do not divide experts, some have one expert more, and even routing is uneven over ranks.
 pub fn contiguous_imbalance(load: &[f64], num_ranks: usize) -> f64 {
-    let mut ranks = vec![0.0; num_ranks];
-    for (expert, share) in load.iter().enumerate() {
-        ranks[expert * num_ranks / load.len()] += share;
-    }
-    max_over_mean(&ranks)
+    let of_rank = |rank| load[shares::experts_of(rank, num_ranks, load.len())].iter().sum();
+    max_over_mean(&(0..num_ranks).map(of_rank).collect::<Vec<f64>>())
 }
 
 /// The sizes do not fit, or a load is none. All findings at once.

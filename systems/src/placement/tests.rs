@@ -323,6 +323,9 @@ fn experts_in_their_order() {
     assert_eq!(contiguous_imbalance(&[1.0, 1.0, 1.0, 3.0], 2), 4.0 / 3.0);
     // Three experts on two ranks: two and one.
     assert_eq!(contiguous_imbalance(&[1.0, 1.0, 1.0], 2), 4.0 / 3.0);
+    // Three experts on two ranks: one, and two.
+    assert_eq!(contiguous_imbalance(&[3.0, 1.0, 1.0], 2), 6.0 / 5.0);
+    assert_eq!(contiguous_imbalance(&[1.0, 1.0, 3.0], 2), 8.0 / 5.0);
     assert_eq!(contiguous_imbalance(&[0.0, 0.0], 2), 1.0);
 }
 

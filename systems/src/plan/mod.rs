@@ -47,7 +47,7 @@ pub struct PlanRequest<'a> {
     pub with_spans: bool,
 }
 
-/// Bytes that a rank puts on links in a step: the rank of most.
+/// Bytes that a rank puts on links in a step: the most of those that stand for a pipeline position each.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct LinkBytes {
     /// To ranks of its node.

@@ -65,7 +65,8 @@ fn divisors(n: u32) -> Vec<u32> {
     (1..=n).filter(|d| n.is_multiple_of(*d)).collect()
 }
 
-/// Layouts of `num_ranks` ranks to look at: a coarse grid, powers of two where there is a choice.
+/// Layouts of `num_ranks` ranks to look at: a coarse grid, powers of two where there is a choice. Experts are spread over as many
+/// ranks as divide them: over others they can be, but those with fewer experts would wait for those with more.
 fn layouts(scene: &Scene, num_ranks: u32, num_layers: usize, num_experts: usize) -> Vec<Scene> {
     let schedules = [
         PipelineSchedule::OneFOneB,

@@ -2,7 +2,8 @@
 //! tensors have sizes and no bytes, and the graphs are run together.
 //!
 //! Ranks that differ only in their part of the batch or of the experts do the same, so one of each pipeline position stands for
-//! all. Where experts are not loaded alike, that one has the mean load, and waits for the busiest.
+//! all. Where experts are not loaded alike, that one has the mean load, and waits for the busiest. Where `mesh.ep` does not divide
+//! the experts it is one of those that have most, in weights and in memory; the rows that it computes are as many as the mean.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -12,7 +13,7 @@ use engine::{
     joint::{RankTasks, simulate_ranks},
     prelude::*,
 };
-use kernels::{cost::Cost, dtype::DType};
+use kernels::{comm::shares, cost::Cost, dtype::DType};
 use rayon::prelude::*;
 
 use crate::{
@@ -113,11 +114,16 @@ pub fn simulate(
     with_spans: bool,
 ) -> Result<Simulated, SessionError> {
     let mesh = distribution.mesh;
-    let ranks: Vec<u32> = (0..mesh.pp).map(|pp| mesh.at_stage(0, pp)).collect();
+    let (stands_in, share) = fullest(work.config, mesh.ep);
+    let ranks: Vec<u32> = (0..mesh.pp).map(|pp| mesh.at_stage(stands_in, pp)).collect();
     let positions: Vec<Result<(Position, RankTasks), SessionError>> = ranks
         .par_iter()
         .map(|&rank| {
-            let position = lower(work, distribution, rank, num_microbatches)?;
+            let mut position = lower(work, distribution, rank, (num_microbatches, 1.0))?;
+            if share > 1.0 {
+                let Position { bytes, bytes_by_task, .. } = lower(work, distribution, rank, (num_microbatches, share))?;
+                position = Position { bytes, bytes_by_task, ..position };
+            }
             let tasks = durations(work, &position, rank)?;
             Ok((position, tasks))
         })
@@ -156,11 +162,20 @@ pub fn simulate(
     })
 }
 
+/// The first of `ep` ranks that have most experts, and how many those are over the mean.
+fn fullest(config: &ModelConfig, ep: u32) -> (u32, f64) {
+    let Some(moe) = &config.moe else { return (0, 1.0) };
+    let (n, e) = (ep as usize, moe.n_routed_experts);
+    let member = shares::fullest(n, e);
+    (member as u32, shares::experts_of(member, n, e).len() as f64 * f64::from(ep) / e as f64)
+}
+
+/// A position as its rank would lower it, with `expert_load` times the mean rows at its experts.
 fn lower(
     work: &Work,
     distribution: &Distribution,
     rank: u32,
-    num_microbatches: usize,
+    (num_microbatches, expert_load): (usize, f64),
 ) -> Result<Position, SessionError> {
     let ranks = distribution.planned(rank);
     let layout = ranks.layout.clone();
@@ -200,7 +215,7 @@ fn lower(
         (0..num_microbatches).map(|_| Inputs::allocate(&memory, work.microbatch_sequences, work.seq_len, num_mtp));
     let inputs = inputs.collect();
     let options = train::Options {
-        expert_load: Some(1.0),
+        expert_load: Some(expert_load),
         keeps_narrow: work.format == Format::Fp8,
         ..train::Options::default()
     };
@@ -210,12 +225,13 @@ fn lower(
     let gradients = parameters.weights.iter().filter_map(|w| w.grad).map(|grad| grad.size_bytes()).sum();
     let ActivationBytes { activations, communication } = lowered.peak;
     // The busiest rank's rows need as much more room.
-    let communication = (communication as f64 * work.load) as u64;
+    let more = work.load / expert_load;
+    let communication = (communication as f64 * more) as u64;
     let total = weights + gradients + optimizer_bytes + activations + communication;
     let bytes = RankBytes { rank, weights, gradients, optimizer: optimizer_bytes, activations, communication, total };
     let mut bytes_by_task = lowered.bytes_by_task;
     for bytes in &mut bytes_by_task {
-        bytes.communication = (bytes.communication as f64 * work.load) as u64;
+        bytes.communication = (bytes.communication as f64 * more) as u64;
     }
     Ok(Position { graph: lowered.graph, overlapped: lowered.overlapped, bytes, bytes_by_task })
 }

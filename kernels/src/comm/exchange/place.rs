@@ -6,7 +6,7 @@
 
 use std::{ops::Range, sync::Arc};
 
-use super::brought::Sent;
+use super::{super::shares, brought::Sent};
 
 /// Where this rank and its experts are.
 pub(super) struct Place {
@@ -19,17 +19,19 @@ pub(super) struct Place {
 }
 
 impl Place {
+    /// Experts that this rank has.
     pub fn num_local(&self) -> usize {
-        self.num_experts / self.nodes.len()
+        self.experts_of(self.me).len()
     }
 
     pub fn experts_of(&self, member: usize) -> Range<usize> {
-        member * self.num_local()..(member + 1) * self.num_local()
+        shares::experts_of(member, self.nodes.len(), self.num_experts)
     }
 
     /// Rows of a source with these offsets that are for these members.
     pub fn rows_for(&self, offsets: &[u32], members: Range<usize>) -> Range<u32> {
-        offsets[members.start * self.num_local()]..offsets[members.end * self.num_local()]
+        let first = |member| offsets[self.experts_of(member).start];
+        first(members.start)..first(members.end)
     }
 
     /// How many of them are for `member`.
@@ -91,13 +93,12 @@ impl Place {
     /// Of this rank's tokens, given the experts of their `k` slots.
     pub fn copies(&self, indices: &[u32], k: usize) -> Copies {
         let mut copies = Copies { tokens_to: vec![0; self.nodes.len()], to_nodes: 0, to_node_members: 0 };
-        let num_local = self.num_local();
         let (mut members, mut nodes) = (Vec::with_capacity(k), Vec::with_capacity(k));
         for token in indices.chunks_exact(k.max(1)) {
             members.clear();
             nodes.clear();
             for &expert in token {
-                let member = expert as usize / num_local;
+                let member = shares::member_of(expert as usize, self.nodes.len(), self.num_experts);
                 if !members.contains(&member) {
                     members.push(member);
                     copies.tokens_to[member] += 1;

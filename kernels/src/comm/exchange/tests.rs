@@ -8,6 +8,7 @@ use rand::{RngExt as _, SeedableRng};
 use super::*;
 use crate::{
     comm::{
+        Choice,
         meter::Meter,
         testing::{on_ranks, on_ranks_that},
     },
@@ -38,11 +39,21 @@ fn order(s: &Stream, num_rows: usize) -> Order {
     Order { offsets: alloc(E + 1), row_of_slot: alloc(num_rows), token_of_row: alloc(num_rows) }
 }
 
-fn received(s: &Stream, dtype: DType, n: usize, cap: usize, d: usize) -> Received {
+/// The first expert of `member` of n, by the definition.
+fn first_expert(member: usize, n: usize) -> usize {
+    member * E / n
+}
+
+fn member_of(expert: u32, n: usize) -> usize {
+    (0..n).rfind(|&member| first_expert(member, n) <= expert as usize).unwrap()
+}
+
+/// Room for what comes to member `me` of n.
+fn received(s: &Stream, dtype: DType, (me, n): (usize, usize), cap: usize, d: usize) -> Received {
     let m = s.memory();
     Received {
         rows: m.alloc(dtype, &[cap, d]),
-        offsets: m.alloc(DType::U32, &[E / n + 1]),
+        offsets: m.alloc(DType::U32, &[first_expert(me + 1, n) - first_expert(me, n) + 1]),
         origin: m.alloc(DType::U32, &[cap, 2]),
     }
 }
@@ -93,17 +104,17 @@ fn check<T: Float>(n: usize, d: usize, routing: (&str, Routing), wire: Wire) {
 fn check_on<T: Float>((pack, n, per_node): (bool, usize, u32), d: usize, (name, routing): (&str, Routing), wire: Wire) {
     let case = format!("{name}, {n} ranks by {per_node}, pack {pack}, {:?} x {d} as {wire:?}", T::DTYPE);
     let (all_rows, all_offsets) = plain::<T>(n, d, routing, wire);
-    let per_member = E / n;
-    let bounds: Vec<usize> = (0..=n).map(|i| all_offsets[i * per_member] as usize).collect();
+    let bounds: Vec<usize> = (0..=n).map(|i| all_offsets[first_expert(i, n)] as usize).collect();
     let most = bounds.windows(2).map(|w| w[1] - w[0]).max().unwrap();
     on_ranks_that(pack, n as u32, per_node, |comm, s| {
         let me = comm.rank() as usize;
         let (x, indices) = inputs::<T>(me, d, routing);
         let t = tokens_of(me);
         let m = s.memory().clone();
-        let cap = (0..n).map(tokens_of).sum::<usize>() * K.min(per_member);
-        let (order, to) = (order(s, t * K), received(s, T::DTYPE, n, cap, d));
-        let exchange = Exchange { group: comm.everyone(), comm, tag: 4, wire, reduced: None };
+        let experts = first_expert(me, n)..first_expert(me + 1, n);
+        let cap = (0..n).map(tokens_of).sum::<usize>() * K.min(experts.len());
+        let (order, to) = (order(s, t * K), received(s, T::DTYPE, (me, n), cap, d));
+        let exchange = Exchange { group: comm.everyone(), comm, num_experts: E, tag: 4, wire, reduced: None };
         let exact = Exchange { wire: Wire::Exact, ..exchange.clone() };
         let (x_td, indices) = (m.from_slice(&[t, d], &x), m.from_slice(&[t, K], &indices));
         permute::sort(s, indices, order).unwrap();
@@ -118,7 +129,7 @@ fn check_on<T: Float>((pack, n, per_node): (bool, usize, u32), d: usize, (name, 
         let part = bounds[me]..bounds[me + 1];
         assert!(m.download::<T>(to.rows)[..part.len() * d] == all_rows[part.start * d..part.end * d], "{case}: rows");
         let base = part.start as u32;
-        let want: Vec<u32> = all_offsets[me * per_member..=(me + 1) * per_member].iter().map(|o| o - base).collect();
+        let want: Vec<u32> = all_offsets[experts.start..=experts.end].iter().map(|o| o - base).collect();
         assert_eq!(m.download::<u32>(to.offsets), want, "{case}: offsets");
         for event in [dispatched, returned] {
             assert_eq!(event.waited().load, Some((part.len() as u64, most as u64)), "{case}: load");
@@ -155,7 +166,7 @@ fn check_on<T: Float>((pack, n, per_node): (bool, usize, u32), d: usize, (name, 
 #[test]
 fn many_ranks_are_one_to_the_bit() {
     for routing in ROUTINGS {
-        for n in [1, 2, 4, 8] {
+        for n in [1, 2, 3, 4, 5, 7, 8] {
             check::<f32>(n, 5, routing, Wire::Exact);
             check::<f64>(n, 33, routing, Wire::Exact);
             check::<bf16>(n, 8, routing, Wire::Exact);
@@ -165,7 +176,7 @@ fn many_ranks_are_one_to_the_bit() {
 
 #[test]
 fn an_encoded_row_is_the_row_quantized_on_any_number_of_ranks() {
-    for n in [1, 2, 4, 8] {
+    for n in [1, 2, 3, 4, 5, 8] {
         for wire in [Wire::Bf16, Wire::Fp8] {
             for routing in ROUTINGS {
                 check::<f32>(n, 300, routing, wire);
@@ -187,7 +198,7 @@ fn counted(group: &[u32], per_node: u32, routing: Routing, row_bytes: u64) -> Ve
         let place = node_members(node_of(source)).iter().position(|&i| i == source).unwrap();
         for token in 0..tokens_of(group[source] as usize) {
             let experts = routing(group[source] as usize, token);
-            let members: std::collections::BTreeSet<usize> = experts.map(|expert| expert as usize * n / E).into();
+            let members: std::collections::BTreeSet<usize> = experts.map(|expert| member_of(expert, n)).into();
             for &node in &nodes {
                 let (all, here) = (node_members(node), members.iter().filter(|&&m| node_of(m) == node));
                 let from = if node == node_of(source) { source } else { all[place % all.len()] };
@@ -197,7 +208,7 @@ fn counted(group: &[u32], per_node: u32, routing: Routing, row_bytes: u64) -> Ve
                 meters[from].dispatch.intra_node += here.filter(|&&m| m != from).count() as u64 * row_bytes;
             }
             for expert in experts {
-                let member = expert as usize * n / E;
+                let member = member_of(expert, n);
                 let combine = &mut meters[member].combine;
                 if node_of(member) != node_of(source) {
                     combine.inter_node += row_bytes;
@@ -210,8 +221,8 @@ fn counted(group: &[u32], per_node: u32, routing: Routing, row_bytes: u64) -> Ve
     meters
 }
 
-/// Groups of some of the ranks, and how many of all are on a node: some nodes have more members than others.
-const GROUPS: [(&[u32], u32); 11] = [
+/// Groups of some of the ranks, and how many of all are on a node: some nodes have more members than others, some members more experts.
+const GROUPS: [(&[u32], u32); 15] = [
     (&[0], 1),
     (&[0, 1], 1),
     (&[0, 1], 2),
@@ -223,6 +234,10 @@ const GROUPS: [(&[u32], u32); 11] = [
     (&[0, 1, 2, 4], 4),
     (&[1, 2, 3, 7], 2),
     (&[2, 5, 6, 7], 4),
+    (&[0, 1, 2], 2),
+    (&[0, 1, 2, 3, 4], 2),
+    (&[1, 2, 3, 5, 6, 7], 4),
+    (&[0, 1, 2, 4, 5, 6, 7], 3),
 ];
 
 /// Ranks that pack check each meeting by what they packed.
@@ -236,15 +251,14 @@ fn meters_are_what_counting_copies_gives_and_what_is_packed() {
             for pack in [false, true] {
                 let got = on_ranks_that(pack, 8, per_node, |comm, s| {
                     let me = comm.rank() as usize;
-                    if !group.contains(&comm.rank()) {
-                        return None;
-                    }
+                    let at = (group.iter().position(|&rank| rank == comm.rank())?, n);
                     let (x, indices) = inputs::<f32>(me, d, routing);
                     let (t, m) = (tokens_of(me), s.memory().clone());
-                    let (order, to) = (order(s, t * K), received(s, DType::F32, n, 2000, d));
+                    let (order, to) = (order(s, t * K), received(s, DType::F32, at, 2000, d));
                     let (x, indices) = (m.from_slice(&[t, d], &x), m.from_slice(&[t, K], &indices));
                     let back = m.alloc(DType::F32, &[t * K, d]);
-                    let exchange = Exchange { group: group.clone(), comm: comm.clone(), tag: 0, wire, reduced: None };
+                    let (group, comm) = (group.clone(), comm.clone());
+                    let exchange = Exchange { group, comm: comm.clone(), num_experts: E, tag: 0, wire, reduced: None };
                     permute::sort(s, indices, order).unwrap();
                     exchange.dispatch(s, x, indices, order, Spread::default(), to).unwrap();
                     exchange.return_rows(s, to.rows, to, back).unwrap();
@@ -259,19 +273,35 @@ fn meters_are_what_counting_copies_gives_and_what_is_packed() {
     }
 }
 
+const CHOICE: Choice = Choice { num_experts: E, top_k: K, num_groups: 1, groups_kept: 1 };
+
+/// What `comm` expects of tokens of three of all experts.
+fn spread(comm: &Comm) -> Spread {
+    let nodes: Vec<u32> = comm.everyone().iter().map(|&rank| comm.node_of(rank)).collect();
+    Spread::expected(CHOICE, &nodes, comm.rank() as usize)
+}
+
 #[test]
 fn a_plan_expects_the_bytes_that_random_routing_makes() {
-    let (n, per_node, t, d) = (8, 4, 2000, 4);
+    for (n, per_node) in [(8, 4), (3, 2), (5, 2), (7, 3)] {
+        plan_and_meter(n, per_node);
+    }
+}
+
+/// By rank, since they are not alike, and in sum, which is less of a chance.
+fn plan_and_meter(n: usize, per_node: u32) {
+    let (t, d) = (2000, 4);
     let routing = ROUTINGS[0].1;
     let run = |comm: Comm, s: &mut Stream| {
         let m = s.memory().clone();
-        let indices: Vec<u32> = (0..t).flat_map(|token| routing(comm.rank() as usize, token)).collect();
-        let (order, to) = (order(s, t * K), received(s, DType::F32, n, n * t, d));
+        let me = comm.rank() as usize;
+        let indices: Vec<u32> = (0..t).flat_map(|token| routing(me, token)).collect();
+        let (order, to) = (order(s, t * K), received(s, DType::F32, (me, n), n * t * K, d));
         let (x, indices) = (m.alloc(DType::F32, &[t, d]), m.from_slice(&[t, K], &indices));
-        let back = m.alloc(DType::F32, &[t * K, d]);
-        let exchange =
-            Exchange { group: comm.everyone(), comm: comm.clone(), tag: 0, wire: Wire::Exact, reduced: None };
-        let spread = Spread::expected(E, K, 1, 1, n, per_node);
+        let [rows, back, sent] = [t * K, t * K, n * t * K].map(|rows| m.alloc(DType::F32, &[rows, d]));
+        let (group, wire) = (comm.everyone(), Wire::Exact);
+        let exchange = Exchange { group, comm: comm.clone(), num_experts: E, tag: 0, wire, reduced: None };
+        let spread = spread(&comm);
         permute::sort(s, indices, order).unwrap();
         s.start_recording();
         exchange.dispatch(s, x, indices, order, spread, to).unwrap();
@@ -280,20 +310,68 @@ fn a_plan_expects_the_bytes_that_random_routing_makes() {
         s.start_recording();
         exchange.return_rows(s, to.rows, to, back).unwrap();
         let combine = s.finish_recording();
+        s.start_recording();
+        exchange.send_rows(s, rows, order, to, sent).unwrap();
+        let send = s.finish_recording();
         exchange.dispatch(s, x, indices, order, spread, to).unwrap();
         exchange.return_rows(s, to.rows, to, back).unwrap();
         s.synchronize().unwrap();
         let meter = comm.meter();
-        [(meter.dispatch, dispatch.cost), (meter.combine, combine.cost)]
+        exchange.send_rows(s, rows, order, to, sent).unwrap();
+        s.synchronize().unwrap();
+        let both = comm.meter().dispatch;
+        let sent = LinkBytes {
+            intra_node: both.intra_node - meter.dispatch.intra_node,
+            inter_node: both.inter_node - meter.dispatch.inter_node,
+        };
+        [(meter.dispatch, dispatch.cost), (meter.combine, combine.cost), (sent, send.cost)]
     };
-    let all = on_ranks(n as u32, per_node as u32, run);
-    for kind in 0..2 {
-        let sum = |f: fn(&(LinkBytes, Cost)) -> u64| all.iter().map(|rank| f(&rank[kind])).sum::<u64>() as f64;
-        for (metered, expected) in [
-            (sum(|(bytes, _)| bytes.intra_node), sum(|(_, cost)| cost.intra_node_bytes)),
-            (sum(|(bytes, _)| bytes.inter_node), sum(|(_, cost)| cost.inter_node_bytes)),
-        ] {
-            assert!((metered / expected - 1.0).abs() < 0.02, "kind {kind}: metered {metered}, expected {expected}");
+    let all = on_ranks(n as u32, per_node, run);
+    type Of = fn(&(LinkBytes, Cost)) -> (u64, u64);
+    let links: [Of; 2] = [
+        |(bytes, cost)| (bytes.intra_node, cost.intra_node_bytes),
+        |(bytes, cost)| (bytes.inter_node, cost.inter_node_bytes),
+    ];
+    for (kind, of) in (0..3).flat_map(|kind| links.map(|of| (kind, of))) {
+        let figures: Vec<(u64, u64)> = all.iter().map(|rank| of(&rank[kind])).collect();
+        let near =
+            |metered: u64, expected: u64, part: f64| (metered as f64 - expected as f64).abs() <= part * expected as f64;
+        for (rank, &(metered, expected)) in figures.iter().enumerate() {
+            let what = format!("{n} ranks by {per_node}, rank {rank}, kind {kind}");
+            assert!(near(metered, expected, 0.1), "{what}: metered {metered}, expected {expected}");
+        }
+        let (metered, expected) = figures.iter().fold((0, 0), |sum, of| (sum.0 + of.0, sum.1 + of.1));
+        assert!(near(metered, expected, 0.04), "{n} ranks, kind {kind}: metered {metered}, expected {expected}");
+    }
+}
+
+/// Where sums of a token's rows go back, they take the links that the token took: in all, since ranks take turns at them.
+#[test]
+fn sums_on_their_way_back_take_as_many_bytes_as_tokens_on_theirs() {
+    for (n, per_node) in [(8u32, 4), (8, 3), (3, 2), (5, 2), (7, 3)] {
+        let (mut there, mut back) = (Cost::default(), Cost::default());
+        for rank in 0..n {
+            let comm = Comm::planned(rank, n, per_node);
+            let mut s = Stream::new("meta", &Memory::new(Device::Meta), &Arc::default()).unwrap();
+            let (t, d) = (1000, 4);
+            let m = s.memory().clone();
+            let to = received(&s, DType::F32, (rank as usize, n as usize), t, d);
+            let (rows, spread) = (m.alloc(DType::F32, &[t * K, d]), spread(&comm));
+            let reduced = Some((t as u64, spread));
+            let exchange =
+                Exchange { group: comm.everyone(), comm, num_experts: E, tag: 0, wire: Wire::Exact, reduced };
+            let order = order(&s, t * K);
+            s.start_recording();
+            exchange.send_rows(&mut s, rows, order, to, to.rows).unwrap();
+            there += s.finish_recording().cost;
+            s.start_recording();
+            exchange.return_rows(&mut s, to.rows, to, rows).unwrap();
+            back += s.finish_recording().cost;
+        }
+        for (there, back) in
+            [(there.intra_node_bytes, back.intra_node_bytes), (there.inter_node_bytes, back.inter_node_bytes)]
+        {
+            assert!(there > 0 && there.abs_diff(back) <= u64::from(n), "{n} by {per_node}: {there} and {back}");
         }
     }
 }
@@ -302,10 +380,10 @@ fn a_plan_expects_the_bytes_that_random_routing_makes() {
 fn more_rows_than_there_is_room_for_are_refused_on_all_ranks() {
     let errors = on_ranks(2, 2, |comm, s| {
         let m = s.memory().clone();
-        let (order, to) = (order(s, 4 * K), received(s, DType::F32, 2, 20, 1));
+        let (order, to) = (order(s, 4 * K), received(s, DType::F32, (comm.rank() as usize, 2), 20, 1));
         let (x, indices) = (m.alloc(DType::F32, &[4, 1]), m.from_slice(&[4, K], &[0u32, 1, 2].repeat(4)));
         permute::sort(s, indices, order).unwrap();
-        Exchange { group: comm.everyone(), comm, tag: 31, wire: Wire::Exact, reduced: None }
+        Exchange { group: comm.everyone(), comm, num_experts: E, tag: 31, wire: Wire::Exact, reduced: None }
             .dispatch(s, x, indices, order, Spread::default(), to)
             .unwrap();
         s.synchronize()
@@ -320,10 +398,10 @@ fn ranks_that_differ_in_wire_or_width_are_told() {
         let errors = on_ranks(2, 2, |comm, s| {
             let m = s.memory().clone();
             let me = comm.rank() as usize;
-            let (order, to) = (order(s, K), received(s, DType::F32, 2, 9, d[me]));
+            let (order, to) = (order(s, K), received(s, DType::F32, (me, 2), 9, d[me]));
             let (x, indices) = (m.alloc(DType::F32, &[1, d[me]]), m.from_slice(&[1, K], &[0u32, 1, 2]));
             permute::sort(s, indices, order).unwrap();
-            Exchange { group: comm.everyone(), comm, tag: 2, wire: wire[me], reduced: None }
+            Exchange { group: comm.everyone(), comm, num_experts: E, tag: 2, wire: wire[me], reduced: None }
                 .dispatch(s, x, indices, order, Spread::default(), to)
                 .unwrap();
             s.synchronize().unwrap_err().to_string()
@@ -337,9 +415,9 @@ fn contracts_are_checked() {
     let comm = Comm::planned(0, 2, 2);
     let mut s = Stream::new("meta", &Memory::new(Device::Meta), &Arc::default()).unwrap();
     let m = s.memory().clone();
-    let (order, to) = (order(&s, 2 * K), received(&s, DType::F32, 2, 12, 4));
+    let (order, to) = (order(&s, 2 * K), received(&s, DType::F32, (0, 2), 12, 4));
     let (x, indices) = (m.alloc(DType::F32, &[2, 4]), m.alloc(DType::U32, &[2, K]));
-    let exchange = Exchange { group: comm.everyone(), comm, tag: 0, wire: Wire::Exact, reduced: None };
+    let exchange = Exchange { group: comm.everyone(), comm, num_experts: E, tag: 0, wire: Wire::Exact, reduced: None };
     let spread = Spread::default();
     exchange.dispatch(&mut s, x, indices, order, spread, to).unwrap();
     let wide = Received { rows: m.alloc(DType::F32, &[12, 5]), ..to };
@@ -347,7 +425,13 @@ fn contracts_are_checked() {
     assert_eq!(error, "dispatch: `rows` should be F32 of [12, 4], found F32 of [12, 5]");
     let few = Received { offsets: m.alloc(DType::U32, &[4]), ..to };
     let error = exchange.dispatch(&mut s, x, indices, order, spread, few).unwrap_err().to_string();
-    assert_eq!(error, "dispatch: `offsets` should be U32 of [7], for 3 experts on each of 2 ranks, found U32 of [9]");
+    assert_eq!(error, "dispatch: `received offsets` should be U32 of [5], found U32 of [4]");
+    let many = Exchange { num_experts: 9, ..exchange.clone() };
+    let error = many.dispatch(&mut s, x, indices, order, spread, to).unwrap_err().to_string();
+    assert_eq!(error, "dispatch: `offsets` should be U32 of [10], found U32 of [9]");
+    let none = Exchange { num_experts: 1, ..exchange.clone() };
+    let error = none.return_rows(&mut s, to.rows, to, x).unwrap_err().to_string();
+    assert!(error.contains("at least one expert for each of 2 ranks, of 1 in all"), "{error}");
     let error = exchange.return_rows(&mut s, x, to, x).unwrap_err().to_string();
     assert_eq!(error, "return_rows: `rows` should be F32 of [12, 4], found F32 of [2, 4]");
     let error = exchange.send_rows(&mut s, x, order, to, to.rows).unwrap_err().to_string();
