@@ -5,6 +5,9 @@
 
 #[path = "mpi/faults.rs"]
 mod faults;
+#[cfg(feature = "cuda")]
+#[path = "mpi/gpus.rs"]
+mod gpus;
 
 use std::{
     env, fs,

@@ -90,8 +90,14 @@ fn join(args: &RunArgs, scene: &Scene) -> Result<Option<Comm>, Failure> {
         launch::discover(said, &variable).map_err(|e| Failure::usage(e, "hadal run --help names the variables"))?;
     let Some(place) = place.filter(|place| place.num_ranks > 1) else { return Ok(None) };
     let (comm, engine) = launch::join(&place, scene.mesh.ranks_per_node, &variable).map_err(Failure::runtime)?;
-    if place.rank == 0 {
+    let leads = place.rank == 0;
+    if leads {
         eprintln!("{} processes by {}, over {engine}", place.num_ranks, place.source);
+    }
+    let device = kernels::device::Device::from(scene.device);
+    if matches!(device, kernels::device::Device::Cuda(_)) {
+        let way = comm.meet_on_gpus(&launch::Gpus::said(device, &variable)).map_err(|e| Failure::from_peer(&e))?;
+        way.filter(|_| leads).iter().for_each(|way| eprintln!("{way}"));
     }
     Ok(Some(comm))
 }
