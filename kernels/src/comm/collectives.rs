@@ -4,7 +4,7 @@
 //! the same bits, whichever member added them. A large all-reduce is a reduce-scatter of even parts and a gather, so that
 //! each member adds 1/n of it; a small one is sent to all and added by all, which saves a meeting.
 //!
-//! Where ranks are processes and x is on a GPU, [`super::nccl`] moves the parts and a kernel adds them, in the same order.
+//! Where ranks are processes and x is on a GPU, NCCL moves the parts and a kernel adds them, in the same order.
 
 use std::{cell::Cell, ops::Range, sync::Arc};
 

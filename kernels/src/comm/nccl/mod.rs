@@ -4,7 +4,7 @@
 //! in the order of ranks, so that losses have the same bits on every engine. [`collectives`] says who sends what.
 //!
 //! Nothing may wait for ever. So an op of NCCL is put on the stream only when all members are there with what they bring: each waits
-//! for its own GPU, then all meet over MPI ([`Member::meet`]), which is also where ranks that call different things are told so; always,
+//! for its own GPU, then all meet over MPI (`Member::meet`), which is also where ranks that call different things are told so; always,
 //! in release builds too. Until it is done the stream's thread asks the communicator, which does not block, and the stream, and looks
 //! for notices of ranks that gave up; if there is one, every communicator is aborted, and the GPU lets go. A kernel of NCCL therefore
 //! never waits for a rank that computes, and while one is under way, this process puts nothing else of NCCL on its GPU, and frees no

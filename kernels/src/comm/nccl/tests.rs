@@ -135,6 +135,7 @@ fn of_two() {
     let met = settle(&f, &comms);
     if !may_share {
         let error = met.unwrap_err().to_string();
+        comms.into_iter().for_each(|comm| f.abort(comm));
         return assert!(error.contains("Duplicate GPU detected"), "{error}");
     }
     assert!(met.unwrap());
