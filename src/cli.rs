@@ -131,7 +131,8 @@ to give way. A second Ctrl-C or SIGTERM, half a second later or more, stops at o
 
 Ranks of the scene's mesh are threads of one process, or one process each where a launcher starts as many as there are ranks:
 mpiexec or srun, known by RANK and WORLD_SIZE, or by the variables of Slurm, PMI or Open MPI, first come first. They meet
-through the first MPI library that loads; HADAL_MPI names another.
+through the first MPI library that loads; HADAL_MPI names another. Between GPUs, one for each process, NCCL sums and gathers if all
+find it; HADAL_NCCL names a library, or is none. Two processes on one GPU need NCCL 2.30 and NCCL_MULTI_RANK_GPU_ENABLE=1.
 
 Examples:
   hadal run scenes/quickstart.ron

@@ -158,6 +158,13 @@ fn doctor_shows_the_gpu_and_checks_every_op() {
         stdout.contains("cuda:0: PTX interpreter 9.0, compute capability 9.0, 1.0 GiB, driver for CUDA 12.4"),
         "{stdout}"
     );
+    let library = ptxsim_nccl::install(folder.path()).expect("the stand-in is built");
+    let library = library.to_str().expect("UTF-8");
+    let (_, stdout, _) = hadal(folder.path(), &["doctor"], &[("HADAL_NCCL", library)]);
+    assert!(stdout.contains(&format!("NCCL 2.32.3 ({library})")), "{stdout}");
+    let (_, stdout, _) = hadal(folder.path(), &["doctor", "--json", "-"], &[("HADAL_NCCL", "none")]);
+    let document: Value = serde_json::from_str(&stdout).expect("JSON");
+    assert_eq!((&document["nccl"], &document["nccl_problem"]), (&Value::Null, &"HADAL_NCCL is `none`".into()));
     let (_, stdout, _) = hadal(folder.path(), &["doctor"], &[("PTXSIM_COMPUTE", "7.5")]);
     assert!(stdout.contains("expected a GPU of compute capability 8.0 or more"), "{stdout}");
     let (code, stdout, stderr) = hadal(folder.path(), &["doctor", "--device", "cuda:0", "--quick", "--json", "-"], &[]);

@@ -7,6 +7,9 @@
 mod begin;
 #[path = "mpi/faults.rs"]
 mod faults;
+#[cfg(feature = "cuda")]
+#[path = "mpi/gpus.rs"]
+mod gpus;
 #[cfg(feature = "remote")]
 #[path = "mpi/watched.rs"]
 mod watched;

@@ -9,6 +9,7 @@
 
 mod event;
 mod hazards;
+mod here;
 mod repeat;
 mod worker;
 
@@ -21,6 +22,7 @@ use std::{
 pub use event::{Event, Waited};
 pub use hazards::Hazards;
 use hazards::VectorClock;
+pub use here::Here;
 use parking_lot::Mutex;
 use repeat::Repeats;
 use worker::{Worker, own_pool};
@@ -35,7 +37,7 @@ use crate::{
     tensor::Tensor,
 };
 
-type Job = Box<dyn FnOnce(&Memory) -> Waited + Send>;
+type Job = Box<dyn FnOnce(&mut Here<'_>) -> Waited + Send>;
 
 enum Message {
     Batch(Vec<Message>),
@@ -44,7 +46,7 @@ enum Message {
         key: u64,
         messages: Vec<Message>,
     },
-    /// On the stream's thread.
+    /// On the stream's thread, which may put more on the GPU.
     Run {
         task: Arc<str>,
         op: &'static str,
@@ -256,13 +258,14 @@ impl Stream {
         self.launch_kernel(reads, writes, |_| None, job);
     }
 
-    /// [`Stream::launch`] for an op that may wait for other ranks, told of as `op`; what it returns is summed up for the next event.
+    /// [`Stream::launch`] for an op that may wait for other ranks, told of as `op`; what it returns is summed up for the next event. On a
+    /// GPU it is done by the GPU or by the host, as the job finds it.
     pub fn launch_waiting(
         &mut self,
         op: &'static str,
         reads: &[Tensor],
         writes: &[Tensor],
-        job: impl FnOnce(&Memory) -> Waited + Send + 'static,
+        job: impl FnOnce(&mut Here<'_>) -> Waited + Send + 'static,
     ) {
         if self.enlist(reads, writes) {
             self.run(op, job);
@@ -288,8 +291,8 @@ impl Stream {
         let launches = target.and_then(|on| kernels(on).and_then(|launches| within(on, launches)));
         match launches {
             Some(launches) => self.send(Message::Launch { task: self.task.clone(), launches }),
-            None => self.run(op_name::<F>(), move |memory| {
-                job(memory);
+            None => self.run(op_name::<F>(), move |here| {
+                job(here.host().unwrap_or_else(|error| error.raise()));
                 Waited::default()
             }),
         }
@@ -309,7 +312,7 @@ impl Stream {
         matches!(self.backend, Backend::Thread { .. })
     }
 
-    fn run(&mut self, op: &'static str, job: impl FnOnce(&Memory) -> Waited + Send + 'static) {
+    fn run(&mut self, op: &'static str, job: impl FnOnce(&mut Here<'_>) -> Waited + Send + 'static) {
         self.send(Message::Run { task: self.task.clone(), op, job: Box::new(job) });
     }
 

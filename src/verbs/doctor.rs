@@ -8,7 +8,7 @@ use std::{
     process::ExitCode,
 };
 
-use kernels::cuda;
+use kernels::{comm::launch::Nccl, cuda};
 use serde::Serialize;
 
 use crate::{
@@ -38,6 +38,10 @@ struct Report {
     /// Why there are none, if there are none.
     gpu_problem: Option<String>,
     nvidia_driver: Option<String>,
+    /// Version and file of the library that moves tensors between GPUs of several processes.
+    nccl: Option<String>,
+    /// Why there is none, if there is none.
+    nccl_problem: Option<String>,
     runs_dir: PathBuf,
     runs_dir_writable: bool,
     disk_free_bytes: Option<u64>,
@@ -105,6 +109,7 @@ fn look() -> Report {
         Ok(gpus) => (gpus.iter().map(gpu).collect(), None),
         Err(e) => (Vec::new(), Some(e.to_string())),
     };
+    let nccl = Nccl::said(&|name| env::var(name).ok()).find();
     Report {
         version: env!("CARGO_PKG_VERSION"),
         os: env::consts::OS,
@@ -118,6 +123,8 @@ fn look() -> Report {
         gpus,
         gpu_problem,
         nvidia_driver: machine::nvidia_driver(),
+        nccl_problem: nccl.as_ref().err().cloned(),
+        nccl: nccl.ok(),
         disk_free_bytes: machine::disk_free_bytes(folder).ok(),
         runs_dir_writable: writable.is_ok(),
         runs_dir,
@@ -158,6 +165,8 @@ fn table(report: &Report) -> String {
     };
     let none = report.gpu_problem.iter().map(|problem| format!("none: {problem}"));
     let gpus: Vec<String> = report.gpus.iter().map(shown).chain(none).collect();
+    let none = || format!("MPI, by the host: {}", report.nccl_problem.as_deref().unwrap_or_default());
+    let nccl = report.nccl.clone().unwrap_or_else(none);
     let writable = if report.runs_dir_writable { "can be written" } else { "cannot be written" };
     let mut table = Table::default();
     table
@@ -167,6 +176,7 @@ fn table(report: &Report) -> String {
         .row("vectors", if simd.is_empty() { unknown() } else { simd.join(", ") })
         .row("memory", memory)
         .row("GPU", gpus.join("\n"))
+        .row("between GPUs", nccl)
         .row("runs", format!("{}, {writable}", report.runs_dir.display()))
         .row("disk", report.disk_free_bytes.map_or_else(unknown, |free| format!("{} free", units::bytes(free))));
     for problem in &report.problems {

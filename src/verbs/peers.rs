@@ -7,7 +7,10 @@ use std::{
     time::Duration,
 };
 
-use kernels::comm::{Comm, launch};
+use kernels::{
+    comm::{Comm, launch},
+    device::Device,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -95,6 +98,15 @@ pub(super) fn agree(comm: &Comm, args: &RunArgs, checked: Result<&Checked, &Fail
             ))
         }
     }
+}
+
+/// How ranks on GPUs meet, if they are on some: it is found by all together, and said once.
+pub(super) fn meet_on_gpus(comm: &Comm, device: Device) -> Result<(), Failure> {
+    let Device::Cuda(_) = device else { return Ok(()) };
+    let gpus = launch::Gpus::said(device, &|name| std::env::var(name).ok());
+    let way = comm.meet_on_gpus(&gpus).map_err(|e| Failure::from_peer(&e))?;
+    way.filter(|_| comm.rank() == 0).iter().for_each(|way| eprintln!("{way}"));
+    Ok(())
 }
 
 /// Whoever waits for this rank is told that it does not come.

@@ -17,7 +17,7 @@ use systems::{
     traffic::Traffic,
 };
 
-use super::peers::{agree, give_up, join};
+use super::peers::{agree, give_up, join, meet_on_gpus};
 use crate::{
     cli::RunArgs,
     failure::Failure,
@@ -44,6 +44,9 @@ pub fn run(args: &RunArgs, output: &Output) -> Result<ExitCode, Failure> {
     }
     let checked = checked?;
     let loaded = checked.loaded;
+    if let Some(comm) = &comm {
+        meet_on_gpus(comm, loaded.scene.device.into())?;
+    }
     let has_experts = checked.model.is_some_and(|model| model.moe.is_some());
     let rank = comm.as_ref().map(Comm::rank);
     let leads = rank.is_none_or(|rank| rank == 0);

@@ -116,7 +116,7 @@ impl Case {
         Ok(())
     }
 
-    /// Exit codes by rank of those that ended by themselves, and what was said. Kills what does not end within the deadline.
+    /// Resumes the run, under [`supervised`].
     fn launch(
         &self,
         prefix: &Path,
@@ -127,51 +127,55 @@ impl Case {
         let sets: Vec<&str> = sets.iter().map(String::as_str).collect();
         let mut args = args(dir, &sets);
         args.push("--resume".into());
-        let codes = dir.join("codes");
-        let _ = fs::remove_dir_all(&codes);
-        fs::create_dir_all(&codes).map_err(|e| e.to_string())?;
-        // The shell writes down how each process ended, which the launcher only sums up.
-        let ranks = mpiexec(prefix, self.mesh.0 as usize, &args);
-        let mut command = Command::new(ranks.get_program());
-        if !cleans_up {
-            command.arg("-disable-auto-cleanup");
-        }
-        let script = format!("trap : USR1; \"$0\" \"$@\"; echo $? > '{}'/$PMI_RANK", codes.display());
-        let mut rest = ranks.get_args();
-        command.args(rest.by_ref().take(2)).args(["sh", "-c", &script]).args(rest);
-        command.envs(ranks.get_envs().filter_map(|(name, value)| Some((name, value?))));
-        let log = dir.join("said.txt");
-        let file = File::create(&log).map_err(|e| e.to_string())?;
-        command.current_dir(env!("CARGO_MANIFEST_DIR")).stdin(Stdio::null());
-        command.stdout(file.try_clone().map_err(|e| e.to_string())?).stderr(file);
-        let mut launcher = command.spawn().map_err(|e| e.to_string())?;
-        let began = now_nanos();
-        let has_ended = loop {
-            if launcher.try_wait().map_err(|e| e.to_string())?.is_some() {
-                break true;
-            }
-            if u128::from(now_nanos() - began) > DEADLINE.as_nanos() {
-                break false;
-            }
-            thread::sleep(Duration::from_millis(20));
-        };
-        let said = || fs::read_to_string(&log).unwrap_or_default();
-        if !has_ended {
-            let left = processes(dir);
-            for (_, process) in &left {
-                let _ = Command::new("kill").args(["-9", process]).status();
-            }
-            let _ = launcher.kill();
-            let _ = launcher.wait();
-            return Err(format!("it ends within {DEADLINE:?}; left were {left:?}\n{}", said()));
-        }
-        let entries = fs::read_dir(&codes).map_err(|e| e.to_string())?;
-        let code = |entry: fs::DirEntry| {
-            let rank = entry.file_name().to_str()?.parse().ok()?;
-            Some((rank, fs::read_to_string(entry.path()).ok()?.trim().parse().ok()?))
-        };
-        Ok((entries.flatten().filter_map(code).collect(), said()))
+        supervised(&mpiexec(prefix, self.mesh.0 as usize, &args), dir, cleans_up)
     }
+}
+
+/// Exit codes by rank of those that ended by themselves, and what was said. Kills what does not end within the deadline.
+pub(super) fn supervised(ranks: &Command, dir: &Path, cleans_up: bool) -> Result<(BTreeMap<u32, i32>, String), String> {
+    let codes = dir.join("codes");
+    let _ = fs::remove_dir_all(&codes);
+    fs::create_dir_all(&codes).map_err(|e| e.to_string())?;
+    // The shell writes down how each process ended, which the launcher only sums up.
+    let mut command = Command::new(ranks.get_program());
+    if !cleans_up {
+        command.arg("-disable-auto-cleanup");
+    }
+    let script = format!("trap : USR1; \"$0\" \"$@\"; echo $? > '{}'/$PMI_RANK", codes.display());
+    let mut rest = ranks.get_args();
+    command.args(rest.by_ref().take(2)).args(["sh", "-c", &script]).args(rest);
+    command.envs(ranks.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    let log = dir.join("said.txt");
+    let file = File::create(&log).map_err(|e| e.to_string())?;
+    command.current_dir(env!("CARGO_MANIFEST_DIR")).stdin(Stdio::null());
+    command.stdout(file.try_clone().map_err(|e| e.to_string())?).stderr(file);
+    let mut launcher = command.spawn().map_err(|e| e.to_string())?;
+    let began = now_nanos();
+    let has_ended = loop {
+        if launcher.try_wait().map_err(|e| e.to_string())?.is_some() {
+            break true;
+        }
+        if u128::from(now_nanos() - began) > DEADLINE.as_nanos() {
+            break false;
+        }
+        thread::sleep(Duration::from_millis(20));
+    };
+    let said = || fs::read_to_string(&log).unwrap_or_default();
+    if !has_ended {
+        let left = processes(dir);
+        for (_, process) in &left {
+            let _ = Command::new("kill").args(["-9", process]).status();
+        }
+        let _ = launcher.kill();
+        let _ = launcher.wait();
+        return Err(format!("it ends within {DEADLINE:?}; left were {left:?}\n{}", said()));
+    }
+    let entries = fs::read_dir(&codes).map_err(|e| e.to_string())?;
+    let code = |entry: fs::DirEntry| {
+        let rank = entry.file_name().to_str()?.parse().ok()?;
+        Some((rank, fs::read_to_string(entry.path()).ok()?.trim().parse().ok()?))
+    };
+    Ok((entries.flatten().filter_map(code).collect(), said()))
 }
 
 type Outcome = (super::Steps, super::Files);

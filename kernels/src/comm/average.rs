@@ -112,8 +112,8 @@ impl Comm {
         let to = |(i, &to): (usize, &u32)| self.link_bytes(to, (sizes[i] + sizes[me]) as u64);
         let bytes: LinkBytes = group.iter().enumerate().map(to).sum();
         let cost = Cost::stream((n * parts[me].len()) as u64, x.size_bytes(), x.size_bytes());
-        self.collective(s, (OP, tag), group, x, cost + bytes.cost(), move |member, m| {
-            mean(&member, m, x, coding, &parts)?;
+        self.collective(s, (OP, tag), group, x, cost + bytes.cost(), move |member, here| {
+            mean(&member, here.host()?, x, coding, &parts)?;
             member.finish(bytes)
         })
     }

@@ -3,11 +3,13 @@
 //! Each sum is taken in the order of ranks, in the type that sums are kept in (f32 for bf16), and rounded once: every rank gets
 //! the same bits, whichever member added them. A large all-reduce is a reduce-scatter of even parts and a gather, so that
 //! each member adds 1/n of it; a small one is sent to all and added by all, which saves a meeting.
+//!
+//! Where ranks are processes and x is on a GPU, NCCL moves the parts and a kernel adds them, in the same order.
 
 use std::{cell::Cell, ops::Range, sync::Arc};
 
 use super::{
-    Call, Comm, Hub, LinkBytes, Traffic,
+    Call, Comm, Hub, LinkBytes, Traffic, nccl,
     pack::{Addends, Brought},
     with_element,
 };
@@ -17,7 +19,7 @@ use crate::{
     error::{Error, Result},
     memory::Memory,
     ops::parallel::for_row_chunks,
-    stream::{Rendezvous, Stream, Waited},
+    stream::{Here, Rendezvous, Stream, Waited},
     tensor::Tensor,
 };
 
@@ -39,8 +41,17 @@ impl Comm {
             self.scatter_bytes(group, x, &parts) + self.gather_bytes(group, x, &parts[me])
         };
         let cost = sum_cost(n, x.len(), x);
-        self.collective(s, (OP, tag), group, x, cost + bytes.cost(), move |member, m| {
-            with_element!(x.dtype, T => all_reduce::<T>(&member, m, x, &parts))?;
+        self.collective(s, (OP, tag), group, x, cost + bytes.cost(), move |member, here| {
+            let what = what_of(x);
+            let done = if x.len() < MIN_SCATTERED {
+                nccl::all_reduce_at_once(&member, here, x, what)?
+            } else {
+                nccl::reduce_scatter(&member, here, x, &parts, what)? && nccl::gather(&member, here, x, &parts, None)?
+            };
+            if !done {
+                let m = here.host()?;
+                with_element!(x.dtype, T => all_reduce::<T>(&member, m, x, &parts))?;
+            }
             member.finish(bytes)
         })
     }
@@ -60,8 +71,11 @@ impl Comm {
         check_parts(OP, group.len(), x, &parts)?;
         let bytes = self.scatter_bytes(group, x, &parts);
         let cost = sum_cost(group.len(), parts[me].len(), x);
-        self.collective(s, (OP, tag), group, x, cost + bytes.cost(), move |member, m| {
-            with_element!(x.dtype, T => reduce_scatter::<T>(&member, m, x, &parts))?;
+        self.collective(s, (OP, tag), group, x, cost + bytes.cost(), move |member, here| {
+            if !nccl::reduce_scatter(&member, here, x, &parts, what_of_parts(x, &parts))? {
+                let m = here.host()?;
+                with_element!(x.dtype, T => reduce_scatter::<T>(&member, m, x, &parts))?;
+            }
             member.finish(bytes)
         })
     }
@@ -81,8 +95,11 @@ impl Comm {
         let bytes = self.gather_bytes(group, x, &parts[me]);
         let written: usize = parts.iter().map(Range::len).sum();
         let cost = Cost::stream(0, bytes_of(x, parts[me].len()), bytes_of(x, written - parts[me].len()));
-        self.collective(s, (OP, tag), group, x, cost + bytes.cost(), move |member, m| {
-            with_element!(x.dtype, T => gather::<T>(&member, m, x, &parts))?;
+        self.collective(s, (OP, tag), group, x, cost + bytes.cost(), move |member, here| {
+            if !nccl::gather(&member, here, x, &parts, Some(what_of_parts(x, &parts)))? {
+                let m = here.host()?;
+                with_element!(x.dtype, T => gather::<T>(&member, m, x, &parts))?;
+            }
             member.finish(bytes)
         })
     }
@@ -95,15 +112,18 @@ impl Comm {
         group: &Arc<[u32]>,
         x: Tensor,
         cost: Cost,
-        job: impl FnOnce(Member, &Memory) -> Result<Waited> + Send + 'static,
+        job: impl FnOnce(Member, &mut Here) -> Result<Waited> + Send + 'static,
     ) -> Result<()> {
         let me = self.place_in(op, group)?;
         let group = self.group_in_run(group);
         let rendezvous = || Rendezvous::Collective { group: group.clone(), tag };
         self.launch(s, op, (&[x], &[x]), rendezvous, cost, {
             let group = group.clone();
-            move |comm, hub, m| {
-                job(Member { comm, hub, group: &group, me, op, tag, nanos: Cell::new(0), handed: Cell::new(None) }, m)
+            move |comm, hub, here| {
+                job(
+                    Member { comm, hub, group: &group, me, op, tag, nanos: Cell::new(0), handed: Cell::new(None) },
+                    here,
+                )
             }
         })
     }
@@ -117,6 +137,15 @@ impl Comm {
     fn gather_bytes(&self, group: &[u32], x: Tensor, part: &Range<usize>) -> LinkBytes {
         group.iter().map(|&to| self.link_bytes(to, bytes_of(x, part.len()))).sum()
     }
+}
+
+/// What members say of x, which must be the same on all.
+fn what_of(x: Tensor) -> String {
+    format!("{:?} of [{}]", x.dtype, x.len())
+}
+
+fn what_of_parts(x: Tensor, parts: &[Range<usize>]) -> String {
+    format!("{} in parts {parts:?}", what_of(x))
 }
 
 fn bytes_of(x: Tensor, len: usize) -> u64 {
@@ -159,11 +188,16 @@ impl Member<'_> {
         let met = self.hub.meet((self.comm.lane, self.group), self.me, call, mine)?;
         self.nanos.set(self.nanos.get() + met.nanos);
         if let Some(bytes) = met.handed_bytes {
-            let group: Vec<u32> = self.group.iter().map(|rank| rank - self.comm.first).collect();
-            let bytes = self.comm.bytes_to(&group, bytes.into_iter());
-            self.handed.set(Some(self.handed.get().unwrap_or_default() + bytes));
+            self.hand_over(bytes.into_iter());
         }
         Ok(met.all)
+    }
+
+    /// So many bytes were handed to an engine for each member.
+    pub fn hand_over(&self, bytes: impl Iterator<Item = u64>) {
+        let group: Vec<u32> = self.group.iter().map(|rank| rank - self.comm.first).collect();
+        let bytes = self.comm.bytes_to(&group, bytes);
+        self.handed.set(Some(self.handed.get().unwrap_or_default() + bytes));
     }
 
     pub fn finish(&self, bytes: LinkBytes) -> Result<Waited> {
@@ -239,7 +273,7 @@ fn all_reduce<T: Summand>(member: &Member, m: &Memory, x: Tensor, parts: &Parts)
     if parts.len() == 1 {
         return Ok(());
     }
-    let what = format!("{:?} of [{}]", x.dtype, x.len());
+    let what = what_of(x);
     let scattered = (x.len() >= MIN_SCATTERED).then(|| parts.clone());
     let all = member.meet(what.clone(), Addends { first: 0, data: m.download::<T>(x), parts: scattered })?;
     let mut out = m.write::<T>(x);
@@ -258,14 +292,14 @@ fn all_reduce<T: Summand>(member: &Member, m: &Memory, x: Tensor, parts: &Parts)
 }
 
 fn reduce_scatter<T: Summand>(member: &Member, m: &Memory, x: Tensor, parts: &Parts) -> Result<()> {
-    let what = format!("{:?} of [{}] in parts {parts:?}", x.dtype, x.len());
+    let what = what_of_parts(x, parts);
     let all = member.meet(what, Addends { first: 0, data: m.download::<T>(x), parts: Some(parts.clone()) })?;
     let part = parts[member.me].clone();
     sum_into(member, &all, part.clone(), &mut m.write::<T>(x)[part])
 }
 
 fn gather<T: Element>(member: &Member, m: &Memory, x: Tensor, parts: &[Range<usize>]) -> Result<()> {
-    let what = format!("{:?} of [{}] in parts {parts:?}", x.dtype, x.len());
+    let what = what_of_parts(x, parts);
     let mine = parts[member.me].clone();
     let all = member.meet(what, m.read::<T>(x)[mine].to_vec())?;
     let mut x = m.write::<T>(x);

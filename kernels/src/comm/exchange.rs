@@ -253,9 +253,9 @@ impl Exchange {
         let exchange = self.clone();
         let me = self.comm.place_in(op, &self.group)?;
         let rendezvous = || Rendezvous::Collective { group: self.comm.group_in_run(&self.group), tag: self.tag };
-        self.comm.launch(s, op, (reads, writes), rendezvous, cost, move |comm, hub, m| {
+        self.comm.launch(s, op, (reads, writes), rendezvous, cost, move |comm, hub, here| {
             let Exchange { group, tag, wire, .. } = exchange;
-            job(Meeting { comm, hub, group, me, op, tag, wire }, m)
+            job(Meeting { comm, hub, group, me, op, tag, wire }, here.host()?)
         })
     }
 

@@ -7,8 +7,11 @@
 
 use std::{fmt, path::PathBuf};
 
-use super::{Comm, mpi};
-use crate::error::{Error, Result};
+use super::{Comm, mpi, nccl};
+use crate::{
+    device::Device,
+    error::{Error, Result},
+};
 
 /// A process among others.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,6 +43,10 @@ const SLURM: &str = "SLURM_PROCID and SLURM_NTASKS";
 const SLURM_STEP: &str = "SLURM_STEP_ID";
 /// The variable that names an MPI library.
 const LIBRARY: &str = "HADAL_MPI";
+/// The variable that names an NCCL library, or says that there is to be none.
+const GPU_LIBRARY: &str = "HADAL_NCCL";
+/// By which NCCL, from 2.30 on, lets two ranks share a GPU.
+const SHARES_GPUS: &str = "NCCL_MULTI_RANK_GPU_ENABLE";
 
 /// Where this process is, by `said` (rank, number of ranks) or by variables; `None` if no launcher started it.
 ///
@@ -110,6 +117,57 @@ pub fn join(place: &Place, ranks_per_node: u32, variable: &dyn Fn(&str) -> Optio
     Ok((comm, version))
 }
 
+/// Which NCCL library is used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Nccl {
+    /// None.
+    Off,
+    /// This file.
+    At(PathBuf),
+    /// The first of the usual names that loads.
+    Usual,
+}
+
+impl Nccl {
+    /// As `HADAL_NCCL` says: `none`, or a library's path.
+    pub fn said(variable: &dyn Fn(&str) -> Option<String>) -> Self {
+        match variable(GPU_LIBRARY) {
+            Some(text) if text == "none" => Nccl::Off,
+            Some(path) => Nccl::At(path.into()),
+            None => Nccl::Usual,
+        }
+    }
+
+    /// Version and file of what this machine has; `Err` with the reason that there is none.
+    ///
+    /// # Errors
+    /// If it is off, or does not load.
+    pub fn find(&self) -> Result<String, String> {
+        nccl::found(self)
+    }
+}
+
+/// How processes with a GPU each meet there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Gpus {
+    /// This process's.
+    pub device: Device,
+    /// What moves tensors, if it is there.
+    pub library: Nccl,
+    /// Whether NCCL, from 2.30 on, is told that ranks may share a GPU.
+    pub may_share: bool,
+    /// Bytes of others' parts that wait on a GPU to be added, at most; the same on all ranks.
+    pub staging_bytes: usize,
+}
+
+impl Gpus {
+    /// As variables say it, with 64 MiB for parts: some MiB of each keep a link busy.
+    pub fn said(device: Device, variable: &dyn Fn(&str) -> Option<String>) -> Self {
+        let may_share = variable(SHARES_GPUS).is_some_and(|text| text.trim() == "1");
+        Gpus { device, library: Nccl::said(variable), may_share, staging_bytes: 64 << 20 }
+    }
+}
+
 fn error(message: String) -> Error {
     Error::Comm { op: "launch", message }
 }
@@ -154,6 +212,16 @@ mod tests {
             assert_eq!(found(None, variables).unwrap().as_deref(), want, "{variables}");
         }
         assert_eq!(found(Some((0, 1)), "").unwrap().unwrap(), "rank 0 of 1 (--rank and --num-ranks)");
+    }
+
+    #[test]
+    fn an_nccl_library_is_named_or_refused() {
+        for (said, want) in
+            [(None, Nccl::Usual), (Some("none"), Nccl::Off), (Some("/a/b.so"), Nccl::At("/a/b.so".into()))]
+        {
+            let variable = |name: &str| said.filter(|_| name == "HADAL_NCCL").map(str::to_owned);
+            assert_eq!(Nccl::said(&variable), want);
+        }
     }
 
     #[test]

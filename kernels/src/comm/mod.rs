@@ -1,8 +1,8 @@
 //! Communication between ranks, as ops on streams.
 //!
 //! A [`Comm`] is one rank's end. What it promises does not depend on the engine behind it. [`local`](Comm::local): N ranks are N threads
-//! of a process, each with a memory and streams of its own, that share nothing but a hub. [`mpi`](Comm::mpi): they are processes. Both
-//! give the same bits. [`Comm::planned`] has no engine: streams on [`Device::Meta`](crate::device::Device::Meta) and recordings need none.
+//! of a process, each with a memory and streams of its own, that share nothing but a hub. [`mpi`](Comm::mpi): they are processes; with
+//! [`meet_on_gpus`](Comm::meet_on_gpus), sums and gathers of tensors on GPUs go by NCCL. All give the same bits. [`Comm::planned`] has no engine: streams on [`Device::Meta`](crate::device::Device::Meta) and recordings need none.
 //!
 //! - Messages ([`Comm::send`], [`Comm::receive`]) are matched by sender, receiver and tag, in order. A send does not wait.
 //! - Collectives ([`Comm::all_reduce_sum`], ...) are called by all ranks of a group in one order. Their tag does not match them,
@@ -22,8 +22,14 @@ pub mod collectives;
 pub mod exchange;
 pub mod launch;
 mod local;
+mod messages;
 pub mod meter;
 mod mpi;
+#[cfg(feature = "cuda")]
+mod nccl;
+#[cfg(not(feature = "cuda"))]
+#[path = "nccl_absent.rs"]
+mod nccl;
 mod pack;
 pub mod shares;
 pub mod spread;
@@ -52,8 +58,7 @@ use crate::{
     cost::Cost,
     dtype::Storage,
     error::{Error, Result},
-    memory::Memory,
-    stream::{Rendezvous, Stream, Waited},
+    stream::{Here, Rendezvous, Stream, Waited},
     tensor::Tensor,
 };
 
@@ -173,6 +178,18 @@ impl Comm {
         }))
     }
 
+    /// From here on sums and gathers of tensors on these GPUs go by NCCL, if all ranks can; how they go, in words. All ranks call it, where
+    /// they are processes. For one stream only, on the first lane: others go by the host.
+    ///
+    /// # Errors
+    /// If a rank is lost.
+    pub fn meet_on_gpus(&self, gpus: &launch::Gpus) -> Result<Option<String>> {
+        match &self.hub {
+            Some(Hub::Mpi(hub)) if self.num_ranks > 1 => nccl::meet(self, hub, gpus).map(Some),
+            _ => Ok(None),
+        }
+    }
+
     /// Whether other ranks are other processes.
     pub fn is_across_processes(&self) -> bool {
         matches!(self.hub, Some(Hub::Mpi(_))) && self.num_ranks > 1
@@ -290,42 +307,6 @@ impl Comm {
         std::mem::take(&mut *self.meter.lock())
     }
 
-    /// Sends x to rank `to`. A copy is taken when the stream gets here; nothing waits, unless 1024 messages to `to` have not been
-    /// received yet.
-    pub fn send(&self, s: &mut Stream, x: Tensor, to: u32, tag: u64) -> Result<()> {
-        const OP: &str = "send";
-        self.expect_peer(OP, to)?;
-        let bytes = self.link_bytes(to, x.size_bytes());
-        let rendezvous = || Rendezvous::Send { to: self.in_run(to), tag };
-        let cost = Cost::stream(0, x.size_bytes(), 0) + bytes.cost();
-        self.launch(s, OP, (&[x], &[]), rendezvous, cost, move |comm, hub, m| {
-            let nanos = hub.send((comm.in_run(comm.rank), comm.in_run(to)), tag, copy_out(m, x))?;
-            comm.count(Traffic::P2p, bytes, None);
-            Ok(Waited { nanos, load: None })
-        })
-    }
-
-    /// Assigns x from the next message of rank `from` with this tag, and waits for it. One of another length or type is an error.
-    pub fn receive(&self, s: &mut Stream, x: Tensor, from: u32, tag: u64) -> Result<()> {
-        const OP: &str = "receive";
-        self.expect_peer(OP, from)?;
-        let rendezvous = || Rendezvous::Receive { from: self.in_run(from), tag };
-        let cost = Cost::stream(0, 0, x.size_bytes());
-        self.launch(s, OP, (&[], &[x]), rendezvous, cost, move |comm, hub, m| {
-            let (data, nanos) = hub.receive((comm.in_run(from), comm.in_run(comm.rank)), tag)?;
-            if (data.dtype(), data.len()) != (x.dtype, x.len()) {
-                let (dtype, len) = (data.dtype(), data.len());
-                let message = format!(
-                    "rank {from} sent {dtype:?} of [{len}] under tag {tag}, where rank {} receives {:?} of {:?}",
-                    comm.rank, x.dtype, x.shape
-                );
-                return Err(Error::Comm { op: OP, message });
-            }
-            copy_in(m, x, &data);
-            Ok(Waited { nanos, load: None })
-        })
-    }
-
     /// The bytes of every rank, by rank. Blocks the caller; not for use in a step.
     pub fn all_gather_bytes(&self, bytes: Vec<u8>) -> Result<Vec<Vec<u8>>> {
         let all = self.host_meeting("all_gather_bytes", bytes)?;
@@ -391,7 +372,7 @@ impl Comm {
         (reads, writes): (&[Tensor], &[Tensor]),
         rendezvous: impl FnOnce() -> Rendezvous,
         cost: Cost,
-        job: impl FnOnce(&Comm, &Hub, &Memory) -> Result<Waited> + Send + 'static,
+        job: impl FnOnce(&Comm, &Hub, &mut Here) -> Result<Waited> + Send + 'static,
     ) -> Result<()> {
         if s.runs() {
             self.hub(op)?;
@@ -400,10 +381,12 @@ impl Comm {
         s.meet(|| on.clone());
         s.account(cost);
         let comm = self.clone();
-        s.launch_waiting(op, reads, writes, move |m| {
+        s.launch_waiting(op, reads, writes, move |here| {
             let watched = || {
+                // Who has not what it brings is not there yet.
+                here.ready()?;
                 let _under_way = comm.watch.enter(op, comm.lane, on);
-                comm.hub(op).and_then(|hub| job(&comm, hub, m))
+                comm.hub(op).and_then(|hub| job(&comm, hub, here))
             };
             match catch_unwind(AssertUnwindSafe(watched)) {
                 Ok(Ok(waited)) => waited,
@@ -464,26 +447,6 @@ impl Comm {
             Error::Comm { op, message }
         })
     }
-}
-
-fn copy_out(m: &Memory, x: Tensor) -> Storage {
-    use crate::dtype::DType;
-    match x.dtype {
-        DType::F64 => Storage::F64(m.download(x)),
-        DType::F32 => Storage::F32(m.download(x)),
-        DType::Bf16 => Storage::Bf16(m.download(x)),
-        DType::U32 => Storage::U32(m.download(x)),
-        DType::U8 => Storage::U8(m.download(x)),
-    }
-}
-
-fn copy_in(m: &Memory, x: Tensor, data: &Storage) {
-    use crate::dtype::Element;
-    with_element!(x.dtype, T => {
-        if let Some(data) = T::slice(data) {
-            m.write::<T>(x).copy_from_slice(data);
-        }
-    });
 }
 
 #[cfg(test)]

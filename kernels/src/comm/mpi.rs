@@ -16,7 +16,7 @@ use std::{
     collections::{BTreeMap, VecDeque},
     hash::{DefaultHasher, Hash as _, Hasher as _},
     path::Path,
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::Duration,
 };
 
@@ -28,6 +28,7 @@ use world::{Request, World, bytes};
 
 use super::{
     local::{Call, MAX_MESSAGES},
+    nccl,
     pack::{Brought, Met, Packed},
     watch::{Limits, Watch},
 };
@@ -47,6 +48,8 @@ pub(super) struct Hub {
     inboxes: Vec<Mutex<Inbox>>,
     outbox: Mutex<Vec<Request>>,
     pulse: Mutex<Option<Pulse>>,
+    /// What moves tensors between GPUs, if that is not MPI.
+    nccl: OnceLock<nccl::Engine>,
 }
 
 /// Communicators by lane and group.
@@ -89,6 +92,7 @@ impl Hub {
             inboxes,
             outbox: Mutex::default(),
             pulse: Mutex::default(),
+            nccl: OnceLock::new(),
         }))
     }
 
@@ -97,6 +101,30 @@ impl Hub {
         let pulse = Pulse::start(&self.world, &self.notices, watch, limits)?;
         *self.pulse.lock() = Some(pulse);
         Ok(())
+    }
+
+    /// Sums and gathers on GPUs go this way from here on.
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "there is none"))]
+    pub fn use_nccl(&self, engine: nccl::Engine) {
+        let _already = self.nccl.set(engine);
+    }
+
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "there is none"))]
+    pub fn nccl(&self) -> Option<&nccl::Engine> {
+        self.nccl.get()
+    }
+
+    /// Asks until it is done; ends with an error when a rank is lost.
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "NCCL's"))]
+    pub fn wait_until(&self, is_done: &mut dyn FnMut() -> Result<bool>) -> Result<()> {
+        let mut waiting = Wait::default();
+        let mut wait = || {
+            while !is_done()? {
+                self.pause(&mut waiting)?;
+            }
+            Ok(())
+        };
+        wait().map_err(|error| self.explain(error))
     }
 
     /// Names under which libraries are looked for.
@@ -123,7 +151,8 @@ impl Hub {
 
     /// Where the library fails, the cause may be another process that is gone: waits for what the watchdog makes of it.
     fn explain(&self, error: Error) -> Error {
-        let is_the_librarys = matches!(&error, Error::Comm { op, .. } if op.starts_with("MPI_"));
+        let is_the_librarys =
+            matches!(&error, Error::Comm { op, .. } if op.starts_with("MPI_") || op.starts_with("nccl"));
         let patience = self.pulse.lock().as_ref().filter(|_| is_the_librarys).map_or(Duration::ZERO, Pulse::patience);
         let began = clock::now_nanos();
         while u128::from(clock::now_nanos() - began) < patience.as_nanos() && self.lost().is_none() {
@@ -332,7 +361,14 @@ impl Drop for Hub {
         let mut waiting = Wait::default();
         while self.lost().is_none() && !self.outbox.lock().is_empty() {
             if self.pause(&mut waiting).is_err() {
-                return;
+                break;
+            }
+        }
+        if let Some(engine) = self.nccl.take() {
+            match self.lost() {
+                Some(_) => engine.abort(),
+                // The others wait for this rank to end its communicators too.
+                None => drop(engine.end(self).inspect_err(|error| self.abort(self.rank(), &error.to_string()))),
             }
         }
         drop(self.pulse.lock().take());

@@ -14,6 +14,7 @@ use crate::{
     clock,
     device::Device,
     dtype::{DType, Float},
+    memory::Memory,
     ops::testing::random,
 };
 

@@ -260,7 +260,7 @@ impl Watch {
     }
 
     /// The fault that is meant for this place, if there is one.
-    fn strike(&self, name: &str) {
+    pub(super) fn strike(&self, name: &str) {
         if self.has_faults.load(Ordering::Relaxed) {
             let step = self.state.lock().step;
             self.strike_at(name, step);

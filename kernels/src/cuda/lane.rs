@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, ffi::c_void, sync::Arc};
 
 use cudarc::driver::{
-    CudaStream, result,
+    CudaStream, DriverError, result,
     sys::{
         self, CUtensorMap, CUtensorMapDataType_enum as MapType, CUtensorMapFloatOOBfill_enum as Fill,
         CUtensorMapInterleave_enum as Interleave, CUtensorMapL2promotion_enum as Promotion,
@@ -13,7 +13,7 @@ use cudarc::driver::{
 
 use super::{Gpu, bytes::Pieces, fault::Faults, words};
 use crate::{
-    device::Share,
+    device::{Share, Target},
     dtype::DType,
     error::{Error, Result},
     memory::Memory,
@@ -43,6 +43,8 @@ pub struct Lane {
     maps: BTreeMap<MapKey, AlignedMap>,
     bytes: Pieces,
     faults: Arc<Faults>,
+    /// Blocks that a kernel which takes any grid may have.
+    most_blocks: Option<u32>,
 }
 
 /// What [`ptx::fault`] takes: an address and a number.
@@ -83,8 +85,36 @@ impl Lane {
         let priority = if matches!(share, Share::Only(_)) { -1 } else { 0 };
         let stream = gpu.context.new_stream_with_priority(priority).map_err(gpu.failed("making a stream"))?;
         let faults = Arc::new(Faults::new(gpu, name)?);
-        let (scratch, maps) = (BTreeMap::new(), BTreeMap::new());
-        Ok(Lane { gpu: gpu.clone(), stream, scratch, scratch_version: 0, maps, bytes: Pieces::default(), faults })
+        let (scratch, maps, bytes) = (BTreeMap::new(), BTreeMap::new(), Pieces::default());
+        let most_blocks = Target { share, ..gpu.target() }.most_blocks();
+        Ok(Lane { gpu: gpu.clone(), stream, scratch, scratch_version: 0, maps, bytes, faults, most_blocks })
+    }
+
+    /// The driver's handle, for another library that puts work on the stream.
+    pub(crate) fn handle(&self) -> *mut c_void {
+        self.stream.cu_stream().cast()
+    }
+
+    /// Whether all that was put on the stream is done.
+    pub(crate) fn is_done(&self) -> Result<bool> {
+        self.gpu.bind()?;
+        // SAFETY: the stream is live.
+        match unsafe { sys::cuStreamQuery(self.stream.cu_stream()) } {
+            sys::CUresult::CUDA_SUCCESS => Ok(true),
+            sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            code => Err(self.gpu.failed("running a kernel")(DriverError(code))),
+        }
+    }
+
+    /// Blocks that kernels which take any grid may have, if the stream has so many multiprocessors for itself.
+    pub(crate) fn most_blocks(&self) -> Option<u32> {
+        self.most_blocks
+    }
+
+    /// The launches with no more blocks than the stream's share has.
+    pub(crate) fn within_share(&self, launches: Vec<Launch>) -> Vec<Launch> {
+        let most = self.most_blocks.unwrap_or(u32::MAX);
+        launches.into_iter().map(|launch| launch.of_at_most(most)).collect()
     }
 
     pub(super) fn scratch_version(&self) -> u64 {
@@ -100,7 +130,7 @@ impl Lane {
         self.faults.any()
     }
 
-    pub(super) fn gpu(&self) -> &Arc<Gpu> {
+    pub(crate) fn gpu(&self) -> &Arc<Gpu> {
         &self.gpu
     }
 
@@ -113,7 +143,7 @@ impl Lane {
     }
 
     /// Loads the kernels, grows the scratch and encodes the maps of the launches.
-    pub(super) fn prepare(&mut self, memory: &Memory, task: &Arc<str>, launches: &[Launch]) -> Result<()> {
+    pub(crate) fn prepare(&mut self, memory: &Memory, task: &Arc<str>, launches: &[Launch]) -> Result<()> {
         for launch in launches {
             self.gpu.kernel(&launch.kernel)?;
             launch.args.iter().try_for_each(|arg| self.value(memory, task, arg).map(drop))?;
@@ -187,7 +217,7 @@ impl Lane {
     }
 
     /// Grows as it is asked to; giving back the smaller one waits for what uses it.
-    fn scratch(&mut self, slot: u8, bytes: u64) -> Result<u64> {
+    pub(crate) fn scratch(&mut self, slot: u8, bytes: u64) -> Result<u64> {
         match self.scratch.get(&slot) {
             Some((address, size)) if *size >= bytes => return Ok(*address),
             Some((address, _)) => self.gpu.free(*address),

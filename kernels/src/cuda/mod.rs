@@ -211,6 +211,24 @@ impl Gpu {
         *self.host_ops.lock().entry(op).or_default() += 1;
     }
 
+    /// Makes it the device of the calling thread.
+    pub(crate) fn bind(&self) -> Result<()> {
+        self.context.bind_to_thread().map_err(self.failed("choosing the device"))
+    }
+
+    /// What no other GPU has, nor part of one.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn uuid(&self) -> Result<String> {
+        let failed = self.failed("asking for the UUID");
+        let device = result::device::get(self.info.ordinal as i32).map_err(&failed)?;
+        let mut uuid = sys::CUuuid { bytes: [0; 16] };
+        // SAFETY: the device is open, and the place is of the type.
+        unsafe { sys::cuDeviceGetUuid_v2(&mut uuid, device) }.result().map_err(&failed)?;
+        Ok(uuid.bytes.iter().map(|byte| format!("{:02x}", *byte as u8)).collect())
+    }
+
     fn device(&self) -> String {
         Device::Cuda(self.info.ordinal).to_string()
     }

@@ -6,7 +6,7 @@
 
 use super::{
     Arch, Kernel, adamw, attention, balance, cross_entropy, dequantize, e5m6, elementwise, embedding, fp8_gemm, gate,
-    gemm, gemv, latent, latent_fp8, mla, norm, paged, permute, quantize, rms_norm, rope, sampling, swiglu,
+    gemm, gemv, latent, latent_fp8, mla, norm, paged, permute, quantize, rms_norm, rope, sampling, sum_parts, swiglu,
 };
 
 include!(concat!(env!("OUT_DIR"), "/golden.rs"));
@@ -51,6 +51,7 @@ pub fn variants() -> Vec<Variant> {
         rms_norm::variants(),
         rope::variants(),
         sampling::variants(),
+        sum_parts::variants(),
         swiglu::variants(),
     ]
     .into_iter()

@@ -36,6 +36,7 @@ pub mod quantize;
 pub mod rms_norm;
 pub mod rope;
 pub mod sampling;
+pub mod sum_parts;
 pub mod swiglu;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -203,3 +204,7 @@ pub(crate) const SCRATCH: crate::tensor::BufferId = crate::tensor::BufferId(u32:
 /// Its scratch; kernels number theirs from 0.
 #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "no device"))]
 pub(crate) const SCRATCH_SLOT: u8 = 200;
+
+/// Where a stream has what other ranks sent it, until it is added up.
+#[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "no device"))]
+pub(crate) const NCCL_SLOT: u8 = 201;

@@ -6,7 +6,7 @@ use std::{
     sync::{Arc, mpsc},
 };
 
-use super::{Event, Message, Waited, event::Failure, repeat::Repeats};
+use super::{Event, Here, Message, Waited, event::Failure, repeat::Repeats};
 use crate::{
     cuda::Lane,
     error::{Error, Result},
@@ -63,10 +63,11 @@ impl Worker {
             Message::Record(event) => self.record(&event),
             Message::Wait(event) => self.wait(&event),
             Message::Run { task, op, job } => {
-                if self.is_over() || !self.make_way(op) {
+                if self.is_over() {
                     return;
                 }
-                match catch_unwind(AssertUnwindSafe(|| job(&self.memory))) {
+                let mut here = Here::new(&self.memory, self.lane.as_mut(), op, &task);
+                match catch_unwind(AssertUnwindSafe(|| job(&mut here))) {
                     Ok(waited) => self.waited += waited,
                     Err(panic) => self.fail(&task, panic),
                 }
@@ -84,18 +85,6 @@ impl Worker {
             Ok(launched) => self.note(launched),
             Err(panic) => self.fail(task, panic),
         }
-    }
-
-    /// Before an op runs on the host, the GPU has to be done with what it reads.
-    fn make_way(&mut self, op: &'static str) -> bool {
-        let Some(lane) = &self.lane else { return true };
-        if let Some(gpu) = self.memory.gpu() {
-            gpu.count_host_op(op);
-        }
-        let done = lane.synchronize();
-        let went = done.is_ok();
-        self.note(done);
-        went
     }
 
     fn record(&mut self, event: &Event) {

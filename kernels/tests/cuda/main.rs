@@ -6,6 +6,7 @@
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 mod graphs;
+mod nccl;
 mod ops;
 
 use std::sync::Arc;

@@ -8,7 +8,7 @@ pub enum Device {
     /// This machine's processors.
     #[default]
     Cpu,
-    /// An NVIDIA GPU, by the driver's number; all ranks of the run share it.
+    /// An NVIDIA GPU, by the driver's number: of each process the one that it sees under it. Ranks that are threads share it.
     Cuda(u32),
 }
 

@@ -116,6 +116,10 @@ api! {
         std::ptr::copy_nonoverlapping(text.as_ptr(), name.cast(), n);
         put(name.add(n), 0)
     }
+    started cuDeviceGetUuid_v2(uuid: *mut [u8; 16], ordinal: c_int) |gpu| {
+        device(gpu, ordinal)?;
+        put(uuid, gpu.settings.uuid.to_be_bytes())
+    }
     started cuDeviceTotalMem_v2(bytes: *mut usize, ordinal: c_int) |gpu| {
         device(gpu, ordinal)?;
         put(bytes, gpu.settings.memory_bytes as usize)
@@ -187,7 +191,14 @@ api! {
     within cuStreamCreateWithPriority(stream: *mut u64, flags: c_uint, priority: c_int) |gpu| { put(stream, gpu.new_stream()) }
     waiting cuStreamDestroy_v2(stream: u64) |gpu| { gpu.drop_stream(stream) }
     waiting cuStreamSynchronize(stream: u64) |gpu| { gpu.drain_stream(stream) }
-    within cuStreamQuery(stream: u64) |gpu| { if gpu.queue(stream)?.ops.is_empty() { Ok(()) } else { Err(NOT_READY) } }
+    within cuStreamQuery(stream: u64) |gpu| {
+        if gpu.queue(stream)?.ops.is_empty() {
+            return Ok(());
+        }
+        // Whoever asks again and again comes to the end.
+        gpu.advance()?;
+        Err(NOT_READY)
+    }
     within cuStreamWaitEvent(stream: u64, event: u64, flags: c_uint) |gpu| { gpu.wait(stream, event) }
     within cuEventCreate(event: *mut u64, flags: c_uint) |gpu| { put(event, gpu.new_event(flags & 2 == 0)) }
     within cuEventDestroy_v2(event: u64) |gpu| { gpu.drop_event(event) }

@@ -16,6 +16,7 @@
 //! | `PTXSIM_COMPUTE` | compute capability, as `8.6` | 9.0 |
 //! | `PTXSIM_SMS` | number of multiprocessors | 4 |
 //! | `PTXSIM_MEMORY` | bytes of device memory | 1 GiB |
+//! | `PTXSIM_UUID` | number in the UUID of the device | another in each process |
 //! | `PTXSIM_REFUSE` | a kernel whose name contains this does not load | none |
 //! | `PTXSIM_STATS` | at exit of the process, tell on stderr what ran | no |
 #![expect(unsafe_code, reason = "the entry points are C functions over pointers")]

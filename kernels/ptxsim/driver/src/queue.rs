@@ -107,7 +107,7 @@ impl Gpu {
     }
 
     /// Does one piece of work of a stream that can go on; `false` if none can.
-    fn advance(&mut self) -> Outcome<bool> {
+    pub(crate) fn advance(&mut self) -> Outcome<bool> {
         let ready = |queue: &Queue| match queue.ops.front() {
             None => false,
             Some(Op::Wait(mark)) => mark.get().is_some(),

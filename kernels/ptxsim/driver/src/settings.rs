@@ -12,6 +12,7 @@ pub(crate) struct Settings {
     pub(crate) memory_bytes: u64,
     pub(crate) refuse: Option<String>,
     pub(crate) stats: bool,
+    pub(crate) uuid: u128,
 }
 
 fn number<T: FromStr>(name: &str, default: T) -> T {
@@ -36,6 +37,7 @@ impl Settings {
             num_sms: number("PTXSIM_SMS", 4),
             memory_bytes: number("PTXSIM_MEMORY", 1 << 30),
             refuse: std::env::var("PTXSIM_REFUSE").ok(),
+            uuid: number("PTXSIM_UUID", 0xADA1 << 64 | u128::from(std::process::id())),
             stats: std::env::var_os("PTXSIM_STATS").is_some(),
         }
     }

@@ -12,7 +12,8 @@ pub struct Fault {
     /// The step, from 1 on.
     pub step: u64,
     /// Where: when this kind of task is launched (`attention_forward`), this op between ranks begins (`dispatch`,
-    /// `reduce_scatter_sum`), or this phase (`checkpoint_write`, `checkpoint_vote`). The first time in the step.
+    /// `reduce_scatter_sum`), all are there for an op by NCCL (`nccl`), or in this phase (`checkpoint_write`, `checkpoint_vote`). The
+    /// first time in the step.
     pub at: String,
     /// What happens.
     pub how: How,

@@ -1,0 +1,205 @@
+//! Sums and gathers on GPUs: who sends what to whom, and what a kernel adds.
+//!
+//! A sum is what it is on the other engines: each member gets the others' parts that are its own to add, adds them in the order of ranks
+//! ([`crate::ptx::sum_parts`]), and sends the sum on. Parts wait in a staging buffer of the stream, which has a bound: larger ones come in
+//! rounds. Nothing goes by the host, which puts all of it on the stream and waits for the end.
+
+use std::ops::Range;
+
+use super::{
+    Engine,
+    abi::{Handle, Piece},
+};
+use crate::{
+    comm::{Hub, collectives::Member, mpi},
+    cuda::Lane,
+    dtype::DType,
+    error::Result,
+    memory::Memory,
+    ptx::{
+        Arg, Launch, NCCL_SLOT,
+        sum_parts::{slot_bytes, sum_parts},
+    },
+    stream::Here,
+    tensor::Tensor,
+};
+
+/// An op under way.
+struct Op<'a> {
+    engine: &'a Engine,
+    hub: &'a mpi::Hub,
+    member: &'a Member<'a>,
+    memory: &'a Memory,
+    lane: &'a mut Lane,
+    task: &'a std::sync::Arc<str>,
+    x: Tensor,
+    comm: Handle,
+}
+
+/// One meeting's transfers, and the sum after them.
+struct Round {
+    sends: Vec<Piece>,
+    receives: Vec<Piece>,
+    sum: Vec<Launch>,
+}
+
+/// What is sent and summed in a round: of each member's part, from element to element of x.
+fn rounds(parts: &[Range<usize>], elem_bytes: usize, staging_bytes: usize) -> Vec<Vec<Range<usize>>> {
+    // A multiple of 16 elements, so that parts stay as aligned as they are.
+    let most = (staging_bytes / (parts.len().max(1) * elem_bytes) / 16 * 16).max(16);
+    let longest = parts.iter().map(Range::len).max().unwrap_or(0);
+    let cut =
+        |at: usize| move |part: &Range<usize>| (part.start + at).min(part.end)..(part.start + at + most).min(part.end);
+    (0..longest).step_by(most).map(|at| parts.iter().map(cut(at)).collect()).collect()
+}
+
+/// Runs `body` by NCCL, if it is there for this op; whether it was.
+fn with_nccl(
+    member: &Member<'_>,
+    here: &mut Here<'_>,
+    x: Tensor,
+    body: impl FnOnce(Op<'_>) -> Result<()>,
+) -> Result<bool> {
+    let Hub::Mpi(hub) = member.hub else { return Ok(false) };
+    let Some(engine) = hub.nccl().filter(|_| member.comm.lane == 0 && member.group.len() > 1) else { return Ok(false) };
+    if !matches!(x.dtype, DType::F32 | DType::Bf16 | DType::F64) {
+        return Ok(false);
+    }
+    here.ready()?;
+    let Some((memory, lane, task)) = here.gpu() else { return Ok(false) };
+    let comm = engine.comm(hub, member.group, member.me, lane.most_blocks())?;
+    body(Op { engine, hub, member, memory, lane, task, x, comm })?;
+    Ok(true)
+}
+
+/// Assigns x the sum of all members' x, each of which is sent to all. Whether it was done.
+pub fn all_reduce_at_once(member: &Member<'_>, here: &mut Here<'_>, x: Tensor, what: String) -> Result<bool> {
+    with_nccl(member, here, x, |op| {
+        let whole = 0..x.len();
+        op.sum(&vec![whole; member.group.len()], &what)
+    })
+}
+
+/// Assigns part `me` of x the sum of all members'. Whether it was done.
+pub fn reduce_scatter(
+    member: &Member<'_>,
+    here: &mut Here<'_>,
+    x: Tensor,
+    parts: &[Range<usize>],
+    what: String,
+) -> Result<bool> {
+    with_nccl(member, here, x, |op| op.sum(parts, &what))
+}
+
+/// Assigns each part of x what its member has there. Without a `what` members have just met. Whether it was done.
+pub fn gather(
+    member: &Member<'_>,
+    here: &mut Here<'_>,
+    x: Tensor,
+    parts: &[Range<usize>],
+    what: Option<String>,
+) -> Result<bool> {
+    with_nccl(member, here, x, |mut op| {
+        let address = |part: &Range<usize>| op.at(part.start);
+        let bytes = |part: &Range<usize>| part.len() * x.dtype.size_bytes();
+        let mine = &parts[member.me];
+        let (at_mine, mut sends, mut receives) = (address(mine)?, Vec::new(), Vec::new());
+        for (i, part) in parts.iter().enumerate().filter(|(i, _)| *i != member.me) {
+            sends.push(Piece { member: i, address: at_mine, bytes: bytes(mine) });
+            receives.push(Piece { member: i, address: address(part)?, bytes: bytes(part) });
+        }
+        op.run(vec![Round { sends, receives, sum: vec![] }], what)
+    })
+}
+
+impl Op<'_> {
+    /// Address of an element of x.
+    fn at(&self, element: usize) -> Result<u64> {
+        Ok(self.memory.address(self.x)? + (element * self.x.dtype.size_bytes()) as u64)
+    }
+
+    /// In each round, sends every other its part and adds up the own.
+    fn sum(mut self, parts: &[Range<usize>], what: &str) -> Result<()> {
+        let staging_bytes = self.engine.staging_bytes;
+        let rounds = rounds(parts, self.x.dtype.size_bytes(), staging_bytes);
+        let (x, me, n) = (self.x, self.member.me, self.member.group.len());
+        let slot = |parts: &[Range<usize>]| slot_bytes(x.dtype, parts[me].len());
+        let most = rounds.iter().map(|parts| n * slot(parts)).max().unwrap_or(0);
+        let staging = self.lane.scratch(NCCL_SLOT, most as u64)?;
+        let mut all = Vec::with_capacity(rounds.len());
+        for parts in &rounds {
+            let (mut sends, mut receives) = (Vec::new(), Vec::new());
+            for (i, part) in parts.iter().enumerate().filter(|(i, _)| *i != me) {
+                let bytes = |part: &Range<usize>| part.len() * x.dtype.size_bytes();
+                sends.push(Piece { member: i, address: self.at(part.start)?, bytes: bytes(part) });
+                let address = staging + (i * slot(parts)) as u64;
+                receives.push(Piece { member: i, address, bytes: bytes(&parts[me]) });
+            }
+            let mine = x.slice(parts[me].start, parts[me].len());
+            let sum = self.lane.within_share(sum_parts(Arg::U64(staging), mine, n, me));
+            all.push(Round { sends, receives, sum });
+        }
+        self.run(all, Some(format!("{what}, {staging_bytes} bytes at a time")))
+    }
+
+    /// Meets the others, unless that was just so, and puts it all on the stream; returns when it is done.
+    fn run(&mut self, rounds: Vec<Round>, what: Option<String>) -> Result<()> {
+        // Whatever the driver may wait for the device in comes before the others wait for this rank.
+        for round in &rounds {
+            self.lane.prepare(self.memory, self.task, &round.sum)?;
+        }
+        if let Some(what) = what {
+            self.member.meet(format!("{what} by NCCL"), Vec::<u8>::new())?;
+        }
+        self.member.comm.watch.strike("nccl");
+        for Round { sends, receives, sum } in rounds {
+            let [sends, receives] =
+                [sends, receives].map(|pieces| pieces.into_iter().filter(|piece| piece.bytes > 0).collect::<Vec<_>>());
+            if !sends.is_empty() || !receives.is_empty() {
+                self.transfer(&sends, &receives)?;
+            }
+            let mut handed = vec![0; self.member.group.len()];
+            sends.iter().for_each(|piece| handed[piece.member] += piece.bytes as u64);
+            self.member.hand_over(handed.into_iter());
+            self.lane.launch(self.memory, self.task, &sum)?;
+        }
+        let (functions, comm, lane) = (&self.engine.functions, self.comm, &*self.lane);
+        self.engine.until(self.hub, || Ok(functions.is_settled(comm)? && lane.is_done()?))
+    }
+
+    /// Puts a group on the stream.
+    fn transfer(&self, sends: &[Piece], receives: &[Piece]) -> Result<()> {
+        let (functions, comm) = (&self.engine.functions, self.comm);
+        // SAFETY: the pieces are of x and of the stream's scratch, which stay until the stream is done; what follows waits for that.
+        let put = unsafe { functions.exchange(comm, sends, receives, self.lane.handle()) };
+        put.inspect_err(|_| self.engine.abort())?;
+        // Nothing may be put on the stream before the library has: until then it does so from a thread of its own.
+        self.engine.until(self.hub, || functions.is_settled(comm))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rounds_have_every_element_once_and_no_more_than_there_is_room_for() {
+        for (parts, staging) in [
+            (vec![0..1000, 1000..1001, 1001..1001, 1100..1500], 4 * 4 * 64),
+            (vec![0..7, 7..20], 1),
+            (vec![0..5000, 0..5000], 1 << 20),
+            (vec![3..3, 3..3], 1 << 20),
+        ] {
+            let rounds = rounds(&parts, 4, staging);
+            for (i, part) in parts.iter().enumerate() {
+                let of_part: Vec<usize> = rounds.iter().flat_map(|round| round[i].clone()).collect();
+                assert_eq!(of_part, part.clone().collect::<Vec<_>>(), "part {i} of {parts:?}");
+            }
+            let most = rounds.iter().flatten().map(|part| part.len()).max().unwrap_or(0);
+            assert!(
+                4 * parts.len() * most <= staging.max(4 * parts.len() * 16),
+                "{most} elements at a time of {parts:?}"
+            );
+        }
+    }
+}
