@@ -303,7 +303,14 @@ fn runs_that_go_wrong_say_where_and_exit_as_documented() {
 fn a_run_is_neither_written_to_twice_nor_begun_anew_unasked() {
     let dir = tempfile::tempdir().expect("a folder");
     let run = dir.path().join("runs/tiny");
-    let quick = ["checkpoint.every_steps=2", "eval=None", "sample=None", "schedule=Constant(lr: 1e-3)"];
+    let quick = [
+        "checkpoint.every_steps=2",
+        "eval=None",
+        "sample=None",
+        "schedule=Constant(lr: 1e-3)",
+        "routing.bias_warm_down_steps=0",
+    ];
+    let quick = [&quick[..], &["telemetry.trace_steps=None"]].concat();
     let resume = |more: &[&str]| {
         let mut args = run_args(dir.path(), &[&quick[..], more].concat());
         args.push("--resume".into());
