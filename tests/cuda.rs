@@ -43,7 +43,9 @@ fn train(folder: &Path, name: &str, sets: &[&str], settings: &[(&str, &str)]) ->
     .chain(sets.iter().copied())
     .map(|set| format!("--set={set}"))
     .collect::<Vec<_>>();
-    let args: Vec<&str> = ["run", "scenes/tiny.ron"].into_iter().chain(sets.iter().map(String::as_str)).collect();
+    let report = folder.join(format!("{name}.json"));
+    let args = ["run", "scenes/tiny.ron", "--json", report.to_str().expect("UTF-8")];
+    let args: Vec<&str> = args.into_iter().chain(sets.iter().map(String::as_str)).collect();
     let (code, stdout, stderr) = hadal(folder, &args, settings);
     (code, stdout + &stderr)
 }
@@ -315,4 +317,101 @@ fn bench_overlap_runs_a_layer_beside_copies_on_their_own_multiprocessors() {
     let expected =
         "expected fewer multiprocessors for communication than its 4, found 4; use `--comm-sms 0`, or leave it out";
     assert!(stderr.contains(expected), "{stderr}");
+}
+
+/// Joules that the stand-in's counter grows by with each reading: a step has two, so that each takes as much.
+const JOULES: f64 = 5.0;
+const JOULES_PER_KWH: f64 = 3.6e6;
+
+/// How a run on the stand-in ended, what it said, its steps, and its report.
+struct Ran {
+    code: i32,
+    output: String,
+    steps: Vec<Value>,
+    report: Value,
+}
+
+fn run_on_gpu(folder: &Path, name: &str, sets: &[&str], settings: &[(&str, &str)]) -> Ran {
+    let (code, output) = train(folder, name, &[&["device=Cuda(0)"], sets].concat(), settings);
+    let read = |path: &Path| fs::read_to_string(path).unwrap_or_default();
+    let log = read(&folder.join("runs").join(name).join("log.jsonl"));
+    let lines = log.lines().map(|line| serde_json::from_str::<Value>(line).expect("JSON"));
+    let steps = lines.filter(|line| line.get("lr").is_some()).collect();
+    let report = serde_json::from_str(&read(&folder.join(format!("{name}.json")))).unwrap_or_default();
+    Ran { code, output, steps, report }
+}
+
+fn number(line: &Value, key: &str) -> f64 {
+    line[key].as_f64().unwrap_or_else(|| panic!("no `{key}` in {line}"))
+}
+
+fn is_near(found: f64, expected: f64) -> bool {
+    (found / expected - 1.0).abs() < 1e-9
+}
+
+/// The stand-in for NVML has another GPU too, in front of this one, that takes very much.
+#[test]
+fn energy_is_measured_where_nvml_is_and_the_budget_is_of_what_was_measured() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let on = |name: &str, sets: &[&str], settings: &[(&str, &str)]| run_on_gpu(folder.path(), name, sets, settings);
+    let counter = ("PTXSIM_MILLIJOULES", "5000");
+
+    // Without the library nothing is measured, and energy is known of described hardware only.
+    let without = on("without", &[], &[counter]);
+    assert_eq!((without.code, without.steps.len()), (0, 5), "{}", without.output);
+    let has_energy = |line: &Value| ["power_watts", "energy_kwh"].iter().any(|key| !line[key].is_null());
+    assert!(!without.steps.iter().any(has_energy) && without.report["energy_source"].is_null(), "{}", without.report);
+    let hardware = "plan=(hardware: \"scenes/hardware/h100.ron\")";
+    let modelled = on("modelled", &[hardware], &[counter]);
+    assert_eq!(modelled.report["energy_source"], "hardware_watts", "{}", modelled.output);
+    assert!(modelled.output.contains("energy is modelled: the watts of `plan.hardware`"), "{}", modelled.output);
+    // Three steps and a half by the counter, a part of a step by the watts.
+    let budget = format!("budget=(energy_kwh: {:e})", 3.5 * JOULES / JOULES_PER_KWH);
+    let unknown = on("unknown", &[&budget], &[counter]);
+    assert_eq!(unknown.code, 2, "{}", unknown.output);
+    assert!(unknown.output.contains("needs `plan.hardware` with its watts"), "{}", unknown.output);
+    let (_, stdout, _) = hadal(folder.path(), &["doctor"], &[]);
+    let line = stdout.lines().find(|line| line.trim_start().starts_with("power")).expect("a line").to_owned();
+    assert!(line.contains("not measured: libnvidia-ml.so.1") || line.contains("by NVML"), "{line}");
+
+    ptxsim_driver::install_nvml(&folder.path().join("driver")).expect("the stand-in is built");
+    let (_, stdout, _) = hadal(folder.path(), &["doctor"], &[]);
+    assert!(stdout.contains("of GPUs is measured, by NVML 12.550.ptxsim"), "{stdout}");
+    let with = on("with", &[hardware], &[counter]);
+    assert_eq!((with.code, with.steps.len()), (0, 5), "{}", with.output);
+    let said = "power of GPU-00000000-0000-0000-0000-00000000003b is measured: the energy counters of NVML";
+    assert_eq!(with.output.matches(said).count(), 1, "{}", with.output);
+    for (i, step) in (1..).zip(&with.steps) {
+        let joules = number(step, "power_watts") * number(step, "step_secs");
+        let so_far = number(step, "energy_kwh") * JOULES_PER_KWH;
+        assert!(is_near(joules, JOULES) && is_near(so_far, f64::from(i) * JOULES), "step {i}: {joules} J, {so_far} J");
+    }
+    assert_eq!(with.report["energy_source"], "nvml_energy_counter");
+    assert!(is_near(number(&with.report, "energy_kwh"), 5.0 * JOULES / JOULES_PER_KWH), "{}", with.report);
+    assert!(with.output.contains("25.0 J, measured: the energy counters of NVML"), "{}", with.output);
+    assert_eq!(figures(folder.path(), "with"), figures(folder.path(), "without"), "no number is another");
+    let spent = on("spent", &[hardware, &budget, "checkpoint=(every_steps: 100)"], &[counter]);
+    assert_eq!((spent.code, spent.steps.len()), (6, 4), "the fourth step is the first past it: {}", spent.output);
+    assert!(folder.path().join("runs/spent/checkpoints/step-0000004").is_dir());
+}
+
+#[test]
+fn power_of_the_moment_is_what_there_is_without_a_counter_and_a_shared_gpu_is_counted_once() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let driver = folder.path().join("driver");
+    fs::create_dir_all(&driver).expect("a folder");
+    ptxsim_driver::install_nvml(&driver).expect("the stand-in is built");
+    let sets = ["mesh.dp=2", "batch.num_microbatches=2"];
+    let ran = run_on_gpu(folder.path(), "shared", &sets, &[("PTXSIM_MILLIWATTS", "300000")]);
+    assert_eq!((ran.code, ran.steps.len()), (0, 5), "{}", ran.output);
+    for step in &ran.steps {
+        assert!(["power_watts", "power_watts/rank0", "power_watts/rank1"].iter().all(|key| number(step, key) == 300.0));
+    }
+    let secs: f64 = ran.steps.iter().map(|step| number(step, "step_secs")).sum();
+    assert!(is_near(number(&ran.report, "energy_kwh"), 300.0 * secs / JOULES_PER_KWH), "{}", ran.report);
+    assert_eq!(ran.report["energy_source"], "nvml_power");
+    // A GPU that can tell neither is as none.
+    let ran = run_on_gpu(folder.path(), "neither", &[], &[]);
+    assert_eq!((ran.code, ran.report["energy_source"].is_null()), (0, true), "{}", ran.output);
+    assert!(ran.steps.iter().all(|step| step["power_watts"].is_null()), "{:?}", ran.steps);
 }

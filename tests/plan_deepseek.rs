@@ -81,11 +81,11 @@ fn skewed_routing_costs_time_and_has_a_cause() {
 #[test]
 fn ranks_that_do_not_divide_the_experts_are_planned_by_the_fullest() {
     let on = |ep: u32| {
-        let sets = [format!("mesh=(ep: {ep})"), format!("batch.num_microbatches={}", 4 * ep)];
+        let (mesh, microbatches) = (format!("mesh=(ep: {ep})"), format!("batch.num_microbatches={}", 4 * ep));
         let args = ["scenes/quickstart.ron", "--hardware", "scenes/hardware/h100.ron"];
-        let sets = sets.iter().chain([&"batch.ramp=[]".to_owned(), &"precision.compute=Bf16".to_owned()]).cloned();
-        let sets: Vec<String> = sets.flat_map(|set| ["--set".to_owned(), set]).collect();
-        let (code, plan, stderr) = plan(&args.into_iter().chain(sets.iter().map(String::as_str)).collect::<Vec<_>>());
+        let sets = [mesh.as_str(), &microbatches, "batch.ramp=[]", "precision.compute=Bf16"];
+        let (code, plan, stderr) =
+            plan(&args.into_iter().chain(sets.into_iter().flat_map(|set| ["--set", set])).collect::<Vec<_>>());
         assert_eq!(code, 0, "ep {ep}: {stderr}");
         plan
     };

@@ -115,7 +115,7 @@ fn a_run_is_interrupted_resumed_read_and_measured() {
 }
 
 /// A run that goes on, and what sends it signals; returned when its log has as many steps.
-fn under_way(dir: &Path, sets: &[&str], num_steps: usize) -> (Child, impl Fn(Signal)) {
+fn under_way(dir: &Path, sets: &[&str], num_steps: usize) -> (Child, impl Fn(Signal) + use<>) {
     let args = run_args(dir, sets);
     let mut command = hadal(&strs(&args));
     let child = command.stderr(Stdio::null()).stdout(Stdio::null()).spawn().expect("the program starts");
@@ -207,7 +207,8 @@ fn bytes_on_links_are_those_predicted_where_ranks_have_other_numbers_of_experts(
         let sets = [
             mesh.as_str(),
             &microbatches,
-            "train.steps=2",
+            "train.steps=5",
+            "telemetry.trace_steps=None",
             "schedule=Constant(lr: 3e-3)",
             "model.num_experts_per_tok=8",
             "model.topk_group=4",

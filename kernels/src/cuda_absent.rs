@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use crate::{
-    device::{Device, Share, Target},
+    device::{Device, PowerReading, Share, Target},
     error::{Error, Result},
     memory::Memory,
     ptx::{Item, Launch},
@@ -20,6 +20,9 @@ pub enum Lane {}
 /// A moment in a lane: there is none.
 pub enum Mark {}
 
+/// What reads what a GPU draws: there is none.
+pub enum PowerMeter {}
+
 /// Recorded launches: there are none.
 pub enum Graph {}
 
@@ -30,6 +33,14 @@ fn absent(ordinal: u32) -> Error {
         found: "one without it".into(),
         advice: "build with default features, or use the device `cpu`".into(),
     }
+}
+
+/// Version of NVML.
+///
+/// # Errors
+/// Always: the build has no support for it.
+pub fn nvml_version() -> Result<String, String> {
+    Err("a build without the feature `cuda`".into())
 }
 
 /// The GPUs of this machine.
@@ -65,6 +76,9 @@ impl Gpu {
     pub fn memory_bytes(&self) -> Result<(u64, u64)> {
         match *self {}
     }
+    pub fn power_meter(&self) -> Result<PowerMeter, String> {
+        match *self {}
+    }
     pub(crate) fn count_host_op(&self, _op: &'static str) {
         match *self {}
     }
@@ -78,6 +92,19 @@ impl Gpu {
         match *self {}
     }
     pub(crate) fn download(&self, _address: u64, _bytes: &mut [u8]) -> Result<()> {
+        match *self {}
+    }
+}
+
+#[expect(missing_docs, reason = "none of it can be called")]
+impl PowerMeter {
+    pub fn gpu(&self) -> &str {
+        match *self {}
+    }
+    pub fn counts_energy(&self) -> bool {
+        match *self {}
+    }
+    pub fn read(&self) -> Option<PowerReading> {
         match *self {}
     }
 }

@@ -104,6 +104,15 @@ pub struct GpuInfo {
     pub problem: Option<Error>,
 }
 
+/// What a meter of a GPU's power shows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PowerReading {
+    /// Energy since some moment in the past.
+    Millijoules(u64),
+    /// What is drawn now, or was on average in the last second.
+    Milliwatts(u32),
+}
+
 impl Target {
     /// Whether the device runs kernels of `arch`.
     pub fn runs(&self, arch: Arch) -> bool {

@@ -42,6 +42,10 @@ struct Report {
     nccl: Option<String>,
     /// Why there is none, if there is none.
     nccl_problem: Option<String>,
+    /// Version of the library that tells what GPUs draw.
+    nvml: Option<String>,
+    /// Why it is not there, if it is not.
+    nvml_problem: Option<String>,
     runs_dir: PathBuf,
     runs_dir_writable: bool,
     disk_free_bytes: Option<u64>,
@@ -110,6 +114,7 @@ fn look() -> Report {
         Err(e) => (Vec::new(), Some(e.to_string())),
     };
     let nccl = Nccl::said(&|name| env::var(name).ok()).find();
+    let nvml = cuda::nvml_version();
     Report {
         version: env!("CARGO_PKG_VERSION"),
         os: env::consts::OS,
@@ -125,6 +130,8 @@ fn look() -> Report {
         nvidia_driver: machine::nvidia_driver(),
         nccl_problem: nccl.as_ref().err().cloned(),
         nccl: nccl.ok(),
+        nvml: nvml.as_ref().ok().cloned(),
+        nvml_problem: nvml.err(),
         disk_free_bytes: machine::disk_free_bytes(folder).ok(),
         runs_dir_writable: writable.is_ok(),
         runs_dir,
@@ -167,6 +174,10 @@ fn table(report: &Report) -> String {
     let gpus: Vec<String> = report.gpus.iter().map(shown).chain(none).collect();
     let none = || format!("MPI, by the host: {}", report.nccl_problem.as_deref().unwrap_or_default());
     let nccl = report.nccl.clone().unwrap_or_else(none);
+    let power = match (&report.nvml, &report.nvml_problem) {
+        (Some(version), _) => format!("of GPUs is measured, by NVML {version}"),
+        (None, problem) => format!("not measured: {}", problem.as_deref().unwrap_or("no NVML")),
+    };
     let writable = if report.runs_dir_writable { "can be written" } else { "cannot be written" };
     let mut table = Table::default();
     table
@@ -177,6 +188,7 @@ fn table(report: &Report) -> String {
         .row("memory", memory)
         .row("GPU", gpus.join("\n"))
         .row("between GPUs", nccl)
+        .row("power", power)
         .row("runs", format!("{}, {writable}", report.runs_dir.display()))
         .row("disk", report.disk_free_bytes.map_or_else(unknown, |free| format!("{} free", units::bytes(free))));
     for problem in &report.problems {

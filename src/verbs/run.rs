@@ -32,7 +32,7 @@ use crate::{
 /// # Errors
 /// If the scene is not valid, an earlier run is in the way, or the run fails.
 pub fn run(args: &RunArgs, output: &Output) -> Result<ExitCode, Failure> {
-    let checked = load::scene(&args.scene, &args.overrides.set, &["model", "data", "train"]);
+    let checked = load::scene(&args.scene, &args.overrides.set, &["model", "data", "train"]).map_err(Failure::from);
     // Others wait for a process whether or not it can run.
     let (ranks_per_node, max_secs) = match &checked {
         Ok(checked) => (checked.loaded.scene.mesh.ranks_per_node, checked.loaded.scene.watchdog.first_step_secs),
@@ -159,6 +159,11 @@ pub(super) fn make_room(run_dir: &Path, fresh: bool) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Energy in watt-hours; what is next to none, in joules.
+fn energy(kwh: f64) -> String {
+    if kwh < 1e-3 { format!("{:.1} J", kwh * 3.6e6) } else { units::metric(kwh * 1e3, "Wh") }
+}
+
 fn summary(name: &str, has_experts: bool, report: &RunReport) -> String {
     let mut table = Table::default();
     let val_loss = report.val_loss_nats_per_token;
@@ -186,6 +191,13 @@ fn summary(name: &str, has_experts: bool, report: &RunReport) -> String {
         )
         .row("idle", format!("{:.1}% of step time had no stream busy", 100.0 * report.overhead_share))
         .row("memory", format!("{} of tensors at most", units::bytes(report.peak_tensor_bytes)))
+        .maybe(
+            "energy",
+            report
+                .energy_kwh
+                .zip(report.energy_source)
+                .map(|(kwh, source)| format!("{}, {}", energy(kwh), source.words())),
+        )
         .maybe("traffic", report.traffic.as_ref().map(traffic))
         .row("run folder", report.run_dir.display().to_string())
         .maybe("checkpoint", report.checkpoint_dir.as_ref().map(|dir| dir.display().to_string()))

@@ -30,7 +30,7 @@ pub fn status(args: &StatusArgs, output: &Output) -> Result<ExitCode, Failure> {
     let failed = |why: &str| failed(args, (clock::now_nanos() - began) / 1_000_000_000, why);
     let asked = [client.call("run.status", Value::Null), client.call("run.last", Value::Null)];
     let mut answers = [None, None];
-    let mut lost = None;
+    let mut lost: Option<String> = None;
     // A request waits for the step at hand.
     let mut num_ticks = u64::from(args.timeout_secs) * 1000 / TICK.as_millis() as u64;
     while answers.iter().any(Option::is_none) && num_ticks > 0 {
@@ -94,6 +94,7 @@ fn screen(status: &Value, last: &Value) -> String {
                 .map(|(rank, times)| format!("rank {rank:.0}, {times:.2} times the median's work")),
         )
         .maybe("cost", with("cost_usd", &|x| format!("{x:.2} $")))
+        .maybe("power", with("power_watts", &|x| format!("{x:.0} W, measured")))
         .maybe("energy", with("energy_kwh", &|x| format!("{x:.3} kWh")))
         .maybe("budget", with("budget_share", &|x| format!("{:.0}% spent", 100.0 * x)));
     table.render(status["name"].as_str().unwrap_or("a run"))

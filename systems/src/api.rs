@@ -12,8 +12,8 @@ use kernels::comm::Comm;
 use serde::Serialize;
 
 use crate::{
-    evaluate::EvaluationResult, measure::Comparison, rounding::RoundingReport, scene::Loaded, traffic::Traffic,
-    weights::WeightsReport,
+    evaluate::EvaluationResult, measure::Comparison, power::EnergySource, rounding::RoundingReport, scene::Loaded,
+    traffic::Traffic, weights::WeightsReport,
 };
 
 /// Where a run tells what it does. All calls come from the run's thread, between steps.
@@ -137,6 +137,10 @@ pub struct RunReport {
     pub traffic: Option<Traffic>,
     /// What rounding to 8 bits lost in the last step that was watched.
     pub fp8_rounding: Option<RoundingReport>,
+    /// Energy, over all sessions of the run, of all ranks.
+    pub energy_kwh: Option<f64>,
+    /// Whether it was measured, and how, or is modelled.
+    pub energy_source: Option<EnergySource>,
     /// Most bytes of tensors live at once, on the rank of most.
     pub peak_tensor_bytes: u64,
     /// Text generated at the end.

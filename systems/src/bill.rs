@@ -1,5 +1,6 @@
 //! What a run makes of its hardware, what that has cost so far, and when its budget is spent: beside the loss, step by step. What the
-//! scene's hardware (`plan.hardware`) gives no price or no watts for is not on the bill.
+//! scene's hardware (`plan.hardware`) gives no price or no watts for is not on the bill. Energy that GPUs measure ([`crate::power`]) takes
+//! the place of what is modelled from watts.
 
 use bevy_app::prelude::*;
 use bevy_ecs::prelude::*;
@@ -9,12 +10,15 @@ use crate::{
     api::Spent,
     model_config::ModelConfig,
     plan::model,
+    power::{EnergySource, Power, Total},
     problem::Problem,
     ranks::Ranks,
     scene::{Budget, Loaded, SceneErrors, hardware},
     session::format_of,
     train::Training,
 };
+
+const JOULES_PER_KWH: f64 = 3.6e6;
 
 /// The hardware of a run, and how its time was used.
 #[derive(Resource)]
@@ -29,16 +33,29 @@ struct Bill {
     /// Of this session, a mean over ranks.
     busy_secs: f64,
     idle_secs: f64,
+    measured: Measured,
+    /// Of all sessions, and what it was taken from.
+    energy: Option<(f64, EnergySource)>,
 }
 
-/// Keeps the bill of a scene that names its hardware or has a budget.
+/// Energy of the steps of this session that was measured, of all GPUs.
+#[derive(Default)]
+struct Measured {
+    joules: f64,
+    secs: f64,
+    /// The least exact of the steps.
+    source: Option<EnergySource>,
+}
+
+/// Keeps the bill of a scene that names its hardware, has a budget, or whose GPUs measure what they draw.
 ///
 /// # Errors
 /// If the description of the hardware is wrong, or does not give what the budget is in.
 pub(crate) fn keep(app: &mut App, loaded: &Loaded, config: &ModelConfig) -> Result<(), Box<SceneErrors>> {
     let scene = &loaded.scene;
     let path = scene.plan.as_ref().and_then(|plan| plan.hardware.as_ref());
-    if path.is_none() && scene.budget.is_none() {
+    let is_measured = app.world().contains_resource::<Power>();
+    if path.is_none() && scene.budget.is_none() && !is_measured {
         return Ok(());
     }
     let device = path.map(|path| hardware::load(&path.0, &[])).transpose().map_err(Box::new)?;
@@ -52,6 +69,8 @@ pub(crate) fn keep(app: &mut App, loaded: &Loaded, config: &ModelConfig) -> Resu
         max_train_secs: scene.train.as_ref().and_then(|train| train.max_train_secs),
         busy_secs: 0.0,
         idle_secs: 0.0,
+        measured: Measured::default(),
+        energy: None,
         budget,
         device,
     };
@@ -63,7 +82,7 @@ pub(crate) fn keep(app: &mut App, loaded: &Loaded, config: &ModelConfig) -> Resu
         }
     };
     needs("budget.cost_usd", bill.budget.cost_usd, bill.usd(1.0).is_some(), "`price_per_hour`");
-    needs("budget.energy_kwh", bill.budget.energy_kwh, bill.kwh(1.0, 0.0).is_some(), "its watts");
+    needs("budget.energy_kwh", bill.budget.energy_kwh, is_measured || bill.kwh(1.0, 0.0).is_some(), "its watts");
     if !problems.is_empty() {
         return Err(Box::new(loaded.errors(&problems)));
     }
@@ -77,24 +96,59 @@ impl Bill {
         Some(self.device.as_ref()?.price(secs).ok()? * self.num_ranks)
     }
 
-    /// Kilowatt-hours of the same, of which devices were idle for a share.
+    fn energy_source(&self) -> EnergySource {
+        self.measured.source.unwrap_or(EnergySource::HardwareWatts)
+    }
+
+    /// Kilowatt-hours of so many seconds of the whole run: as they were measured on average, or else by the watts of devices that were
+    /// idle for a share.
     fn kwh(&self, secs: f64, idle_share: f64) -> Option<f64> {
+        if self.measured.secs > 0.0 {
+            return Some(self.measured.joules / self.measured.secs * secs / JOULES_PER_KWH);
+        }
         let device = self.device.as_ref()?;
         Some(device.energy_kwh(secs * (1.0 - idle_share), secs * idle_share).ok()? * self.num_ranks)
     }
 }
 
+/// Energy of the run so far in kWh, and what it was taken from, if it is known.
+pub(crate) fn energy(world: &World) -> Option<(f64, EnergySource)> {
+    world.get_resource::<Bill>()?.energy
+}
+
+/// That energy is modelled, where it is.
+pub(crate) fn says(world: &World) -> Option<String> {
+    let is_modelled = !world.contains_resource::<Power>() && world.get_resource::<Bill>()?.kwh(1.0, 0.0).is_some();
+    is_modelled.then(|| format!("energy is {}", EnergySource::HardwareWatts.words()))
+}
+
+/// A step, as all ranks were told of it.
+pub(crate) struct Charge {
+    pub step_secs: f64,
+    /// A mean over ranks.
+    pub idle_share: f64,
+    pub tokens_per_sec: f64,
+    /// Energy, if it was measured on all ranks.
+    pub measured: Option<Total>,
+}
+
 /// Puts a step on the bill, which is after this `train_secs`; how much of the budget is spent, of the part that is nearest its end.
 /// Ranks that are told the same come to the same.
-pub(crate) fn charge(world: &mut World, step_secs: f64, idle_share: f64, tokens_per_sec: f64) -> Option<Spent> {
+pub(crate) fn charge(world: &mut World, step: Charge) -> Option<Spent> {
+    let Charge { step_secs, idle_share, tokens_per_sec, measured } = step;
     let train_secs = world.resource::<Training>().train_secs;
     let mut bill = world.get_resource_mut::<Bill>()?;
     bill.busy_secs += step_secs * (1.0 - idle_share);
     bill.idle_secs += step_secs * idle_share;
-    let bill = world.resource::<Bill>();
+    if let Some(Total { joules, source }) = measured {
+        bill.measured.joules += joules;
+        bill.measured.secs += step_secs;
+        bill.measured.source = bill.measured.source.max(Some(source));
+    }
     // Sessions before this one are taken to have been as busy.
     let idle_share = bill.idle_secs / (bill.busy_secs + bill.idle_secs).max(1e-9);
     let (usd, kwh) = (bill.usd(train_secs), bill.kwh(train_secs, idle_share));
+    bill.energy = kwh.map(|kwh| (kwh, bill.energy_source()));
     let limit = |limit: Option<f64>, of_time: Option<f64>| match (limit, of_time) {
         (Some(limit), Some(of_time)) => Some(limit.min(of_time)),
         (limit, of_time) => limit.or(of_time),

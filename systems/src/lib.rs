@@ -35,6 +35,7 @@ pub mod params;
 pub mod pipeline;
 pub mod placement;
 pub mod plan;
+pub mod power;
 pub mod probe;
 pub mod problem;
 pub mod ranks;

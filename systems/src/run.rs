@@ -34,6 +34,7 @@ use crate::{
     model_config::ModelConfig,
     observe,
     params::{num_activated_params, num_params},
+    power,
     ranks::Ranks,
     remote,
     replicas::ReplicasPlugin,
@@ -214,7 +215,9 @@ fn run_rank(request: &RunRequest, setup: RankSetup) -> Result<(Ran, ExitReason),
             }
         }
     }
+    power::watch(&mut app).iter().for_each(|said| progress.note(said));
     bill::keep(&mut app, loaded, &prepared.config).map_err(SessionError::input)?;
+    bill::says(app.world()).iter().for_each(|said| progress.note(said));
     let scene_text = loaded.to_ron().map_err(SessionError::runtime)?;
     let mut log = None;
     if ranks.is_first() {
@@ -436,6 +439,7 @@ fn report(app: &App, config: &ModelConfig, reason: ExitReason) -> RunReport {
     let world = app.world();
     let (training, run) = (world.resource::<Training>(), world.resource::<RunDir>());
     let without_mtp = config.without_mtp();
+    let (energy_kwh, energy_source) = bill::energy(world).unzip();
     let text = world.get_resource::<Generation>().map(|generation| generation.answer().text);
     RunReport {
         num_params: num_params(config),
@@ -453,6 +457,8 @@ fn report(app: &App, config: &ModelConfig, reason: ExitReason) -> RunReport {
         idle: None,
         traffic: None,
         fp8_rounding: world.get_resource::<Rounding>().and_then(|rounding| rounding.last.clone()),
+        energy_kwh,
+        energy_source,
         peak_tensor_bytes: world.resource::<Tensors>().memory().peak_bytes(),
         sample: text.filter(|text| !text.is_empty()),
         run_dir: run.dir.clone(),

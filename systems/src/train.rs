@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     api::StepReport,
-    bill,
+    bill::{self, Charge},
     data::cursor::Loader,
     diloco::{self, Diloco},
     expert::{ExpertKey, ExpertLoad},
@@ -27,6 +27,7 @@ use crate::{
     observe::{Figures, PlannedBytes, Sent},
     optimizer::{self, OptimizerState, UpdateScalars},
     pipeline::stage::Stages,
+    power::{self, Drawn, Power},
     ranks::Ranks,
     rounding::{Counters, RankCounts, Rounding},
     routing::{self, ExpertCounts, RoutingState},
@@ -157,9 +158,10 @@ pub(crate) fn admit(
     tensors: Res<Tensors>,
     (model, ranks): (Res<Model>, Res<Ranks>),
     (mut scale, mut scalars, mut routing): (ResMut<LossScale>, ResMut<UpdateScalars>, ResMut<RoutingState>),
-    (live, diloco): (Res<Live>, Option<Res<Diloco>>),
+    (live, diloco, power): (Res<Live>, Option<Res<Diloco>>, Option<ResMut<Power>>),
 ) {
     training.begin_nanos = kernels::clock::now_nanos();
+    power.into_iter().for_each(|mut power| power.begin());
     // What was sent since the last step, to evaluate or to save, is not this step's.
     ranks.comm.take_meter();
     let step = training.step;
@@ -299,6 +301,7 @@ struct RankStep {
     /// Of the time of its compute streams.
     idle_share: f64,
     figures: Figures,
+    drawn: Option<Drawn>,
     rounding: RankCounts,
 }
 
@@ -334,6 +337,7 @@ impl RankStep {
             overhead_share: world.resource::<Telemetry>().times().overhead_secs / step_secs.max(1e-9),
             idle_share: world.resource::<Telemetry>().bubbles().idle_fraction().unwrap_or(0.0),
             figures: Figures::of(world, |layer| ranks.replica() == 0 && speaks_for(layer)),
+            drawn: world.get_resource::<Power>().and_then(|power| power.drawn(step_secs)),
             rounding: world.get_resource::<Rounding>().map_or_else(Vec::new, |rounding| rounding.counts(memory)),
         }
     }
@@ -408,7 +412,9 @@ pub(crate) fn record(world: &mut World) -> Result {
     training.microbatch_losses = losses.iter().map(|(_, all)| f64::from_bits(all[0])).collect();
     let tokens_per_sec = num_targets as f64 / step_secs.max(1e-9);
     let idle_share = all.iter().map(|rank| rank.idle_share).sum::<f64>() / all.len() as f64;
-    let spent = bill::charge(world, step_secs, idle_share, tokens_per_sec);
+    let drawn: Vec<Option<&Drawn>> = all.iter().map(|rank| rank.drawn.as_ref()).collect();
+    let measured = power::tell(&mut world.resource_mut::<Telemetry>(), &drawn);
+    let spent = bill::charge(world, Charge { step_secs, idle_share, tokens_per_sec, measured });
     let mut training = world.resource_mut::<Training>();
     let report = StepReport {
         step,

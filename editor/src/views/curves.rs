@@ -18,7 +18,7 @@ struct Group {
     is_log: bool,
 }
 
-const GROUPS: [Group; 14] = [
+const GROUPS: [Group; 15] = [
     Group {
         title: "loss, nats a token",
         names: &["loss_nats_per_token", "val_loss_nats_per_token", "mtp_loss_nats_per_token/"],
@@ -36,6 +36,7 @@ const GROUPS: [Group; 14] = [
     Group { title: "communication hidden, share", names: &["communication_hidden_share"], is_log: false },
     Group { title: "idle by cause, s", names: &["bubble_secs/"], is_log: false },
     Group { title: "money, USD", names: &["cost_usd", "budget_usd"], is_log: false },
+    Group { title: "power, W", names: &["power_watts", "power_watts/"], is_log: false },
     Group { title: "energy, kWh", names: &["energy_kwh", "budget_kwh"], is_log: false },
 ];
 

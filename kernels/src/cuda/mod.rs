@@ -10,6 +10,7 @@ mod fault;
 mod graph;
 mod kernel;
 mod lane;
+mod power;
 mod transfer;
 
 use std::{
@@ -27,6 +28,7 @@ use parking_lot::Mutex;
 pub use clock::Mark;
 pub use graph::Graph;
 pub use lane::Lane;
+pub use power::{PowerMeter, nvml_version};
 
 pub use crate::device::GpuInfo;
 

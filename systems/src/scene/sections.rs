@@ -390,7 +390,8 @@ impl Default for Checkpoint {
 pub struct Budget {
     /// Dollars, by the price of `plan.hardware`.
     pub cost_usd: Option<f64>,
-    /// Kilowatt-hours, modelled from the watts of `plan.hardware` and the time that devices were busy.
+    /// Kilowatt-hours: as GPUs measure them where NVML tells it, else modelled from the watts of `plan.hardware` and the time that devices
+    /// were busy.
     pub energy_kwh: Option<f64>,
     /// Hours of training.
     pub hours: Option<f64>,

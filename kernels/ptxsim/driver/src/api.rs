@@ -16,6 +16,7 @@ use crate::{
         NOT_INITIALIZED, NOT_READY, Outcome, STREAM_CAPTURE_UNSUPPORTED, UNKNOWN, describe,
     },
     queue::Op,
+    settings::BUS,
     state::{CONTEXT, CURRENT, Gpu},
 };
 
@@ -132,6 +133,7 @@ api! {
             8 => 48 << 10,          // shared memory of a block
             10 => 32,               // threads of a warp
             16 => gpu.settings.num_sms,
+            33 => BUS,
             75 => major,
             76 => minor,
             81 => 228 << 10,        // shared memory of a multiprocessor

@@ -18,6 +18,8 @@
 //! | `PTXSIM_MEMORY` | bytes of device memory | 1 GiB |
 //! | `PTXSIM_UUID` | number in the UUID of the device | another in each process |
 //! | `PTXSIM_REFUSE` | a kernel whose name contains this does not load | none |
+//! | `PTXSIM_MILLIJOULES` | what the energy counter of NVML's stand-in grows by with each reading | there is none |
+//! | `PTXSIM_MILLIWATTS` | what the device draws, by the same | not told |
 //! | `PTXSIM_STATS` | at exit of the process, tell on stderr what ran | no |
 #![expect(unsafe_code, reason = "the entry points are C functions over pointers")]
 #![allow(clippy::print_stderr, reason = "a driver has no other way to explain itself")]
@@ -25,6 +27,7 @@
 mod api;
 mod errors;
 mod graph;
+mod nvml;
 mod queue;
 mod settings;
 mod state;
@@ -44,12 +47,24 @@ const BUILT: &str = "libptxsim_driver.so";
 /// # Errors
 /// If the library was not built beside the running test, or cannot be linked to.
 pub fn install(folder: &Path) -> io::Result<PathBuf> {
+    link(folder, &["libcuda.so", "libcuda.so.1"])
+}
+
+/// Puts the same library into `folder` as NVML too.
+///
+/// # Errors
+/// Those of [`install`].
+pub fn install_nvml(folder: &Path) -> io::Result<PathBuf> {
+    link(folder, &["libnvidia-ml.so.1"])
+}
+
+fn link(folder: &Path, names: &[&str]) -> io::Result<PathBuf> {
     let program = std::env::current_exe()?;
     let near =
         program.ancestors().skip(1).take(3).flat_map(|folder| [folder.join(BUILT), folder.join("deps").join(BUILT)]);
     let built = near.into_iter().find(|path| path.is_file());
     let built = built.ok_or_else(|| io::Error::other(format!("there is no {BUILT} beside {}", program.display())))?;
-    for name in ["libcuda.so", "libcuda.so.1"] {
+    for name in names {
         let link = folder.join(name);
         if !link.exists() {
             std::os::unix::fs::symlink(&built, link)?;

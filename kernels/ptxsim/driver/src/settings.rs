@@ -15,6 +15,19 @@ pub(crate) struct Settings {
     pub(crate) uuid: u128,
 }
 
+/// The device's bus, by which other libraries know it too; never the first of a machine, nor 0.
+pub(crate) const BUS: i32 = 0x3b;
+
+/// What the energy counter grows by with each reading, if there is one.
+pub(crate) fn millijoules() -> Option<u64> {
+    std::env::var("PTXSIM_MILLIJOULES").ok()?.parse().ok()
+}
+
+/// What is drawn, if that can be told.
+pub(crate) fn milliwatts() -> Option<u32> {
+    std::env::var("PTXSIM_MILLIWATTS").ok()?.parse().ok()
+}
+
 fn number<T: FromStr>(name: &str, default: T) -> T {
     let Ok(text) = std::env::var(name) else { return default };
     text.parse().unwrap_or_else(|_| {
