@@ -176,11 +176,13 @@ impl UnderWay {
             ranks.comm.watch().touch();
             std::thread::sleep(POLL);
         }
+        // Once a rank is lost, others take away the folder that this one may still write into.
+        let because = |error| ranks.comm.lost().map_or(error, Into::into);
         if let Some(job) = self.writing.take_if(|job| waits || job.is_finished()) {
-            self.files = Some(join(job)?);
+            self.files = Some(join(job).map_err(because)?);
         }
         if let Some(job) = self.committing.take_if(|job| waits || job.is_finished()) {
-            join(job)?;
+            join(job).map_err(because)?;
             self.is_committed = true;
         }
         Ok(())
