@@ -31,10 +31,11 @@ settings=(run scenes/cluster.ron --set train.steps=16 --set eval=None --set samp
 on_threads() { # name arguments...
     "$hadal" "${settings[@]}" "${@:2}" >"$folder/$1/log" 2>&1 || fail "$(cat "$folder/$1/log")"
 }
+launcher_flags=()
 # Two ranks on each of two hosts, as it comes out of a shell on the first host, so quoted once more.
 on_hosts() { # program arguments...
     timeout 300 "$folder/hosts/on" h1 "$(printf '%q ' "$mpi/bin/mpiexec" -launcher ssh -launcher-exec "$folder/hosts/on" -hosts h1,h2 -iface eth0 \
-        -disable-auto-cleanup -n 4 -ppn 2 "$1" "${settings[@]}" "${@:2}")"
+        "${launcher_flags[@]}" -n 4 -ppn 2 "$1" "${settings[@]}" "${@:2}")"
 }
 
 check() { # name overrides...
@@ -90,6 +91,8 @@ cut_off() {
     mkdir -p "$folder/cut"
     on_threads cut "${args[@]}" --set "telemetry.dir=\"$folder/cut/threads\""
     args+=(--set "telemetry.dir=\"$folder/cut/hosts\"")
+    # So that all ranks speak; otherwise not, for with it mpiexec may end a run that went well with 141.
+    launcher_flags=(-disable-auto-cleanup)
     on_hosts "$folder/rank" "${args[@]}" >"$folder/cut/first.log" 2>&1 &
     launcher=$!
     log=$folder/cut/first.log
@@ -107,6 +110,7 @@ cut_off() {
     kill "$launcher" 2>/dev/null || true
     wait "$launcher" 2>/dev/null || true
     ip -n "$prefix-switch" link set port2 up
+    launcher_flags=()
     began=$(now)
     on_hosts "$hadal" "${args[@]}" --resume >"$folder/cut/log" 2>&1 || fail "it does not go on"
     grep '^resumed from' "$folder/cut/log" || fail "it begins from nothing"
