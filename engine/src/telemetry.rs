@@ -6,7 +6,7 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use bevy_ecs::prelude::*;
-use kernels::cost::Cost;
+use kernels::{comm::ClockOffset, cost::Cost};
 use serde::{Deserialize, Serialize};
 
 pub mod bytes;
@@ -112,6 +112,23 @@ impl Snapshot {
     /// The scalar called `name`.
     pub fn scalar(&self, name: &str) -> Option<f64> {
         self.scalars.iter().find(|(key, _)| key == name).map(|(_, value)| *value)
+    }
+
+    /// The tasks of the step by another clock, without its values.
+    #[must_use]
+    pub fn tasks_by_clock(&self, offset: ClockOffset) -> Self {
+        let (begin, end) = self.interval_nanos;
+        let moved = |span: &Span| Span {
+            start_nanos: offset.apply(span.start_nanos),
+            end_nanos: offset.apply(span.end_nanos),
+            ..span.clone()
+        };
+        Snapshot {
+            step: self.step,
+            interval_nanos: (offset.apply(begin), offset.apply(end)),
+            spans: self.spans.iter().map(moved).collect(),
+            ..Snapshot::default()
+        }
     }
 }
 

@@ -11,7 +11,6 @@ use kernels::{
     comm::{Comm, launch},
     device::Device,
 };
-use serde::{Deserialize, Serialize};
 
 use crate::{
     cli::RunArgs,
@@ -48,55 +47,37 @@ pub(super) fn join(args: &RunArgs, ranks_per_node: u32, max_secs: f64) -> Result
     Ok(Some(comm))
 }
 
-/// What a process is about to do.
-#[derive(Serialize, Deserialize)]
-enum Intent {
-    /// This, which must be the same for all.
-    Run { digest: u64 },
-    /// Nothing, and why.
-    Fail { why: String },
-}
-
 /// Asks all whether they are to run the same.
 ///
 /// # Errors
 /// If another cannot run; on all, if one's scene, program or command line is another one; or if one is lost.
 pub(super) fn agree(comm: &Comm, args: &RunArgs, checked: Result<&Checked, &Failure>) -> Result<(), Failure> {
-    let mine = match checked.map(|checked| checked.loaded.to_ron()) {
-        Ok(Ok(scene)) => {
-            let mut hasher = DefaultHasher::new();
-            (scene, env!("CARGO_PKG_VERSION"), args.resume, args.fresh).hash(&mut hasher);
-            Intent::Run { digest: hasher.finish() }
-        }
-        Ok(Err(error)) => Intent::Fail { why: error.to_string() },
-        Err(failure) => Intent::Fail { why: failure.message() },
-    };
-    let mine = serde_json::to_vec(&mine).map_err(Failure::runtime)?;
-    let all = comm.all_gather_bytes(mine).map_err(|lost| Failure::from_peer(&lost))?;
-    let all: Vec<Intent> =
-        all.iter().map(|intent| serde_json::from_slice(intent)).collect::<Result<_, _>>().map_err(Failure::runtime)?;
-    let failed = |(rank, intent): (usize, &Intent)| match intent {
-        Intent::Fail { why } => Some(Failure::usage(format!("rank {rank} cannot begin: {why}"), "mend that first")),
-        Intent::Run { .. } => None,
-    };
-    // This one has more to say of its own.
-    let others = || all.iter().enumerate().filter(|(rank, _)| *rank != comm.rank() as usize);
-    if let Some(failure) = others().find_map(failed).filter(|_| checked.is_ok()) {
-        return Err(failure);
-    }
-    let digest = |intent: &Intent| if let Intent::Run { digest } = intent { Some(*digest) } else { None };
+    let scene =
+        checked.map_err(Failure::message).and_then(|checked| checked.loaded.to_ron().map_err(|e| e.to_string()));
+    let mine = scene.map(|scene| {
+        let mut hasher = DefaultHasher::new();
+        (scene, env!("CARGO_PKG_VERSION"), args.resume, args.fresh).hash(&mut hasher);
+        hasher.finish()
+    });
+    let told = serde_json::to_vec(&mine).map_err(Failure::runtime)?;
+    let told = comm.all_gather_bytes(told).map_err(|lost| Failure::from_peer(&lost))?;
+    let all = told.iter().map(|told| serde_json::from_slice(told)).collect::<Result<Vec<Result<u64, String>>, _>>();
+    let all = all.map_err(Failure::runtime)?;
     if checked.is_err() {
+        // It has more to say of its own.
         return Ok(());
     }
-    match (0..).zip(&all).find(|(_, intent)| digest(intent) != digest(&all[0])) {
-        None => Ok(()),
-        Some((rank, _)) => {
-            let rank: u32 = rank;
-            Err(Failure::usage(
-                format!("rank {rank} is to run another scene than rank 0, or has another program or command line"),
-                "start all ranks with one command, and have all nodes see the same files",
-            ))
+    for (rank, digest) in all.iter().enumerate() {
+        if let Err(why) = digest {
+            return Err(Failure::usage(format!("rank {rank} cannot begin: {why}"), "mend that first"));
         }
+    }
+    match all.iter().position(|digest| *digest != all[0]) {
+        None => Ok(()),
+        Some(rank) => Err(Failure::usage(
+            format!("rank {rank} is to run another scene than rank 0, or has another program or command line"),
+            "start all ranks with one command, and have all nodes see the same files",
+        )),
     }
 }
 

@@ -10,12 +10,14 @@ use kernels::{clock::now_nanos, comm::ClockOffset};
 use serde::{Deserialize, Serialize};
 
 use super::plugin::Control;
-use crate::telemetry::{Detail, Snapshot, Span, Telemetry, bytes};
+use crate::telemetry::{Detail, Telemetry, bytes};
 
 /// Fetching may take one part of so many of a run's time.
 const SHARE: u64 = 50;
 /// What is fetched at a time, of all ranks together, if they send no more than any did before: half of what a listener elsewhere takes.
 const MAX_BYTES: usize = 32 << 20;
+/// What a task of a rank takes of it at most, before any was seen.
+const BYTES_OF_TASK: usize = 128;
 /// Clocks of hosts drift by some microseconds a second: after this long they are compared again.
 const COMPARE_CLOCKS_AFTER: Duration = Duration::from_secs(600);
 
@@ -41,7 +43,8 @@ impl Fetch {
 pub(super) struct Gather {
     not_before_nanos: u64,
     next_rank: u32,
-    max_bytes_of_rank: usize,
+    /// Of those that were fetched.
+    max_bytes_of_rank: Option<usize>,
     clock: Option<(u64, ClockOffset)>,
 }
 
@@ -51,11 +54,11 @@ impl Gather {
         if num_listeners > 0 && now_nanos() >= self.not_before_nanos { Detail::Held } else { Detail::Figures }
     }
 
-    /// On the first rank: what is to be fetched now.
-    fn next(&mut self, num_ranks: u32, own_bytes: usize) -> Fetch {
+    /// On the first rank, which has so many tasks itself: what is to be fetched now.
+    fn next(&mut self, num_ranks: u32, num_tasks: usize) -> Fetch {
         let num_others = num_ranks - 1;
-        self.max_bytes_of_rank = self.max_bytes_of_rank.max(own_bytes);
-        let count = (MAX_BYTES / self.max_bytes_of_rank.max(1)).clamp(1, num_others as usize) as u32;
+        let bytes_of_rank = self.max_bytes_of_rank.unwrap_or(num_tasks * BYTES_OF_TASK);
+        let count = (MAX_BYTES / bytes_of_rank.max(1)).clamp(1, num_others as usize) as u32;
         let first = self.next_rank.max(1);
         self.next_rank = (first - 1 + count) % num_others + 1;
         let is_old = |at: u64| u128::from(now_nanos() - at) >= COMPARE_CLOCKS_AFTER.as_nanos();
@@ -64,12 +67,11 @@ impl Gather {
 }
 
 /// What the first rank is to fetch of the step that it holds, if it holds one.
-pub(super) fn next(world: &mut World) -> Result<Option<Fetch>> {
-    let Some(own) = world.resource::<Telemetry>().held() else { return Ok(None) };
-    let own_bytes = bytes::to_bytes(own)?.len();
+pub(super) fn next(world: &mut World) -> Option<Fetch> {
+    let num_tasks = world.resource::<Telemetry>().held()?.spans.len();
     let mut control = world.resource_mut::<Control>();
     let num_ranks = control.comm.num_ranks();
-    Ok(Some(control.gather.next(num_ranks, own_bytes)))
+    Some(control.gather.next(num_ranks, num_tasks))
 }
 
 /// Brings the steps that ranks hold to the first, which tells its listeners; all ranks call it.
@@ -86,7 +88,10 @@ pub(super) fn gather(world: &mut World, fetch: &Fetch) -> Result {
     }
     let offset = control.gather.clock.map(|(_, offset)| offset).unwrap_or_default();
     let mine = match &own {
-        Some(own) if fetch.wants(comm.rank(), comm.num_ranks()) => bytes::to_bytes(&by_first_clock(own, offset))?,
+        Some(own) if fetch.wants(comm.rank(), comm.num_ranks()) => {
+            // Values are those of the first.
+            bytes::to_bytes(&own.tasks_by_clock(offset))?
+        }
         _ => Vec::new(),
     };
     let all = comm.bytes_to_first(mine)?;
@@ -98,7 +103,7 @@ pub(super) fn gather(world: &mut World, fetch: &Fetch) -> Result {
             Err(error) => (control.note)(&format!("what rank {rank} told of a step cannot be read: {error}")),
         }
     }
-    control.gather.max_bytes_of_rank = all.iter().map(Vec::len).fold(control.gather.max_bytes_of_rank, usize::max);
+    control.gather.max_bytes_of_rank = control.gather.max_bytes_of_rank.max(all.iter().map(Vec::len).max());
     world.resource::<Telemetry>().publish_parts(parts);
     let ended = now_nanos();
     world.resource_mut::<Control>().gather.not_before_nanos = ended + (ended - began) * (SHARE - 1);
@@ -112,26 +117,9 @@ pub(super) fn gather(world: &mut World, fetch: &Fetch) -> Result {
 pub fn tell_last_step(world: &mut World) -> Result {
     let Some(control) = world.get_resource::<Control>() else { return Ok(()) };
     let comm = control.comm.clone();
-    let Some(fetch) = next(world)? else { return Ok(()) };
+    let Some(fetch) = next(world) else { return Ok(()) };
     let fetches = comm.all_gather_bytes(serde_json::to_vec(&fetch)?)?;
     gather(world, &serde_json::from_slice(&fetches[0])?)
-}
-
-/// A step with times of the first rank's clock.
-fn by_first_clock(snapshot: &Snapshot, offset: ClockOffset) -> Snapshot {
-    let (begin, end) = snapshot.interval_nanos;
-    let moved = |span: &Span| Span {
-        start_nanos: offset.apply(span.start_nanos),
-        end_nanos: offset.apply(span.end_nanos),
-        ..span.clone()
-    };
-    Snapshot {
-        step: snapshot.step,
-        interval_nanos: (offset.apply(begin), offset.apply(end)),
-        spans: snapshot.spans.iter().map(moved).collect(),
-        // Those of the first are told.
-        ..Snapshot::default()
-    }
 }
 
 #[cfg(test)]
@@ -142,11 +130,12 @@ mod tests {
 
     #[test]
     fn of_more_ranks_than_fit_each_has_its_turn() {
-        for (num_ranks, own_bytes, count) in [(5, MAX_BYTES / 3, 3), (5, 1, 4), (2, 2 * MAX_BYTES, 1), (9, 0, 8)] {
+        const FIT: usize = MAX_BYTES / BYTES_OF_TASK;
+        for (num_ranks, num_tasks, count) in [(5, FIT / 3, 3), (5, 1, 4), (2, 2 * FIT, 1), (9, 0, 8)] {
             let mut gather = Gather::default();
             let mut seen = BTreeSet::new();
             for _ in 0..(num_ranks - 1_u32).div_ceil(count) {
-                let fetch = gather.next(num_ranks, own_bytes);
+                let fetch = gather.next(num_ranks, num_tasks);
                 let wanted: Vec<u32> = (0..num_ranks).filter(|&rank| fetch.wants(rank, num_ranks)).collect();
                 assert_eq!(wanted.len(), count as usize, "{fetch:?}");
                 seen.extend(wanted);

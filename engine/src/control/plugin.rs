@@ -169,7 +169,7 @@ fn handle(world: &mut World) -> Result {
 }
 
 fn lead(world: &mut World) -> Result {
-    if let Some(fetch) = gather::next(world)? {
+    if let Some(fetch) = gather::next(world) {
         exchange(world, Some(Order::Fetch(fetch.clone())))?;
         if world.resource::<Exit>().reason().is_some() {
             return Ok(());

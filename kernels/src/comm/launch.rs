@@ -153,7 +153,7 @@ pub struct Gpus {
     /// This process's.
     pub device: Device,
     /// What moves tensors, if it is there.
-    pub library: Nccl,
+    pub nccl: Nccl,
     /// Whether NCCL, from 2.30 on, is told that ranks may share a GPU.
     pub may_share: bool,
     /// Bytes of others' parts that wait on a GPU to be added, at most; the same on all ranks.
@@ -164,7 +164,7 @@ impl Gpus {
     /// As variables say it, with 64 MiB for parts: some MiB of each keep a link busy.
     pub fn said(device: Device, variable: &dyn Fn(&str) -> Option<String>) -> Self {
         let may_share = variable(SHARES_GPUS).is_some_and(|text| text.trim() == "1");
-        Gpus { device, library: Nccl::said(variable), may_share, staging_bytes: 64 << 20 }
+        Gpus { device, nccl: Nccl::said(variable), may_share, staging_bytes: 64 << 20 }
     }
 }
 

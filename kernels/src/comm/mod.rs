@@ -449,6 +449,12 @@ impl Comm {
     }
 }
 
+/// What the loader says of a library; its error by itself says that it failed.
+fn loaders_words(e: libloading::Error) -> String {
+    let said = std::error::Error::source(&e).map(ToString::to_string);
+    said.unwrap_or_else(|| e.to_string())
+}
+
 #[cfg(test)]
 pub(crate) mod testing;
 #[cfg(test)]

@@ -61,7 +61,7 @@ impl RankSteps {
         let RankSteps { rank, outline, steps, traffic } = self;
         let (mut told, mut num_bytes) = (Vec::new(), 0);
         for StepOfRank { snapshot, sent } in steps.iter().rev() {
-            let bytes = to_bytes(&seen_from_first(snapshot, offset)).ok()?;
+            let bytes = to_bytes(&snapshot.tasks_by_clock(offset)).ok()?;
             num_bytes += bytes.len();
             if num_bytes > max_bytes {
                 break;
@@ -116,21 +116,5 @@ impl RankSteps {
         let traffic =
             Traffic::from_rows(traffic).ok_or_else(|| format!("rank {rank} tells of a format that is none"))?;
         Ok(RankSteps { rank, outline, steps, traffic })
-    }
-}
-
-/// The spans of a step by the first rank's clock.
-fn seen_from_first(snapshot: &Snapshot, offset: ClockOffset) -> Snapshot {
-    let (begin, end) = snapshot.interval_nanos;
-    let span = |span: &Span| Span {
-        start_nanos: offset.apply(span.start_nanos),
-        end_nanos: offset.apply(span.end_nanos),
-        ..span.clone()
-    };
-    Snapshot {
-        step: snapshot.step,
-        interval_nanos: (offset.apply(begin), offset.apply(end)),
-        spans: snapshot.spans.iter().map(span).collect(),
-        ..Snapshot::default()
     }
 }

@@ -74,18 +74,25 @@ fn link(folder: &Path, names: &[&str]) -> io::Result<PathBuf> {
 }
 
 /// Runs one ignored test of the running test program in a process of its own, which finds this library as its driver: the library is
-/// chosen when a process first looks for it, and its settings are the process'.
+/// chosen when a process first looks for it, and its settings are the process'. What it says on stderr.
 ///
-/// # Errors
-/// Those of [`install`], and of starting a process.
-pub fn run_ignored(test: &str, settings: &[(&str, &str)]) -> io::Result<Output> {
+/// # Panics
+/// If it fails, or is not run.
+pub fn run_ignored(test: &str, settings: &[(&str, &str)]) -> String {
     let folder = std::env::temp_dir().join(format!("ptxsim-{}-{}", std::process::id(), test.replace("::", "-")));
-    std::fs::create_dir_all(&folder)?;
-    let output = Command::new(std::env::current_exe()?)
-        .args([test, "--exact", "--ignored", "--nocapture", "--test-threads=1"])
-        .env("LD_LIBRARY_PATH", install(&folder)?)
-        .envs(settings.iter().copied())
-        .output();
-    std::fs::remove_dir_all(&folder)?;
-    output
+    let run = || {
+        std::fs::create_dir_all(&folder)?;
+        let output = Command::new(std::env::current_exe()?)
+            .args([test, "--exact", "--ignored", "--nocapture", "--test-threads=1"])
+            .env("LD_LIBRARY_PATH", install(&folder)?)
+            .envs(settings.iter().copied())
+            .output();
+        std::fs::remove_dir_all(&folder)?;
+        output
+    };
+    let Output { status, stdout, stderr } = run().expect("the stand-in is built, and the test starts");
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let (stdout, stderr) = (text(&stdout), text(&stderr));
+    assert!(status.success() && stdout.contains("1 passed"), "{settings:?}\n{stdout}\n{stderr}");
+    stderr
 }

@@ -14,6 +14,8 @@ use std::{
 
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 
+use crate::comm::loaders_words as words;
+
 /// A communicator, type, group or request; as wide as the widest. Where a library's are of 32 bits, the upper half is 0, and
 /// calls pass the lower.
 pub type Handle = usize;
@@ -56,7 +58,7 @@ macro_rules! functions {
             pub fn load(path: &Path) -> Result<Self, String> {
                 // SAFETY: the initializers of an MPI library do nothing to this process but set the library up. Global, because
                 // Open MPI's components look for its symbols in the process.
-                let library = unsafe { Library::open(Some(path), RTLD_NOW | RTLD_GLOBAL) }.map_err(|e| e.to_string())?;
+                let library = unsafe { Library::open(Some(path), RTLD_NOW | RTLD_GLOBAL) }.map_err(words)?;
                 let address = |name: &CStr| -> Option<usize> {
                     // SAFETY: only the symbol's address is taken.
                     unsafe { library.get::<*mut c_void>(name.to_bytes_with_nul()) }.ok().map(|s| s.into_raw() as usize)
@@ -84,7 +86,7 @@ macro_rules! functions {
                 Ok(Functions {
                     // SAFETY: the standard says what arguments the function of this name has; handles are passed in registers,
                     // where callees read as much of them as they need.
-                    $($name: *unsafe { library.get(concat!("MPI_", stringify!($name), "\0").as_bytes()) }.map_err(|e| e.to_string())?,)*
+                    $($name: *unsafe { library.get(concat!("MPI_", stringify!($name), "\0").as_bytes()) }.map_err(words)?,)*
                     abi, world, byte, errors_return, no_status, thread_multiple, path,
                     _library: ManuallyDrop::new(library),
                 })

@@ -13,7 +13,10 @@ use std::{
 
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 
-use crate::error::{Error, Result};
+use crate::{
+    comm::loaders_words as words,
+    error::{Error, Result},
+};
 
 /// Names under which the library is looked for.
 pub const NAMES: [&str; 2] = ["libnccl.so.2", "libnccl.so"];
@@ -49,12 +52,6 @@ struct Config {
     split_share: c_int,
     /// Where newer ones have a field, and older ones nothing.
     traffic_class: c_int,
-}
-
-/// What the loader says.
-fn words(e: libloading::Error) -> String {
-    let said = std::error::Error::source(&e).map(ToString::to_string);
-    said.unwrap_or_else(|| e.to_string())
 }
 
 macro_rules! functions {

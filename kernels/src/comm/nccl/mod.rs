@@ -62,7 +62,7 @@ pub(super) struct Engine {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct Said {
     /// The library's version and file, or why there is none.
-    library: std::result::Result<(u32, PathBuf), String>,
+    nccl: std::result::Result<(u32, PathBuf), String>,
     /// The GPU, or why there is none.
     gpu: std::result::Result<String, String>,
     /// Whether NCCL is told that ranks may share a GPU.
@@ -98,9 +98,9 @@ pub(super) fn meet(comm: &Comm, hub: &mpi::Hub, gpus: &Gpus) -> Result<String> {
         Device::Cuda(ordinal) => cuda::open(ordinal).and_then(|gpu| Ok((gpu.uuid()?, gpu))).map_err(|e| e.to_string()),
         other => Err(format!("{other} is no GPU")),
     };
-    let loaded = load(&gpus.library);
+    let loaded = load(&gpus.nccl);
     let mine = Said {
-        library: loaded.as_ref().map(|f| (f.version, f.path.clone())).map_err(Clone::clone),
+        nccl: loaded.as_ref().map(|f| (f.version, f.path.clone())).map_err(Clone::clone),
         gpu: gpu.as_ref().map(|(uuid, _)| uuid.clone()).map_err(Clone::clone),
         may_share: gpus.may_share,
     };
@@ -123,7 +123,7 @@ fn agree(all: &[Said]) -> std::result::Result<(), String> {
     let mut first: Option<u32> = None;
     for (rank, said) in all.iter().enumerate() {
         let of_rank = |why: &String| format!("{why} (rank {rank})");
-        let (version, _) = said.library.as_ref().map_err(of_rank)?;
+        let (version, _) = said.nccl.as_ref().map_err(of_rank)?;
         said.gpu.as_ref().map_err(of_rank)?;
         if *version < abi::OLDEST {
             let (oldest, found) = (version_text(abi::OLDEST), version_text(*version));
@@ -217,13 +217,13 @@ mod agreements {
     use super::*;
 
     fn said(version: u32, gpu: &str) -> Said {
-        Said { library: Ok((version, "libnccl.so.2".into())), gpu: Ok(gpu.into()), may_share: false }
+        Said { nccl: Ok((version, "libnccl.so.2".into())), gpu: Ok(gpu.into()), may_share: false }
     }
 
     #[test]
     fn ranks_use_nccl_if_all_can_and_else_say_who_cannot() {
         let shared = |version| Said { may_share: true, ..said(version, "a") };
-        let none = Said { library: Err("HADAL_NCCL is `none`".into()), ..said(0, "c") };
+        let none = Said { nccl: Err("HADAL_NCCL is `none`".into()), ..said(0, "c") };
         let no_gpu = Said { gpu: Err("no driver".into()), ..said(23203, "") };
         let cases = [
             (vec![said(23203, "a"), said(23203, "b")], None),

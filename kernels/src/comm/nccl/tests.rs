@@ -4,20 +4,13 @@
 
 use std::{thread, time::Duration};
 
+use ptxsim_driver::run_ignored as on_standin;
+
 use super::{
     abi::{Functions, Handle, Piece},
     *,
 };
 use crate::{cuda::Lane, device::Share, memory::Memory, tensor::Tensor};
-
-/// Runs the ignored test in a process whose driver is the stand-in.
-fn on_standin(test: &str, settings: &[(&str, &str)]) -> String {
-    let output = ptxsim_driver::run_ignored(test, settings).unwrap();
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    let (stdout, stderr) = (text(&output.stdout), text(&output.stderr));
-    assert!(output.status.success() && stdout.contains("1 passed"), "{settings:?}\n{stdout}\n{stderr}");
-    stderr
-}
 
 /// The stand-in, and a folder for it that is not removed: the library stays loaded.
 fn standin() -> Functions {
