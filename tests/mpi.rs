@@ -10,6 +10,8 @@ mod faults;
 #[cfg(feature = "cuda")]
 #[path = "mpi/gpus.rs"]
 mod gpus;
+#[path = "mpi/stopped.rs"]
+mod stopped;
 #[cfg(feature = "remote")]
 #[path = "mpi/watched.rs"]
 mod watched;

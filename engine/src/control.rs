@@ -12,6 +12,7 @@ use crossbeam::channel::{self, Receiver, Sender, TrySendError};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+pub(crate) mod gate;
 mod gather;
 mod methods;
 mod plugin;

@@ -73,6 +73,7 @@ fn start_with(num_ranks: u32, feeds_are_apart: bool) -> Run {
                     inbox: Some(inbox),
                     feeds_are_apart,
                     signal,
+                    finish_step: Duration::from_millis(20),
                     note: Arc::new(move |line| notes.lock().unwrap().push(line.to_owned())),
                 },
             ))

@@ -23,6 +23,7 @@ use kernels::{
 use crate::{
     bubbles,
     clock::Clock,
+    control::gate,
     error::{Error, panic_message},
     graph::{Graph, Plans},
     stream::{Queue, RepeatsTasks},
@@ -109,14 +110,14 @@ impl Timeline {
 
 /// Launches the active graph, or computes its times.
 pub(crate) fn dispatch(world: &mut World) -> Result {
-    if let Some(graph) = world.resource::<Plans>().active_graph()?.cloned() {
-        dispatch_graph(world, graph)?;
-    }
-    world.resource_mut::<Timeline>().dispatched = true;
+    let graph = world.resource::<Plans>().active_graph()?.cloned();
+    let dispatched = graph.map_or(Ok(true), |graph| dispatch_graph(world, graph))?;
+    world.resource_mut::<Timeline>().dispatched = dispatched;
     Ok(())
 }
 
-fn dispatch_graph(world: &mut World, graph: Arc<Graph>) -> Result {
+/// Whether it was launched to its end: a step may be given up at its gate.
+fn dispatch_graph(world: &mut World, graph: Arc<Graph>) -> Result<bool> {
     let spec = match world.resource::<Clock>() {
         Clock::Wall => None,
         Clock::Virtual { device, format } => Some((device.clone(), *format)),
@@ -127,28 +128,28 @@ fn dispatch_graph(world: &mut World, graph: Arc<Graph>) -> Result {
             Some((device, format)) => {
                 let nanos = graph.costs().map(|(kind, cost)| device.task_nanos(kind.0, cost, format));
                 timeline.times = graph.simulate(&nanos.collect::<Result<Vec<_>, Error>>()?, timeline.begin_nanos);
+                Ok(true)
             }
-            None => {
-                let launch = |world: &mut World, mut handlers: Mut<Handlers>| {
-                    launch(world, &graph, &mut handlers, &mut timeline.events)
-                };
-                world.resource_scope(launch)?;
-            }
+            None => world.resource_scope(|world, mut handlers: Mut<Handlers>| {
+                launch(world, &graph, &mut handlers, &mut timeline.events)
+            }),
         }
-        Ok(())
     })
 }
 
-fn launch(world: &mut World, graph: &Graph, handlers: &mut Handlers, events: &mut Vec<(Event, Event)>) -> Result {
+fn launch(world: &mut World, graph: &Graph, handlers: &mut Handlers, events: &mut Vec<(Event, Event)>) -> Result<bool> {
     let handler_of_kind = handlers.resolve(graph)?;
     order_streams(world);
     events.reserve(graph.order.len());
     // With one stream nobody else waits for its events, so its ops may be handed over in batches.
     let repeats = world.get_resource::<RepeatsTasks>().is_some_and(|repeats| repeats.0);
     let alone = graph.streams.first().copied().filter(|_| graph.streams.len() == 1 && !repeats);
-    if let Some(mut queue) = alone.and_then(|stream| world.get_mut::<Queue>(stream)) {
-        queue.stream.start_batch();
-    }
+    let start = |world: &mut World| {
+        if let Some(mut queue) = alone.and_then(|stream| world.get_mut::<Queue>(stream)) {
+            queue.stream.start_batch();
+        }
+    };
+    start(world);
     let finish = |world: &mut World, on: usize| {
         if let Some(mut queue) = world.get_mut::<Queue>(graph.streams[on]) {
             queue.stream.finish_batch();
@@ -158,8 +159,19 @@ fn launch(world: &mut World, graph: &Graph, handlers: &mut Handlers, events: &mu
     let mut held = vec![false; graph.streams.len()];
     let mut task = 0;
     // One guard around the whole loop: a handler's panic names the task that was being launched.
-    let launched = catch_unwind(AssertUnwindSafe(|| -> Result {
-        while task < graph.order.len() {
+    let launched = catch_unwind(AssertUnwindSafe(|| -> Result<bool> {
+        loop {
+            if graph.gate == Some(task) {
+                (0..graph.streams.len()).for_each(|on| finish(world, on));
+                held.fill(false);
+                if !gate::passes(world, events)? {
+                    return Ok(false);
+                }
+                start(world);
+            }
+            if task == graph.order.len() {
+                return Ok(true);
+            }
             let handler = handler_of_kind[graph.kind_of[task] as usize];
             let on = graph.stream_of[task] as usize;
             if repeats
@@ -179,12 +191,12 @@ fn launch(world: &mut World, graph: &Graph, handlers: &mut Handlers, events: &mu
             }
             task += 1;
         }
-        Ok(())
     }));
     // Also after a failure: what was launched runs, and its events are reached.
     (0..graph.streams.len()).for_each(|on| finish(world, on));
     launched.unwrap_or_else(|payload| {
-        Err(Error::Panicked { task: graph.spans[task].label.clone(), message: panic_message(&*payload) }.into())
+        let task = graph.spans.get(task).map_or_else(|| "the gate".into(), |span| span.label.clone());
+        Err(Error::Panicked { task, message: panic_message(&*payload) }.into())
     })
 }
 

@@ -49,6 +49,8 @@ pub struct Graph {
     pub stream_of: Vec<u32>,
     /// For each task, its span without times.
     pub spans: Vec<Span>,
+    /// The first task that changes what the step began from, if it has such.
+    pub(crate) gate: Option<usize>,
     /// Another for each graph of the process.
     pub(crate) id: u64,
     /// For each task, whether its stream is handed what it holds back once the task is launched: see [`crate::hand_over`].
@@ -150,6 +152,7 @@ pub struct GraphBuilder {
     users: HashMap<BufferId, Users>,
     explicit: Vec<(Entity, Entity)>,
     rendezvous: Vec<(u32, Rendezvous)>,
+    gate: Option<usize>,
 }
 
 impl GraphBuilder {
@@ -227,6 +230,12 @@ impl GraphBuilder {
         self.explicit.push((task, dependency));
     }
 
+    /// Tasks from here on change what the step began from: they are launched when all ranks have come to their gates and nobody
+    /// gives the step up. In the same steps all ranks have one, and one only.
+    pub fn gate(&mut self) {
+        self.gate = Some(self.order.len());
+    }
+
     /// Number of tasks so far.
     pub fn len(&self) -> usize {
         self.order.len()
@@ -264,10 +273,10 @@ impl GraphBuilder {
         }
         check_order(&self.deps, &stream_of, &spans)?;
         let deps = needed_waits(&self.deps, &stream_of, streams.len());
-        let (order, rendezvous) = (self.order, self.rendezvous);
+        let (order, rendezvous, gate) = (self.order, self.rendezvous, self.gate);
         let hands_over = hand_overs(&deps, &stream_of, &rendezvous);
         let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
-        Ok(Graph { order, deps, kinds, streams, rendezvous, kind_of, stream_of, spans, id, hands_over })
+        Ok(Graph { order, deps, kinds, streams, rendezvous, kind_of, stream_of, spans, gate, id, hands_over })
     }
 }
 

@@ -53,6 +53,9 @@ pub enum Error {
         /// Why.
         message: String,
     },
+    /// The op was not run, or not to its end: what it is for was given up.
+    #[error("given up")]
+    Halted,
     /// A device that cannot be used.
     #[error("{device} cannot be used: expected {expected}, found {found}; {advice}")]
     Device {

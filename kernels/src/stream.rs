@@ -383,6 +383,14 @@ impl Stream {
         }
     }
 
+    /// What was enqueued and has not begun is not run: the stream drains, its events are reached, and [`Stream::failure`] is
+    /// [`Error::Halted`], after which the stream can be used again. What a GPU has already taken, it runs.
+    pub fn halt(&self) {
+        if let Backend::Thread { failure, .. } = &self.backend {
+            failure.lock().get_or_insert(Error::Halted);
+        }
+    }
+
     /// From here to [`Stream::finish_batch`] ops are handed to the stream some dozens at a time: waking its thread for each
     /// costs more than a small op takes. No other stream may wait for an event of a batch before the batch is finished.
     pub fn start_batch(&mut self) {

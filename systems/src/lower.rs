@@ -449,6 +449,11 @@ impl<'w> Lowering<'w> {
         self.names.insert(tensor.buffer, name.into());
     }
 
+    /// What is emitted from here on changes what the step began from: see [`GraphBuilder::gate`].
+    pub fn gate(&mut self) {
+        self.graph.gate();
+    }
+
     /// Ends the graph of a step, with what is known of it beside the tasks; not for one that is checked.
     pub fn finish_step(self) -> Result<Lowered> {
         let Lowering { peak, overlapped, bytes_by_task, .. } = self;

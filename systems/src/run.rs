@@ -8,6 +8,7 @@ use std::{
     io::BufWriter,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 use bevy_app::prelude::*;
@@ -242,6 +243,7 @@ fn run_rank(request: &RunRequest, setup: RankSetup) -> Result<(Ran, ExitReason),
                 inbox: Some(inbox.clone()),
                 feeds_are_apart: ranks.everyone.is_across_processes(),
                 signal: stop.clone(),
+                finish_step: Duration::try_from_secs_f64(scene.watchdog.finish_step_secs).unwrap_or(Duration::MAX),
                 note: {
                     let progress = progress.clone();
                     Arc::new(move |line| progress.note(line))

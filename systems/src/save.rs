@@ -258,7 +258,7 @@ impl TrainState {
             step: training.step,
             num_tokens: training.num_tokens,
             train_secs: training.train_secs,
-            cursor: training.loader.cursor(),
+            cursor: training.cursor(),
             last_seen: training.last_seen.clone(),
             live: world.get_resource::<Live>().copied().unwrap_or_default(),
         }

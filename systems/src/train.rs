@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     api::StepReport,
     bill::{self, Charge},
-    data::cursor::Loader,
+    data::cursor::{Cursor, Loader},
     diloco::{self, Diloco},
     expert::{ExpertKey, ExpertLoad},
     head::{LossScale, LossSums},
@@ -54,6 +54,8 @@ pub struct Training {
     pub schedule: sections::Schedule,
     /// Source of batches.
     pub loader: Loader,
+    /// Where the step at hand found it.
+    began_at: Option<Cursor>,
     /// Tensors of this rank's microbatches; as many as the largest step has.
     pub microbatches: Vec<Inputs>,
     /// Steps done.
@@ -110,6 +112,7 @@ impl Training {
             train,
             schedule,
             loader,
+            began_at: None,
             microbatches,
             step: 0,
             num_tokens: 0,
@@ -122,6 +125,11 @@ impl Training {
             begin_nanos: 0,
             num_targets: 0,
         }
+    }
+
+    /// What comes after the steps done: a step that is at hand, or was given up, counts for none.
+    pub fn cursor(&self) -> Cursor {
+        self.began_at.clone().unwrap_or_else(|| self.loader.cursor())
     }
 
     /// Experts that had no token for [`DEAD_AFTER_STEPS`] steps.
@@ -166,6 +174,7 @@ pub(crate) fn admit(
     ranks.comm.take_meter();
     let step = training.step;
     ranks.comm.watch().begin_step(step + 1);
+    training.began_at = Some(training.loader.cursor());
     let (num_microbatches, num_sequences) = (training.num_microbatches(), training.scene.batch.microbatch_sequences);
     let num_mtp_modules = model.config.num_nextn_predict_layers;
     let (mut num_targets, mut mine, mut num_mtp) = (0, 0, 0);
@@ -396,7 +405,7 @@ pub(crate) fn record(world: &mut World) -> Result {
 
     let mut training = world.resource_mut::<Training>();
     let (mut max_vio, mut num_idle) = (0f64, 0);
-    training.step = step;
+    (training.step, training.began_at) = (step, None);
     for (i, (_, counts)) in rows.iter().enumerate() {
         let (vio, idle) = load_summary(counts);
         (max_vio, num_idle) = (max_vio.max(vio), num_idle + idle);

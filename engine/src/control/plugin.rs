@@ -2,7 +2,7 @@
 //!
 //! The first rank is asked. What concerns all ranks it hands to the others before it does its own part, and before each step it
 //! tells them to go on; so a rank that waits is a rank whose first is paused, and a change is in force from the same step on
-//! everywhere. A signal that any rank has seen stops all of them before the same step.
+//! everywhere. A signal that any rank has seen stops all of them before the same step, or within it: see [`super::gate`].
 
 use std::{
     collections::VecDeque,
@@ -52,6 +52,8 @@ pub struct ControlPlugin {
     pub feeds_are_apart: bool,
     /// Number of the signal that asked to stop; 0 for none.
     pub signal: Arc<AtomicUsize>,
+    /// How long a signal waits for the end of the step at hand, which is given up then.
+    pub finish_step: Duration,
     /// Is told in words what was changed from outside.
     pub note: Note,
 }
@@ -73,6 +75,8 @@ impl Plugin for ControlPlugin {
             comm: self.comm.clone(),
             inbox: self.inbox.clone().filter(|_| self.comm.rank() == 0),
             signal: self.signal.clone(),
+            finish_step: self.finish_step,
+            has_passed_gate: false,
             note: self.note.clone(),
             paused: false,
             goes_on: true,
@@ -91,7 +95,10 @@ pub struct Control {
     name: String,
     pub(super) comm: Comm,
     inbox: Option<Inbox>,
-    signal: Arc<AtomicUsize>,
+    pub(super) signal: Arc<AtomicUsize>,
+    pub(super) finish_step: Duration,
+    /// Whether a step was finished.
+    pub(super) has_passed_gate: bool,
     pub(super) note: Note,
     paused: bool,
     goes_on: bool,
@@ -262,7 +269,11 @@ fn answer(world: &mut World, Request { method, params, may_change, reply }: Requ
             return Ok(());
         }
     }
-    reply.send((method.run)(world, &params));
+    let result = (method.run)(world, &params);
+    if let (Err(error), false) = (&result, method.access.only_reads()) {
+        (world.resource::<Control>().note)(&format!("{} was refused: {error}", method.name));
+    }
+    reply.send(result);
     Ok(())
 }
 

@@ -1,6 +1,9 @@
 //! What the server answers over HTTP: `POST /rpc`, `GET /rpc` and `GET /telemetry` as WebSockets, `GET /metrics`, `GET /health`.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, PoisonError},
+    time::Duration,
+};
 
 use axum::{
     Extension, Router,
@@ -25,6 +28,8 @@ use crate::control::{ControlHandle, RpcError};
 
 /// How long a request's body may take to arrive.
 const BODY_PATIENCE: Duration = Duration::from_secs(10);
+/// How long `GET /metrics` waits for the step at hand to end.
+const METRICS_PATIENCE: Duration = Duration::from_secs(1);
 
 /// The way to the run that a request may use.
 #[derive(Clone)]
@@ -107,12 +112,25 @@ async fn post(Extension(Granted(handle)): Extension<Granted>, body: Body) -> Res
     (status, json_of(&answer)).into_response()
 }
 
-/// `GET /metrics`.
-async fn metrics(Extension(Granted(handle)): Extension<Granted>) -> Response {
-    let asked = [rpc::ask(&handle, "run.status", Value::Null).await, rpc::ask(&handle, "run.last", Value::Null).await];
-    let text = match asked {
-        [Ok(status), Ok(last)] => metrics::text(&status, &last).map_err(|error| error.to_string()),
-        [Err(error), _] | [_, Err(error)] => Err(error.to_string()),
+/// `GET /metrics`. Scrapers do not wait for a step that takes long: they get what the run said last, and what they asked for is what the
+/// next ones get.
+async fn metrics(State(shared): State<Arc<Shared>>, Extension(Granted(handle)): Extension<Granted>) -> Response {
+    let asked = tokio::spawn({
+        let shared = shared.clone();
+        async move {
+            let [status, last] = ["run.status", "run.last"].map(|method| rpc::ask(&handle, method, Value::Null));
+            let text = match (status.await, last.await) {
+                (Ok(status), Ok(last)) => metrics::text(&status, &last).map_err(|error| error.to_string()),
+                (Err(error), _) | (_, Err(error)) => Err(error.to_string()),
+            };
+            *shared.metrics.lock().unwrap_or_else(PoisonError::into_inner) = text.clone().ok();
+            text
+        }
+    });
+    let known = || shared.metrics.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    let text = match timeout(METRICS_PATIENCE, asked).await {
+        Ok(text) => text.unwrap_or_else(|error| Err(error.to_string())),
+        Err(_) => known().ok_or_else(|| "the step at hand takes long, and nobody asked before it".to_owned()),
     };
     match text {
         Ok(text) => ([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0")], text).into_response(),

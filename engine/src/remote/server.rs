@@ -97,6 +97,8 @@ pub(super) struct Shared {
     pub(super) token: Token,
     pub(super) is_loopback: bool,
     pub(super) stopped: watch::Receiver<()>,
+    /// What `GET /metrics` said last.
+    pub(super) metrics: Mutex<Option<String>>,
     /// The snapshot that was encoded last, for other listeners.
     last: Mutex<Option<(Arc<Snapshot>, Bytes)>>,
 }
@@ -141,7 +143,8 @@ impl Server {
             Files::write(&dir, address, &token).map_err(|source| ServerError::Files { dir: dir.clone(), source })?;
         let (stop, stopped) = watch::channel(());
         let is_loopback = address.ip().is_loopback();
-        let shared = Arc::new(Shared { handle, token, is_loopback, stopped, last: Mutex::default() });
+        let shared =
+            Arc::new(Shared { handle, token, is_loopback, stopped, metrics: Mutex::default(), last: Mutex::default() });
         let thread = std::thread::Builder::new().name("remote".into()).spawn(move || {
             runtime.block_on(serve(listener, shared));
             // What still waits for a peer is given up.

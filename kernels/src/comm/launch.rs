@@ -65,8 +65,9 @@ pub fn discover(said: Option<(u32, u32)>, variable: &dyn Fn(&str) -> Option<Stri
         match (number(rank)?, number(size)?) {
             (Some(rank), Some(num_ranks)) => places.push(Place { rank, num_ranks, source }),
             // Others than torchrun's may stand alone: a size in an allocation, say.
-            (Some(_), None) if source == SOURCES[0].0 => {
-                return Err(error(format!("expected {size} beside {rank}, found none; set both, or neither")));
+            (found, other) if source == SOURCES[0].0 && found.is_some() != other.is_some() => {
+                let (found, missing) = if found.is_some() { (rank, size) } else { (size, rank) };
+                return Err(error(format!("expected {missing} beside {found}, found none; set both, or neither")));
             }
             _ => (),
         }
@@ -93,11 +94,7 @@ pub fn discover(said: Option<(u32, u32)>, variable: &dyn Fn(&str) -> Option<Stri
 /// # Errors
 /// If there is no library, or it says something else than the launcher.
 pub fn join(place: &Place, ranks_per_node: u32, variable: &dyn Fn(&str) -> Option<String>) -> Result<(Comm, String)> {
-    let named = variable(LIBRARY).map(PathBuf::from);
-    let libraries: Vec<PathBuf> = match named {
-        Some(path) => vec![path],
-        None => mpi::Hub::names().map(PathBuf::from).to_vec(),
-    };
+    let libraries = libraries(variable);
     let libraries: Vec<_> = libraries.iter().map(PathBuf::as_path).collect();
     let (comm, version) = Comm::mpi(&libraries, ranks_per_node)?.map_err(|why| {
         error(format!(
@@ -115,6 +112,23 @@ pub fn join(place: &Place, ranks_per_node: u32, variable: &dyn Fn(&str) -> Optio
         )));
     }
     Ok((comm, version))
+}
+
+/// Version and file of the MPI library that processes would meet through, which is loaded for it and not started.
+///
+/// # Errors
+/// What the loader said of each name, if none loads.
+pub fn find_mpi(variable: &dyn Fn(&str) -> Option<String>) -> Result<String, String> {
+    let libraries = libraries(variable);
+    mpi::Hub::find(&libraries.iter().map(PathBuf::as_path).collect::<Vec<_>>()).map_err(|why| why.join("; "))
+}
+
+/// Names under which MPI is looked for.
+fn libraries(variable: &dyn Fn(&str) -> Option<String>) -> Vec<PathBuf> {
+    match variable(LIBRARY) {
+        Some(path) => vec![path.into()],
+        None => mpi::Hub::names().map(PathBuf::from).to_vec(),
+    }
 }
 
 /// Which NCCL library is used.
@@ -234,6 +248,7 @@ mod tests {
             ),
             (Some((1, 4)), "RANK=1 WORLD_SIZE=2", "rank 1 of 4 (--rank and --num-ranks), and rank 1 of 2 (RANK"),
             (None, "RANK=1", "expected WORLD_SIZE beside RANK"),
+            (None, "WORLD_SIZE=2", "expected RANK beside WORLD_SIZE"),
             (None, "RANK=2 WORLD_SIZE=2", "no rank 2 of 2"),
             (None, "PMI_RANK=x PMI_SIZE=2", "a number in PMI_RANK, found `x`"),
         ];

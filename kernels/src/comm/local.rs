@@ -5,16 +5,20 @@
 //! ahead of the others, so a room has a short queue of meetings, and each member knows which is its next.
 //!
 //! Whoever waits sleeps on the condition variable of the pair or room. An abort sets the error first and then wakes each of
-//! them under its lock, so no wait can miss it.
+//! them under its lock, so no wait can miss it; so does a halt.
 
 use std::{
     any::Any,
     collections::{BTreeMap, VecDeque},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use parking_lot::{Condvar, Mutex};
 
+use super::HOST_LANE;
 use crate::{
     clock,
     dtype::Storage,
@@ -46,6 +50,8 @@ pub(super) struct Hub {
     pairs: Vec<Pair>,
     rooms: Mutex<Rooms>,
     lost: Mutex<Option<Error>>,
+    /// By rank, whether its streams wait for nobody any more.
+    halted: Vec<AtomicBool>,
     /// Members see of each other only what they pack, as processes do.
     #[cfg(test)]
     pub packs: bool,
@@ -89,6 +95,7 @@ impl Hub {
             pairs: (0..num_ranks * num_ranks).map(|_| Pair::default()).collect(),
             rooms: Mutex::default(),
             lost: Mutex::default(),
+            halted: (0..num_ranks).map(|_| AtomicBool::new(false)).collect(),
             #[cfg(test)]
             packs: false,
         }
@@ -104,7 +111,7 @@ impl Hub {
         let mut messages = pair.messages.lock();
         let mut waiting = Wait::default();
         loop {
-            self.check()?;
+            self.check(between.0)?;
             if messages.len() < MAX_MESSAGES {
                 messages.push_back((tag, data));
                 pair.changed.notify_all();
@@ -121,7 +128,7 @@ impl Hub {
         let mut messages = pair.messages.lock();
         let mut waiting = Wait::default();
         loop {
-            self.check()?;
+            self.check(between.1)?;
             let at = messages.iter().position(|(t, _)| *t == tag);
             if let Some((_, data)) = at.and_then(|at| messages.remove(at)) {
                 pair.changed.notify_all();
@@ -143,14 +150,15 @@ impl Hub {
     ) -> Result<(Vec<Arc<T>>, u64)> {
         let room = self.rooms.lock().entry((lane, group.clone())).or_insert_with(|| Room::new(group.len())).clone();
         let mut state = room.state.lock();
-        self.check()?;
+        let check = || if lane == HOST_LANE { self.check_lost() } else { self.check(group[me]) };
+        check()?;
         let number = state.next[me];
         state.next[me] += 1;
         state.bring(number, group, me, call, Arc::new(mine))?;
         room.changed.notify_all();
         let mut waiting = Wait::default();
         let brought = loop {
-            self.check()?;
+            check()?;
             if let Some(brought) = state.take(number) {
                 break brought;
             }
@@ -165,6 +173,16 @@ impl Hub {
 
     pub fn abort(&self, rank: u32, message: &str) {
         self.lost.lock().get_or_insert_with(|| Error::PeerLost { rank, message: message.to_owned() });
+        self.wake();
+    }
+
+    /// The ops of a rank's streams that wait, or will, end.
+    pub fn halt(&self, rank: u32) {
+        self.halted[rank as usize].store(true, Ordering::Release);
+        self.wake();
+    }
+
+    fn wake(&self) {
         for pair in &self.pairs {
             drop(pair.messages.lock());
             pair.changed.notify_all();
@@ -180,8 +198,14 @@ impl Hub {
         self.lost.lock().clone()
     }
 
-    fn check(&self) -> Result<()> {
+    fn check_lost(&self) -> Result<()> {
         self.lost().map_or(Ok(()), Err)
+    }
+
+    /// For what a stream of `rank` waits for.
+    fn check(&self, rank: u32) -> Result<()> {
+        self.check_lost()?;
+        if self.halted[rank as usize].load(Ordering::Acquire) { Err(Error::Halted) } else { Ok(()) }
     }
 }
 

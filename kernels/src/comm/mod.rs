@@ -142,6 +142,13 @@ impl Hub {
             Hub::Mpi(hub) => hub.lost(),
         }
     }
+
+    fn halt(&self, rank: u32) {
+        match self {
+            Hub::Local(hub) => hub.halt(rank),
+            Hub::Mpi(hub) => hub.halt(),
+        }
+    }
 }
 
 /// The lane of what the host does; no stream has it.
@@ -347,9 +354,17 @@ impl Comm {
         self.hub.as_ref()?.lost()
     }
 
+    /// Ops of this rank's streams that wait for others end with [`Error::Halted`] from here on, and never work again: all ranks have
+    /// agreed that nobody needs them. What the host brings to others goes on.
+    pub fn halt(&self) {
+        if let Some(hub) = &self.hub {
+            hub.halt(self.in_run(self.rank));
+        }
+    }
+
     /// Aborts for an error of this rank's own.
     fn give_up(&self, error: &Error) {
-        if !matches!(error, Error::PeerLost { .. }) {
+        if !matches!(error, Error::PeerLost { .. } | Error::Halted) {
             self.abort(self.rank, &error.to_string());
         }
     }

@@ -16,7 +16,10 @@ use std::{
     collections::{BTreeMap, VecDeque},
     hash::{DefaultHasher, Hash as _, Hasher as _},
     path::Path,
-    sync::{Arc, OnceLock},
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -27,6 +30,7 @@ use pulse::Pulse;
 use world::{Request, World, bytes};
 
 use super::{
+    HOST_LANE,
     local::{Call, MAX_MESSAGES},
     nccl,
     pack::{Brought, Met, Packed},
@@ -48,6 +52,8 @@ pub(super) struct Hub {
     inboxes: Vec<Mutex<Inbox>>,
     outbox: Mutex<Vec<Request>>,
     pulse: Mutex<Option<Pulse>>,
+    /// Whether streams wait for nobody any more: then MPI is left as it is.
+    is_halted: AtomicBool,
     /// What moves tensors between GPUs, if that is not MPI.
     nccl: OnceLock<nccl::Engine>,
 }
@@ -76,11 +82,10 @@ struct Inbox {
 impl Hub {
     /// Starts the first library of these that loads; `None`, with what the loader said of each, if none does.
     pub fn start(libraries: &[&Path]) -> Result<std::result::Result<Self, Vec<String>>> {
-        let mut why = Vec::new();
-        let loaded = libraries.iter().find_map(|path| {
-            Functions::load(path).map_err(|message| why.push(format!("{}: {message}", path.display()))).ok()
-        });
-        let Some(functions) = loaded else { return Ok(Err(why)) };
+        let functions = match load(libraries) {
+            Ok(functions) => functions,
+            Err(why) => return Ok(Err(why)),
+        };
         let world = Arc::new(World::start(functions)?);
         let (messages, notices) = (world.duplicate()?, Arc::new(Notices::open(&world)?));
         let inboxes = (0..world.num_ranks).map(|_| Mutex::default()).collect();
@@ -92,8 +97,14 @@ impl Hub {
             inboxes,
             outbox: Mutex::default(),
             pulse: Mutex::default(),
+            is_halted: AtomicBool::new(false),
             nccl: OnceLock::new(),
         }))
+    }
+
+    /// Version and file of the first library of these that loads, or what the loader said of each.
+    pub fn find(libraries: &[&Path]) -> std::result::Result<String, Vec<String>> {
+        load(libraries).map(|functions| World::unstarted(functions).version())
     }
 
     /// Starts to tell the others that this rank lives, and to look whether they do. Collective.
@@ -117,7 +128,7 @@ impl Hub {
     /// Asks until it is done; ends with an error when a rank is lost.
     #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "NCCL's"))]
     pub fn wait_until(&self, is_done: &mut dyn FnMut() -> Result<bool>) -> Result<()> {
-        let mut waiting = Wait::default();
+        let mut waiting = Wait::of_stream();
         let mut wait = || {
             while !is_done()? {
                 self.pause(&mut waiting)?;
@@ -187,7 +198,7 @@ impl Hub {
     }
 
     fn put(&self, (_, to): (u32, u32), tag: u64, data: Storage) -> Result<u64> {
-        let mut waiting = Wait::default();
+        let mut waiting = Wait::of_stream();
         while self.outbox.lock().len() >= MAX_MESSAGES {
             self.pause(&mut waiting)?;
         }
@@ -206,7 +217,7 @@ impl Hub {
     }
 
     fn take(&self, (from, _): (u32, u32), tag: u64) -> Result<(Storage, u64)> {
-        let mut waiting = Wait::default();
+        let mut waiting = Wait::of_stream();
         loop {
             {
                 let mut inbox = self.inboxes[from as usize].lock();
@@ -257,7 +268,7 @@ impl Hub {
             return Ok(Met { all: vec![mine], nanos: 0, handed_bytes: Some(vec![0]) });
         }
         let comm = self.group(lane, group)?;
-        let mut waiting = Wait::default();
+        let mut waiting = if lane == HOST_LANE { Wait::default() } else { Wait::of_stream() };
         let packed = (0..n).map(|to| if to == me { Packed::default() } else { mine.pack(to, n) });
         let (parts, handed): (Vec<Vec<u8>>, Vec<u64>) =
             packed.map(|packed| (packed.bytes, packed.num_payload_bytes)).unzip();
@@ -340,8 +351,20 @@ impl Hub {
     fn pause(&self, waiting: &mut Wait) -> Result<()> {
         self.get_on()?;
         self.notices.check()?;
+        if waiting.is_of_stream && self.is_halted() {
+            return Err(Error::Halted);
+        }
         waiting.pause();
         Ok(())
+    }
+
+    /// What streams wait for, they wait for no longer.
+    pub fn halt(&self) {
+        self.is_halted.store(true, Ordering::Release);
+    }
+
+    fn is_halted(&self) -> bool {
+        self.is_halted.load(Ordering::Acquire)
     }
 
     pub fn abort(&self, rank: u32, message: &str) {
@@ -358,8 +381,9 @@ impl Hub {
 impl Drop for Hub {
     /// Ends MPI where all went well; else the process ends with what is under way, and its launcher with it.
     fn drop(&mut self) {
+        let ends_early = self.is_halted();
         let mut waiting = Wait::default();
-        while self.lost().is_none() && !self.outbox.lock().is_empty() {
+        while !ends_early && self.lost().is_none() && !self.outbox.lock().is_empty() {
             if self.pause(&mut waiting).is_err() {
                 break;
             }
@@ -367,12 +391,13 @@ impl Drop for Hub {
         if let Some(engine) = self.nccl.take() {
             match self.lost() {
                 Some(_) => engine.abort(),
+                None if ends_early => engine.abort(),
                 // The others wait for this rank to end its communicators too.
                 None => drop(engine.end(self).inspect_err(|error| self.abort(self.rank(), &error.to_string()))),
             }
         }
         drop(self.pulse.lock().take());
-        if self.lost().is_some() {
+        if ends_early || self.lost().is_some() {
             return;
         }
         let headers = self.inboxes.iter().filter_map(|inbox| inbox.lock().header.take());
@@ -381,14 +406,32 @@ impl Drop for Hub {
     }
 }
 
+/// The first library of these that loads, or what the loader said of each.
+fn load(libraries: &[&Path]) -> std::result::Result<Functions, Vec<String>> {
+    let mut why = Vec::new();
+    for path in libraries {
+        match Functions::load(path) {
+            Ok(functions) => return Ok(functions),
+            Err(message) => why.push(format!("{}: {message}", path.display())),
+        }
+    }
+    Err(why)
+}
+
 /// A wait, if there is one: how long it was, and how it is spent.
 #[derive(Default)]
 struct Wait {
     began: Option<u64>,
     num_pauses: u32,
+    is_of_stream: bool,
 }
 
 impl Wait {
+    /// One that ends when streams are halted.
+    fn of_stream() -> Self {
+        Wait { is_of_stream: true, ..Wait::default() }
+    }
+
     /// A while that grows: others of this machine may be what is waited for.
     fn pause(&mut self) {
         self.began.get_or_insert_with(clock::now_nanos);

@@ -57,6 +57,7 @@ pub struct Watch {
     num_done: AtomicU64,
     has_faults: AtomicBool,
     is_cut: AtomicBool,
+    asks_to_halt: AtomicBool,
     state: Mutex<State>,
 }
 
@@ -96,6 +97,8 @@ pub(super) struct Report {
     /// What its host is in.
     pub doing: String,
     pub waits: Vec<Wait>,
+    /// It, or one that it heard of, cannot wait for the end of the step.
+    pub asks_to_halt: bool,
     /// The last one: it is done.
     pub is_last: bool,
 }
@@ -208,6 +211,7 @@ impl Watch {
             step: state.step,
             doing: state.doing.into(),
             waits: state.under_way.iter().take(NUM_REPORTED_WAITS).map(wait).collect(),
+            asks_to_halt: self.asks_to_halt(),
             is_last: false,
         }
     }
@@ -240,6 +244,16 @@ impl Watch {
         };
         let events: Vec<_> = state.ring.iter().chain(&state.under_way).map(event).collect();
         serde_json::json!({ "displayTimeUnit": "ms", "traceEvents": events }).to_string()
+    }
+
+    /// The step at hand is to be given up, if all agree: the ranks of other processes hear of it within seconds.
+    pub fn ask_to_halt(&self) {
+        self.asks_to_halt.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether this rank asked, or heard that another did.
+    pub fn asks_to_halt(&self) -> bool {
+        self.asks_to_halt.load(Ordering::Relaxed)
     }
 
     /// Whether this rank's link is cut, by a fault.

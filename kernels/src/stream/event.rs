@@ -1,11 +1,14 @@
 //! Moments in streams, and what was waited for until then.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use parking_lot::{Condvar, Mutex};
 
 use super::hazards::VectorClock;
 use crate::{clock, cuda::Mark, error::Error};
+
+/// How often it is looked whether a GPU has come to a moment, by those who do not wait for ever.
+const LOOK: Duration = Duration::from_micros(50);
 
 /// A moment in a stream: reached when all that was enqueued before it is done.
 #[derive(Clone)]
@@ -104,6 +107,31 @@ impl Event {
                     return self.resolve(&mark, &failure);
                 }
                 Progress::Reached(nanos) => return nanos,
+            }
+        }
+    }
+
+    /// Blocks until the event is reached, or so long; whether it is.
+    pub fn is_reached_within(&self, most: Duration) -> bool {
+        let began = clock::now_nanos();
+        loop {
+            let left = most.saturating_sub(Duration::from_nanos(clock::now_nanos() - began));
+            let mut progress = self.state.progress.lock();
+            match progress.0.clone() {
+                Progress::Reached(_) => return true,
+                Progress::Launched(mark, failure) if mark.is_reached() => {
+                    drop(progress);
+                    self.resolve(&mark, &failure);
+                    return true;
+                }
+                _ if left.is_zero() => return false,
+                Progress::Enqueued => {
+                    let _woken_or_late = self.state.moved.wait_for(&mut progress, left);
+                }
+                Progress::Launched(..) => {
+                    drop(progress);
+                    std::thread::sleep(LOOK);
+                }
             }
         }
     }

@@ -126,6 +126,7 @@ pub fn lower_away(world: &mut World, inputs: Inputs, checking: bool) -> Result<L
     let mut l = Lowering::for_session(world, inputs, true)?;
     optimizer::lower_zero(&mut l)?;
     if !checking {
+        l.gate();
         lower_round_end(&mut l)?;
     }
     l.finish_step()

@@ -244,6 +244,7 @@ pub fn lower_update(l: &mut Lowering) -> Result<()> {
     if !l.layout.is_solo() {
         l.transfer(REDUCE_NORM, None, WholeTask)?;
     }
+    l.gate();
     for (layer, group) in groups {
         l.layer = layer.map(|i| i as u32);
         l.task(UPDATE, None, GroupTask(group.clone()))?;

@@ -117,14 +117,14 @@ fn reason_of_peer(rank: u32, said: &str) -> ExitReason {
 /// The ranks of this process: its own among others, or all.
 pub(super) fn ranks_here(distribution: &Distribution, comm: Option<&Comm>) -> Result<Vec<Ranks>, SessionError> {
     let num_ranks = distribution.num_ranks();
-    let replicas = match distribution.num_replicas {
-        1 => String::new(),
-        n => format!(" in each of {n} replicas"),
+    let (replicas, or_replicas) = match distribution.num_replicas {
+        1 => (String::new(), ""),
+        n => (format!(" in each of {n} replicas"), " or diloco.replicas"),
     };
     match comm {
         Some(comm) if comm.num_ranks() != num_ranks => Err(SessionError::input(format!(
             "the scene's mesh has {} ranks{replicas}, and the launcher started {} processes; start {num_ranks}, or set mesh.pp, \
-             mesh.ep or mesh.dp so that there are {}",
+             mesh.ep, mesh.dp{or_replicas} so that there are {}",
             distribution.mesh.num_ranks(),
             comm.num_ranks(),
             comm.num_ranks()

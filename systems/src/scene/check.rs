@@ -301,6 +301,16 @@ impl Checks<'_> {
             for (name, limit) in [("cost_usd", cost_usd), ("energy_kwh", energy_kwh), ("hours", hours)] {
                 limit.iter().for_each(|&limit| self.positive(&format!("budget.{name}"), limit));
             }
+            // What the hardware's file gives is seen when a run begins.
+            let has_hardware = scene.plan.as_ref().is_some_and(|plan| plan.hardware.is_some());
+            for (name, limit, what) in
+                [("cost_usd", cost_usd, "`price_per_hour`"), ("energy_kwh", energy_kwh, "its watts")]
+            {
+                let may_be_measured = name == "energy_kwh" && scene.device != Device::Cpu;
+                self.expect(limit.is_none() || has_hardware || may_be_measured, &format!("budget.{name}"), || {
+                    format!("needs `plan.hardware` with {what}: what a step takes of it is not known otherwise")
+                });
+            }
         }
         if let Some(sample) = &scene.sample {
             self.count("sample.max_new_tokens", sample.max_new_tokens as u64);
@@ -316,6 +326,7 @@ impl Checks<'_> {
         self.positive("watchdog.min_secs", watchdog.min_secs);
         self.positive("watchdog.first_step_secs", watchdog.first_step_secs);
         self.positive("watchdog.steps", watchdog.steps);
+        self.not_negative("watchdog.finish_step_secs", watchdog.finish_step_secs);
         for (i, fault) in watchdog.faults.iter().enumerate() {
             self.expect(fault.rank < scene.num_ranks(), &format!("watchdog.faults[{i}].rank"), || {
                 format!("is {}, but the run has {} ranks", fault.rank, scene.num_ranks())

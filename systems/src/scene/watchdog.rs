@@ -15,6 +15,9 @@ pub struct Watchdog {
     pub first_step_secs: f64,
     /// After it: so many times the slowest of the last 16 steps, if that is more than `min_secs`.
     pub steps: f64,
+    /// Seconds that a signal which asks to stop waits for the end of the step at hand. Then the step is given up, and the checkpoint is
+    /// of those before.
+    pub finish_step_secs: f64,
     /// Steps between two comparisons of the weights that several ranks hold, by hash; a rank that differs is lost. An interval that
     /// divides that of checkpoints keeps what differs out of them. None never compares.
     pub compare_weights_every_steps: Option<u64>,
@@ -26,7 +29,14 @@ pub struct Watchdog {
 impl Default for Watchdog {
     fn default() -> Self {
         let Limits { min_secs, first_step_secs, steps, .. } = Limits::default();
-        Watchdog { min_secs, first_step_secs, steps, compare_weights_every_steps: None, faults: Vec::new() }
+        Watchdog {
+            min_secs,
+            first_step_secs,
+            steps,
+            finish_step_secs: 2.0,
+            compare_weights_every_steps: None,
+            faults: Vec::new(),
+        }
     }
 }
 

@@ -46,6 +46,7 @@ impl Plugin for WatchPlugin {
             feeds_are_apart: false,
             // A signal lets answers end, which is the host's to see to.
             signal: Arc::new(AtomicUsize::new(0)),
+            finish_step: std::time::Duration::MAX,
             note: self.note.clone(),
         };
         app.init_resource::<Before>()

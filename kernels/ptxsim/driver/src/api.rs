@@ -220,8 +220,10 @@ api! {
         }
     }
     within cuEventQuery(event: u64) |gpu| {
-        let reached = gpu.event(event)?.mark.as_ref().is_none_or(|mark| mark.get().is_some());
-        if reached { Ok(()) } else { Err(NOT_READY) }
+        let Some(mark) = gpu.event(event)?.mark.clone() else { return Ok(()) };
+        // It works on while it is asked.
+        let _did_some = mark.get().is_some() || gpu.advance()?;
+        if mark.get().is_some() { Ok(()) } else { Err(NOT_READY) }
     }
     within cuEventElapsedTime(ms: *mut f32, start: u64, end: u64) |gpu| { put(ms, gpu.elapsed_ms(start, end)?) }
 

@@ -219,6 +219,9 @@ impl Board {
     }
 
     fn hear(&self, rank: u32, report: Report) {
+        if report.asks_to_halt {
+            self.watch.ask_to_halt();
+        }
         let now = clock::now_nanos();
         let mut heard = self.heard.lock();
         if let Some(of) = heard.iter_mut().find(|heard| heard.rank == rank) {

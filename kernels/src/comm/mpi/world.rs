@@ -72,12 +72,17 @@ fn count(len: usize) -> c_int {
 }
 
 impl World {
+    /// MPI as it was loaded, which can say its version.
+    pub fn unstarted(functions: Functions) -> Self {
+        World { functions, rank: 0, num_ranks: 1, max_piece: 1 << 30, watch: OnceLock::new() }
+    }
+
     /// Starts MPI; once in a process.
     ///
     /// # Errors
     /// If the library fails, or does not let several threads call it.
     pub fn start(functions: Functions) -> Result<Self> {
-        let mut world = World { functions, rank: 0, num_ranks: 1, max_piece: 1 << 30, watch: OnceLock::new() };
+        let mut world = Self::unstarted(functions);
         let f = &world.functions;
         let (mut level, mut rank, mut size) = (0, 0, 0);
         // SAFETY: MPI allows no arguments here, and the results are written to places of this frame.

@@ -30,6 +30,8 @@ pub enum How {
     Panic,
     /// The process ends by itself, with code 3.
     Exit,
+    /// The process is asked to end, as by SIGTERM, which is no loss: all save and end.
+    Terminate,
     /// Nothing reaches the process any more, and nothing leaves it.
     Cut,
 }
@@ -43,6 +45,11 @@ impl How {
         match self {
             How::Kill => raise(libc::SIGKILL),
             How::Stop => raise(libc::SIGSTOP),
+            How::Terminate => {
+                raise(libc::SIGTERM);
+                // The thread that listens hears it before this one goes on.
+                std::thread::sleep(std::time::Duration::from_millis(200));
+            }
             How::Panic => panic!("a fault on purpose, at {} in step {}", fault.at, fault.step),
             How::Exit => std::process::exit(3),
             How::Cut => {}

@@ -124,7 +124,7 @@ mod tests {
 
     /// A rank that spoke just now, and has done nothing for so many seconds.
     fn seen(rank: u32, unchanged_secs: u64, waits: Vec<Wait>) -> Seen {
-        let report = Report { num_done: 5, step: 4, doing: "attention_forward".into(), waits, is_last: false };
+        let report = Report { num_done: 5, step: 4, doing: "attention_forward".into(), waits, ..Report::default() };
         Seen { rank, report: Some(report), silent_nanos: 0, unchanged_nanos: unchanged_secs * SECOND }
     }
 
