@@ -21,7 +21,7 @@ pub use bench::{
 };
 #[cfg(feature = "editor")]
 pub use editor::{EditorArgs, EditorTheme};
-pub use launch::{K8sArgs, LaunchArgs, Launcher, Mpi, Placed, SlurmArgs};
+pub use launch::{K8sArgs, LaunchArgs, Launcher, Mpi, Placed, SlurmArgs, slurm_secs};
 pub use serve::CapacityArgs;
 
 use crate::{units, verbs::ExpertsArgs};
@@ -126,8 +126,8 @@ pub struct Overrides {
 /// Arguments of `run`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Ctrl-C stops after the step at hand, with a checkpoint; so do SIGTERM, and SIGUSR1 and SIGUSR2, by which schedulers say that a job is
-to give way. A second Ctrl-C or SIGTERM, half a second later or more, stops at once.
+Ctrl-C stops with a checkpoint; so do SIGTERM, and SIGUSR1 and SIGUSR2, by which schedulers say that a job is to give way. The step at
+hand is finished if that takes watchdog.finish_step_secs of the scene at most (2 s), and else given up. A second Ctrl-C or SIGTERM, half a second later or more, stops at once.
 
 Ranks of the scene's mesh are threads of one process, or one process each where a launcher starts as many as there are ranks:
 mpiexec or srun, known by RANK and WORLD_SIZE, or by the variables of Slurm, PMI or Open MPI, first come first. They meet

@@ -19,6 +19,8 @@ pub const PEER_LOST: u8 = 5;
 pub enum Failure {
     /// The scene is wrong.
     Scene(SceneErrors),
+    /// The same as of the first process, which says it; the exit code.
+    SaidByFirst(u8),
     /// Anything else.
     Other {
         /// Exit code of the process.
@@ -50,14 +52,16 @@ impl Failure {
     pub fn message(&self) -> String {
         match self {
             Failure::Scene(errors) => errors.to_string(),
+            Failure::SaidByFirst(_) => "as of rank 0".to_owned(),
             Failure::Other { message, .. } => message.clone(),
         }
     }
 
-    fn code(&self) -> u8 {
+    /// Exit code of the process.
+    pub fn code(&self) -> u8 {
         match self {
             Failure::Scene(_) => USAGE,
-            Failure::Other { exit_code, .. } => *exit_code,
+            Failure::SaidByFirst(exit_code) | Failure::Other { exit_code, .. } => *exit_code,
         }
     }
 
@@ -68,6 +72,7 @@ impl Failure {
                 eprintln!("{}", errors.graphical(terminal::width(), terminal::has_color()));
             }
             Failure::Scene(errors) => eprintln!("{errors}"),
+            Failure::SaidByFirst(_) => {}
             Failure::Other { message, help, .. } => {
                 let (red, plain) = if terminal::has_color() { ("\x1b[1;31m", "\x1b[0m") } else { ("", "") };
                 eprintln!("{red}error:{plain} {message}");
@@ -96,6 +101,7 @@ impl Failure {
                 };
                 errors.errors.iter().map(error).collect()
             }
+            Failure::SaidByFirst(_) => vec![json!({ "message": self.message() })],
             Failure::Other { message, help, .. } => vec![json!({ "message": message, "help": help })],
         };
         json!({ "exit_code": self.code(), "errors": errors })

@@ -137,17 +137,23 @@ fn the_batch_file_asks_for_what_the_scene_needs() {
 }
 
 #[test]
-fn ranks_that_do_not_come_to_whole_nodes_are_refused() {
-    let cases: [(&[&str], &str); 4] = [
+fn what_cannot_be_launched_is_refused() {
+    let cases: [(&[&str], &str); 5] = [
         (&["--nodes", "3"], "--nodes is 3, which does not divide the 4 ranks"),
         (&["--ranks-per-node", "3"], "--ranks-per-node is 3"),
         (&["--set", "mesh.ranks_per_node=3"], "mesh.ranks_per_node is 3"),
         (&["--partition", "a b"], "expected letters"),
+        (&["--time", "2:00"], "--time 2:00 is no longer than the 120 s"),
     ];
     for (args, says) in cases {
         let (code, stdout, stderr) = hadal(&[&["launch", "slurm", "scenes/cluster.ron"], args].concat());
         assert_eq!((code, stdout.as_str()), (2, ""), "{args:?}");
         assert!(stderr.contains(says), "{stderr}");
+    }
+    for (image, mount, says) in [("", "/hadal", "expected an image"), ("a:1", "hadal", "expected a path from / on")] {
+        let args = ["launch", "k8s", "scenes/cluster.ron", "--claim=a", "--image", image, "--mount", mount];
+        let (code, _, stderr) = hadal(&args);
+        assert!(code == 2 && stderr.contains(says), "{stderr}");
     }
     let dir = tempfile::tempdir().expect("a folder");
     let file = dir.path().join("mine");

@@ -36,7 +36,7 @@ pub struct Placed {
     /// Ranks of a node; without it the scene's `mesh.ranks_per_node`
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub ranks_per_node: Option<u32>,
-    /// Processor cores of a rank; without it nodes are had whole
+    /// Processor cores of a rank; without it Slurm gives whole nodes, and pods have no limit
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub cores_per_rank: Option<u32>,
     /// File to write, which must not be there yet; without it only stdout has the text
@@ -66,7 +66,7 @@ pub struct SlurmArgs {
     /// Limit of time, as Slurm writes it: minutes, or [days-]hours:minutes:seconds
     #[arg(long, value_name = "TIME", value_parser = slurm_time)]
     pub time: Option<String>,
-    /// Seconds before the end at which ranks are told to save: more than a step and a checkpoint take
+    /// Seconds before the end at which ranks are told to save: more than a checkpoint takes, and 5 s
     #[arg(long, value_name = "SECS", default_value_t = 120, value_parser = clap::value_parser!(u32).range(1..=65535))]
     pub signal_secs: u32,
     /// Nodes to have besides, idle: a node that is lost is replaced without going back into the queue
@@ -87,7 +87,7 @@ pub struct K8sArgs {
     #[command(flatten)]
     pub placed: Placed,
     /// Image of all pods
-    #[arg(long, value_name = "IMAGE")]
+    #[arg(long, value_name = "IMAGE", value_parser = image)]
     pub image: String,
     /// Name of the job; without it the scene's, with `-` for what cannot stand in one
     #[arg(long, value_name = "NAME", value_parser = dns_label)]
@@ -96,7 +96,7 @@ pub struct K8sArgs {
     #[arg(long, value_name = "NAME", value_parser = dns_label)]
     pub claim: String,
     /// Where the volume is in the pods; also the folder that the scene's path starts from
-    #[arg(long, value_name = "DIR", default_value = "/hadal")]
+    #[arg(long, value_name = "DIR", default_value = "/hadal", value_parser = absolute)]
     pub mount: String,
     /// MPI of the image
     #[arg(long, value_name = "MPI", default_value = "mpich")]
@@ -127,6 +127,23 @@ fn slurm_time(text: &str) -> Result<String, String> {
     if holds { Ok(text.to_owned()) } else { Err("expected a time such as 90, 12:00:00 or 2-00:00:00".into()) }
 }
 
+/// Seconds of what [`slurm_time`] takes: minutes, minutes:seconds or hours:minutes:seconds, or from days on hours and less.
+pub fn slurm_secs(text: &str) -> u64 {
+    let (days, rest) = text.split_once('-').map_or((None, text), |(days, rest)| (Some(days), rest));
+    let number = |text: &str| text.parse::<u64>().unwrap_or_default();
+    let units: &[u64] = if days.is_none() && rest.split(':').count() < 3 { &[60, 1] } else { &[3600, 60, 1] };
+    days.map_or(0, number) * 86_400 + rest.split(':').zip(units).map(|(part, unit)| number(part) * unit).sum::<u64>()
+}
+
+fn image(text: &str) -> Result<String, String> {
+    let holds = !text.is_empty() && !text.contains(char::is_whitespace);
+    if holds { Ok(text.to_owned()) } else { Err("expected an image such as registry.example/hadal:1".into()) }
+}
+
+fn absolute(text: &str) -> Result<String, String> {
+    if text.starts_with('/') { Ok(text.to_owned()) } else { Err("expected a path from / on".into()) }
+}
+
 fn dns_label(text: &str) -> Result<String, String> {
     let is_plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
     let holds = (1..=54).contains(&text.len())
@@ -139,6 +156,13 @@ fn dns_label(text: &str) -> Result<String, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_limit_of_time_is_read_as_slurm_reads_it() {
+        for (text, secs) in [("90", 5400), ("2:30", 150), ("1:02:03", 3723), ("2-00", 172_800), ("1-1:2:3", 90_123)] {
+            assert_eq!(slurm_secs(text), secs, "{text}");
+        }
+    }
 
     #[test]
     fn what_slurm_and_kubernetes_could_not_read_is_refused() {

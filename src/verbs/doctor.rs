@@ -8,7 +8,10 @@ use std::{
     process::ExitCode,
 };
 
-use kernels::{comm::launch::Nccl, cuda};
+use kernels::{
+    comm::launch::{Nccl, find_mpi},
+    cuda,
+};
 use serde::Serialize;
 
 use crate::{
@@ -38,6 +41,10 @@ struct Report {
     /// Why there are none, if there are none.
     gpu_problem: Option<String>,
     nvidia_driver: Option<String>,
+    /// Version and file of the library that several processes meet through.
+    mpi: Option<String>,
+    /// Why there is none, if there is none.
+    mpi_problem: Option<String>,
     /// Version and file of the library that moves tensors between GPUs of several processes.
     nccl: Option<String>,
     /// Why there is none, if there is none.
@@ -113,7 +120,8 @@ fn look() -> Report {
         Ok(gpus) => (gpus.iter().map(gpu).collect(), None),
         Err(e) => (Vec::new(), Some(e.to_string())),
     };
-    let nccl = Nccl::said(&|name| env::var(name).ok()).find();
+    let variable = |name: &str| env::var(name).ok();
+    let (mpi, nccl) = (find_mpi(&variable), Nccl::said(&variable).find());
     let nvml = cuda::nvml_version();
     Report {
         version: env!("CARGO_PKG_VERSION"),
@@ -128,6 +136,8 @@ fn look() -> Report {
         gpus,
         gpu_problem,
         nvidia_driver: machine::nvidia_driver(),
+        mpi_problem: mpi.as_ref().err().cloned(),
+        mpi: mpi.ok(),
         nccl_problem: nccl.as_ref().err().cloned(),
         nccl: nccl.ok(),
         nvml: nvml.as_ref().ok().cloned(),
@@ -172,6 +182,8 @@ fn table(report: &Report) -> String {
     };
     let none = report.gpu_problem.iter().map(|problem| format!("none: {problem}"));
     let gpus: Vec<String> = report.gpus.iter().map(shown).chain(none).collect();
+    let none = || format!("none: {}; HADAL_MPI names one", report.mpi_problem.as_deref().unwrap_or_default());
+    let mpi = report.mpi.clone().unwrap_or_else(none);
     let none = || format!("MPI, by the host: {}", report.nccl_problem.as_deref().unwrap_or_default());
     let nccl = report.nccl.clone().unwrap_or_else(none);
     let power = match (&report.nvml, &report.nvml_problem) {
@@ -187,6 +199,7 @@ fn table(report: &Report) -> String {
         .row("vectors", if simd.is_empty() { unknown() } else { simd.join(", ") })
         .row("memory", memory)
         .row("GPU", gpus.join("\n"))
+        .row("processes", mpi)
         .row("between GPUs", nccl)
         .row("power", power)
         .row("runs", format!("{}, {writable}", report.runs_dir.display()))

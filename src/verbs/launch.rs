@@ -15,7 +15,7 @@ use minijinja::{AutoEscape, Environment, UndefinedBehavior, Value, context, synt
 use systems::scene::{Device, Scene};
 
 use crate::{
-    cli::{K8sArgs, LaunchArgs, Launcher, Mpi, Placed, SlurmArgs},
+    cli::{K8sArgs, LaunchArgs, Launcher, Mpi, Placed, SlurmArgs, slurm_secs},
     failure::Failure,
     load, report,
 };
@@ -45,6 +45,15 @@ pub fn launch(args: &LaunchArgs) -> Result<ExitCode, Failure> {
 
 fn slurm(args: &SlurmArgs) -> Result<String, Failure> {
     let scene = load_scene(&args.placed)?;
+    if let Some(time) = args.time.as_deref().filter(|time| slurm_secs(time) <= u64::from(args.signal_secs)) {
+        return Err(Failure::usage(
+            format!(
+                "--time {time} is no longer than the {} s before its end at which ranks are told to save",
+                args.signal_secs
+            ),
+            "a longer --time, or a smaller --signal-secs",
+        ));
+    }
     let nodes = Nodes::of(&args.placed, &scene)?;
     let folder = env::current_dir().map_err(|e| Failure::runtime(format!("cannot name this folder: {e}")))?;
     let program = env::current_exe().map_err(|e| Failure::runtime(format!("cannot name this program: {e}")))?;

@@ -29,7 +29,9 @@ pub(super) fn join(args: &RunArgs, ranks_per_node: u32, max_secs: f64) -> Result
     let (joined, waiting) = mpsc::sync_channel::<()>(1);
     let (rank, num_ranks) = (place.rank, place.num_ranks);
     let patience = move || {
-        if waiting.recv_timeout(Duration::from_secs_f64(max_secs)) == Err(mpsc::RecvTimeoutError::Timeout) {
+        if waiting.recv_timeout(Duration::try_from_secs_f64(max_secs).unwrap_or(Duration::MAX))
+            == Err(mpsc::RecvTimeoutError::Timeout)
+        {
             eprintln!(
                 "error: rank {rank} waited {max_secs} s for MPI to begin with all {num_ranks} processes \
                  (watchdog.first_step_secs): one did not start, or ended before"
@@ -50,7 +52,7 @@ pub(super) fn join(args: &RunArgs, ranks_per_node: u32, max_secs: f64) -> Result
 /// Asks all whether they are to run the same.
 ///
 /// # Errors
-/// If another cannot run; on all, if one's scene, program or command line is another one; or if one is lost.
+/// If another cannot run, or this one cannot for the reason that the first one says; on all, if one's scene, program or command line is another one; or if one is lost.
 pub(super) fn agree(comm: &Comm, args: &RunArgs, checked: Result<&Checked, &Failure>) -> Result<(), Failure> {
     let scene =
         checked.map_err(Failure::message).and_then(|checked| checked.loaded.to_ron().map_err(|e| e.to_string()));
@@ -63,9 +65,10 @@ pub(super) fn agree(comm: &Comm, args: &RunArgs, checked: Result<&Checked, &Fail
     let told = comm.all_gather_bytes(told).map_err(|lost| Failure::from_peer(&lost))?;
     let all = told.iter().map(|told| serde_json::from_slice(told)).collect::<Result<Vec<Result<u64, String>>, _>>();
     let all = all.map_err(Failure::runtime)?;
-    if checked.is_err() {
-        // It has more to say of its own.
-        return Ok(());
+    if let Err(failure) = checked {
+        // It has more to say of its own, if it is not what the first says.
+        let is_said = comm.rank() > 0 && all[0].as_ref().is_err_and(|said| *said == failure.message());
+        return if is_said { Err(Failure::SaidByFirst(failure.code())) } else { Ok(()) };
     }
     for (rank, digest) in all.iter().enumerate() {
         if let Err(why) = digest {

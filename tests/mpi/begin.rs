@@ -36,6 +36,17 @@ fn who_cannot_begin_tells_the_others() {
 }
 
 #[test]
+fn what_is_wrong_for_all_is_said_once() {
+    let Some(prefix) = libraries().first().cloned() else { return };
+    let dir = tempfile::tempdir().expect("a folder");
+    let output = mpiexec(&prefix, 4, &args(dir.path(), &["mesh.dp=4", "model.hidden_size=0"])).output();
+    let output = output.expect("mpiexec starts");
+    let said = text(&output);
+    assert_eq!(output.status.code(), Some(2), "{said}");
+    assert_eq!(said.matches("1 error in the scene").count(), 1, "{said}");
+}
+
+#[test]
 fn who_does_not_start_is_not_waited_for_without_an_end() {
     let Some(prefix) = libraries().first().cloned() else { return };
     let dir = tempfile::tempdir().expect("a folder");
