@@ -126,13 +126,13 @@ pub struct Overrides {
 /// Arguments of `run`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Ctrl-C stops with a checkpoint; so do SIGTERM, and SIGUSR1 and SIGUSR2, by which schedulers say that a job is to give way. The step at
-hand is finished if that takes watchdog.finish_step_secs of the scene at most (2 s), and else given up. A second Ctrl-C or SIGTERM, half a second later or more, stops at once.
+Ctrl-C stops with a checkpoint; so do SIGTERM, SIGUSR1 and SIGUSR2, by which schedulers ask a job to give way. The step at hand is
+given up if it takes watchdog.finish_step_secs more (2 s). A second Ctrl-C or SIGTERM, half a second later or more, stops at once.
 
 Ranks of the scene's mesh are threads of one process, or one process each where a launcher starts as many as there are ranks:
 mpiexec or srun, known by RANK and WORLD_SIZE, or by the variables of Slurm, PMI or Open MPI, first come first. They meet
-through the first MPI library that loads; HADAL_MPI names another. Between GPUs, one for each process, NCCL sums and gathers if all
-find it; HADAL_NCCL names a library, or is none. Two processes on one GPU need NCCL 2.30 and NCCL_MULTI_RANK_GPU_ENABLE=1.
+through the first MPI library that loads; HADAL_MPI names another. Between GPUs, one for each process, NCCL moves gradients and tokens
+if all find it; HADAL_NCCL names one, or is none. Two processes on one GPU need NCCL 2.30 and NCCL_MULTI_RANK_GPU_ENABLE=1.
 
 Examples:
   hadal run scenes/quickstart.ron

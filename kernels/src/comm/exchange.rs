@@ -24,13 +24,16 @@ mod place;
 
 use std::{ops::Range, sync::Arc};
 
+#[cfg(feature = "cuda")]
+pub(super) use brought::once;
 use brought::{Arrived, Passed, Returned, Sent, Tokens};
-use place::Place;
+pub(super) use place::Place;
 
 use super::{
     Comm, Hub, LinkBytes, Spread, Wire,
     local::Call,
     meter::Traffic,
+    nccl,
     pack::{Brought, Met},
     wire::Rows,
 };
@@ -44,7 +47,7 @@ use crate::{
         parallel::for_row_chunks,
         permute::Order,
     },
-    stream::{Rendezvous, Stream, Waited},
+    stream::{Here, Rendezvous, Stream, Waited},
     tensor::Tensor,
     with_float,
 };
@@ -100,7 +103,11 @@ impl Exchange {
         let plain = (t * d * x.dtype.size_bytes()) as u64;
         let cost = Cost::stream(0, plain, plain * k as u64) + self.dispatch_wire(&at, spread, t as u64 * row_bytes);
         let reads = [x, indices, order.offsets, order.token_of_row];
-        self.launch(s, OP, &reads, &[to.rows, to.offsets, to.origin], cost, move |meeting, m| {
+        self.launch(s, OP, &reads, &[to.rows, to.offsets, to.origin], cost, move |meeting, here| {
+            if let Some(waited) = nccl::dispatch(&meeting, here, &at, (x, indices), order, to)? {
+                return Ok(waited);
+            }
+            let m = here.host()?;
             with_float!(x.dtype, T => {
                 let copies = at.copies(&m.read::<u32>(indices), k);
                 let offsets = m.download(order.offsets);
@@ -118,7 +125,8 @@ impl Exchange {
                 let what = format!("{:?} rows of {d}, {} experts", x.dtype, at.num_experts);
                 let met = meeting.meet(what.clone(), mine)?;
                 let (tokens, passed) = meeting.pass_on(&at, what, &met)?;
-                let in_node = copies.to_node_members + at.passed_on(&met.all);
+                let tokens_to: Vec<&[u64]> = met.all.iter().map(|sent| &sent.tokens_to[..]).collect();
+                let in_node = copies.to_node_members + at.passed_on(&tokens_to);
                 let counted = LinkBytes { intra_node: in_node * row_bytes, inter_node: copies.to_nodes * row_bytes };
                 let handed = meeting.handed(&met).map(|handed| handed + passed.bytes);
                 meeting.comm.count(Traffic::Dispatch, counted, handed);
@@ -139,7 +147,11 @@ impl Exchange {
         let plain = (n * d * rows.dtype.size_bytes()) as u64;
         let cost = Cost::stream(0, plain, plain) + self.send_wire(&at, n as u64 * row_bytes, row_bytes);
         let reads = [rows, order.offsets, received.offsets, received.origin];
-        self.launch(s, OP, &reads, &[out], cost, move |meeting, m| {
+        self.launch(s, OP, &reads, &[out], cost, move |meeting, here| {
+            if let Some(waited) = nccl::send_rows(&meeting, here, &at, rows, order, received, out)? {
+                return Ok(waited);
+            }
+            let m = here.host()?;
             with_float!(rows.dtype, T => {
                 let offsets: Vec<u32> = m.download(order.offsets);
                 let mine = Sent {
@@ -158,18 +170,16 @@ impl Exchange {
                 meeting.count(Traffic::Dispatch, row_bytes, &rows_to, &met);
                 let sent = met.all;
                 let num_rows = m.read::<u32>(received.offsets)[at.num_local()] as usize;
-                let coming: usize = sent.iter().map(|sent| at.rows_to(&sent.offsets, at.me)).sum();
-                if coming != num_rows {
-                    let what = format!("{coming} rows come to rank {}, where {num_rows} were dispatched", meeting.comm.rank);
-                    return Err(meeting.error(&what));
-                }
+                let offsets: Vec<&[u32]> = sent.iter().map(|sent| &sent.offsets[..]).collect();
+                let load = at.load(&offsets);
+                meeting.expect_rows(load.0 as usize, num_rows)?;
                 let origin = m.read::<u32>(received.origin);
                 for_row_chunks(&mut m.write::<T>(out)[..num_rows * d], d, #[inline(always)] |first, chunk| {
                     for (out, from) in chunk.chunks_exact_mut(d).zip(origin[2 * first..].chunks_exact(2)) {
                         sent[from[0] as usize].tokens.decode(from[1], out);
                     }
                 });
-                Ok(Waited { nanos: met.nanos, load: Some(at.load(&sent)) })
+                Ok(Waited { nanos: met.nanos, load: Some(load) })
             })
         })
     }
@@ -183,7 +193,11 @@ impl Exchange {
         let row_bytes = self.wire.row_bytes(rows.dtype, d);
         let plain = (n * d * rows.dtype.size_bytes()) as u64;
         let cost = Cost::stream(0, plain, plain) + self.return_wire(&at, n as u64 * row_bytes, row_bytes);
-        self.launch(s, OP, &[rows, received.offsets, received.origin], &[out], cost, move |meeting, m| {
+        self.launch(s, OP, &[rows, received.offsets, received.origin], &[out], cost, move |meeting, here| {
+            if let Some(waited) = nccl::return_rows(&meeting, here, &at, rows, received, out)? {
+                return Ok(waited);
+            }
+            let m = here.host()?;
             with_float!(rows.dtype, T => {
                 let num_rows = m.read::<u32>(received.offsets).last().copied().unwrap_or(0) as usize;
                 let mut places = vec![Vec::new(); meeting.group.len()];
@@ -248,14 +262,14 @@ impl Exchange {
         reads: &[Tensor],
         writes: &[Tensor],
         cost: Cost,
-        job: impl FnOnce(Meeting, &Memory) -> Result<Waited> + Send + 'static,
+        job: impl FnOnce(Meeting, &mut Here) -> Result<Waited> + Send + 'static,
     ) -> Result<()> {
         let exchange = self.clone();
         let me = self.comm.place_in(op, &self.group)?;
         let rendezvous = || Rendezvous::Collective { group: self.comm.group_in_run(&self.group), tag: self.tag };
         self.comm.launch(s, op, (reads, writes), rendezvous, cost, move |comm, hub, here| {
             let Exchange { group, tag, wire, .. } = exchange;
-            job(Meeting { comm, hub, group, me, op, tag, wire }, here.host()?)
+            job(Meeting { comm, hub, group, me, op, tag, wire }, here)
         })
     }
 
@@ -299,14 +313,14 @@ fn wire(bytes: u64, near: f64, afar: f64) -> Cost {
 }
 
 /// A rank in one exchange while it runs.
-struct Meeting<'a> {
-    comm: &'a Comm,
-    hub: &'a Hub,
-    group: Arc<[u32]>,
-    me: usize,
+pub(super) struct Meeting<'a> {
+    pub comm: &'a Comm,
+    pub hub: &'a Hub,
+    pub group: Arc<[u32]>,
+    pub me: usize,
     op: &'static str,
     tag: u64,
-    wire: Wire,
+    pub wire: Wire,
 }
 
 /// What it took to pass on what arrived.
@@ -317,7 +331,7 @@ struct PassedOn {
 }
 
 impl Meeting<'_> {
-    fn meet<T: Brought>(&self, what: String, mine: T) -> Result<Met<T>> {
+    pub fn meet<T: Brought>(&self, what: String, mine: T) -> Result<Met<T>> {
         let call = Call { op: self.op, tag: self.tag, what: format!("{what} as {:?}", self.wire) };
         self.hub.meet((self.comm.lane, &self.comm.group_in_run(&self.group)), self.me, call, mine)
     }
@@ -340,7 +354,7 @@ impl Meeting<'_> {
             Arrived { source, tokens: tokens[source].clone(), parts }
         });
         let arrived = Passed(arrived.collect());
-        let node = Meeting { group: self.group[here.clone()].into(), me: at.me - here.start, ..*self };
+        let node = self.in_node(at);
         let passed = node.meet(format!("{what}, inside of a node,"), arrived)?;
         for arrived in passed.all.iter().flat_map(|passed| &passed.0) {
             let place = tokens.get_mut(arrived.source);
@@ -351,10 +365,37 @@ impl Meeting<'_> {
         Ok((tokens, PassedOn { bytes, nanos: passed.nanos }))
     }
 
+    /// The same with those of this rank's node only.
+    pub fn in_node(&self, at: &Place) -> Meeting<'_> {
+        let here = at.here();
+        Meeting { group: self.group[here.clone()].into(), me: at.me - here.start, ..*self }
+    }
+
     /// Meters rows that went to each member, directly.
     fn count<T>(&self, traffic: Traffic, row_bytes: u64, rows_to: &[u64], met: &Met<T>) {
         let counted = self.comm.bytes_to(&self.group, rows_to.iter().map(|rows| rows * row_bytes));
         self.comm.count(traffic, counted, self.handed(met));
+    }
+
+    /// Refuses rows that are not those that were dispatched.
+    pub fn expect_rows(&self, coming: usize, dispatched: usize) -> Result<()> {
+        if coming == dispatched {
+            return Ok(());
+        }
+        let rank = self.comm.rank;
+        Err(self.error(&format!("{coming} rows come to rank {rank}, where {dispatched} were dispatched")))
+    }
+
+    /// Refuses more rows than there is room for.
+    pub fn expect_room(&self, num_rows: usize, at: &Place) -> Result<()> {
+        if num_rows <= at.cap {
+            return Ok(());
+        }
+        Err(self.error(&format!(
+            "{num_rows} rows come to rank {}, which has room for {}; the most that can come is n t min(k, its experts), for n ranks \
+             of t tokens",
+            self.comm.rank, at.cap
+        )))
     }
 
     /// What this rank handed to the engine, if it did.
@@ -362,7 +403,7 @@ impl Meeting<'_> {
         Some(self.comm.bytes_to(&self.group, met.handed_bytes.as_ref()?.iter().copied()))
     }
 
-    fn error(&self, what: &str) -> Error {
+    pub fn error(&self, what: &str) -> Error {
         Error::Comm { op: self.op, message: format!("tag {}: {what}", self.tag) }
     }
 }
@@ -376,35 +417,21 @@ fn place_rows<T: Float>(
     tokens: &[Arc<Tokens<T>>],
     to: Received,
 ) -> Result<(u64, u64)> {
-    let load = at.load(sent);
+    let all: Vec<&[u32]> = sent.iter().map(|sent| &sent.offsets[..]).collect();
+    let load = at.load(&all);
     let num_rows = load.0 as usize;
-    if num_rows > at.cap {
-        return Err(meeting.error(&format!(
-            "{num_rows} rows come to rank {}, which has room for {}; the most that can come is n t min(k, its experts), for n ranks \
-             of t tokens",
-            meeting.comm.rank, at.cap
-        )));
-    }
-    let (mut offsets, mut origin) = (m.write::<u32>(to.offsets), m.write::<u32>(to.origin));
-    let mut next = 0;
-    offsets[0] = 0;
-    for (j, expert) in at.experts_of(at.me).enumerate() {
-        for (member, sent) in sent.iter().enumerate() {
-            for row in sent.offsets[expert]..sent.offsets[expert + 1] {
-                origin[2 * next..][..2].copy_from_slice(&[member as u32, row]);
-                next += 1;
-            }
-        }
-        offsets[j + 1] = next as u32;
-    }
+    meeting.expect_room(num_rows, at)?;
+    let (offsets, origin) = at.lay_out(&all);
+    m.write::<u32>(to.offsets).copy_from_slice(&offsets);
+    m.write::<u32>(to.origin)[..2 * num_rows].copy_from_slice(origin.as_flattened());
     let d = to.rows.cols();
     for_row_chunks(
         &mut m.write::<T>(to.rows)[..num_rows * d],
         d,
         #[inline(always)]
         |first, chunk| {
-            for (out, from) in chunk.chunks_exact_mut(d).zip(origin[2 * first..].chunks_exact(2)) {
-                tokens[from[0] as usize].decode(from[1], out);
+            for (out, &[member, row]) in chunk.chunks_exact_mut(d).zip(&origin[first..]) {
+                tokens[member as usize].decode(row, out);
             }
         },
     );

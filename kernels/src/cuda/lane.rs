@@ -189,6 +189,13 @@ impl Lane {
         Ok(())
     }
 
+    /// Enqueues a copy from one place of the device to another.
+    pub(crate) fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<()> {
+        // SAFETY: the caller's tensors and scratch are live, as those of a launch.
+        let copied = unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream.cu_stream()) };
+        copied.map_err(self.gpu.failed("copying on the device"))
+    }
+
     fn value(&mut self, memory: &Memory, task: &Arc<str>, arg: &Arg) -> Result<Value> {
         Ok(match arg {
             Arg::Tensor(tensor) => Value::U64(self.address(memory, *tensor)?),

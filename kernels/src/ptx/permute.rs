@@ -32,6 +32,15 @@ pub fn permute(x: Tensor, order: Order, rows: Tensor) -> Vec<Launch> {
     launch(permute_kernel(x.dtype, lanes, team), team, args.into(), [n, x.cols() / lanes])
 }
 
+/// Row `index[i]` of x to row i of `rows`: n rows of d elements, at addresses, whose rows begin as aligned as those of `like`, which are as
+/// long.
+pub fn gather_rows(x: Arg, index: Arg, rows: Arg, n: usize, like: &[Tensor]) -> Vec<Launch> {
+    let (dtype, d) = (like[0].dtype, like[0].cols());
+    let lanes = parts::lanes(like, d);
+    let team = Team::of(d / lanes);
+    launch(permute_kernel(dtype, lanes, team), team, vec![x, index, rows], [n, d / lanes])
+}
+
 /// I of permute: `dx_td = sum_j drows[row_of_slot[t, j]]`, or `+=` if `accumulate`.
 pub fn permute_grad(drows: Tensor, order: Order, dx: Tensor, accumulate: bool) -> Vec<Launch> {
     gather_sum(drows, None, order, accumulate.then_some(dx), dx)

@@ -38,14 +38,7 @@ impl<T: Float> Tokens<T> {
         let here = (rows.start - self.first_row) as usize..(rows.end - self.first_row) as usize;
         let (tokens, token_of_row) = match self.token_of_row.get(here.clone()) {
             None => (here.map(|row| row as u32).collect(), Vec::new()),
-            Some(of_row) => {
-                let mut tokens = of_row.to_vec();
-                tokens.sort_unstable();
-                tokens.dedup();
-                let place = |token| tokens.partition_point(|&other| other < token) as u32;
-                let places: Vec<u32> = of_row.iter().map(|&token| place(token)).collect();
-                (tokens, places)
-            }
+            Some(of_row) => once(of_row),
         };
         to.put(&[rows.start, self.d as u32, self.rows.wire() as u32]);
         to.put(&token_of_row);
@@ -57,6 +50,16 @@ impl<T: Float> Tokens<T> {
         let token_of_row = take(bytes)?;
         Some(Tokens { rows: Rows::take(Wire::of(wire)?, bytes)?, token_of_row, first_row, d: d as usize })
     }
+}
+
+/// Each token of these rows once, ascending, and the place of each row's token among them.
+pub(in crate::comm) fn once(token_of_row: &[u32]) -> (Vec<u32>, Vec<u32>) {
+    let mut tokens = token_of_row.to_vec();
+    tokens.sort_unstable();
+    tokens.dedup();
+    let place = |token| tokens.partition_point(|&other| other < token) as u32;
+    let places = token_of_row.iter().map(|&token| place(token)).collect();
+    (tokens, places)
 }
 
 /// What a source puts down.

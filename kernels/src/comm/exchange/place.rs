@@ -4,12 +4,12 @@
 //! from that one to the others of the node (DeepEP; DeepSeek-V3 technical report, section 3.2.2). Where a node has fewer members,
 //! places are counted round.
 
-use std::{ops::Range, sync::Arc};
+use std::ops::Range;
 
-use super::{super::shares, brought::Sent};
+use super::super::shares;
 
 /// Where this rank and its experts are.
-pub(super) struct Place {
+pub(in crate::comm) struct Place {
     pub me: usize,
     /// Of all members.
     pub num_experts: usize,
@@ -39,10 +39,23 @@ impl Place {
         self.rows_for(offsets, member..member + 1).len()
     }
 
-    /// Rows for this rank's experts, and the most for any member's.
-    pub fn load<T>(&self, sent: &[Arc<Sent<T>>]) -> (u64, u64) {
-        let rows = |member| sent.iter().map(|sent| self.rows_to(&sent.offsets, member) as u64).sum::<u64>();
-        (rows(self.me), (0..sent.len()).map(rows).max().unwrap_or(0))
+    /// Rows for this rank's experts, and the most for any member's, of sources with these offsets.
+    pub fn load(&self, offsets: &[&[u32]]) -> (u64, u64) {
+        let rows = |member| offsets.iter().map(|offsets| self.rows_to(offsets, member) as u64).sum::<u64>();
+        (rows(self.me), (0..offsets.len()).map(rows).max().unwrap_or(0))
+    }
+
+    /// Where rows of sources with these offsets lie here: where each expert's begin and the last one's end, and the source and the
+    /// source's row of each, as [`super::Received`] has them.
+    pub fn lay_out(&self, offsets: &[&[u32]]) -> (Vec<u32>, Vec<[u32; 2]>) {
+        let (mut begin, mut origin) = (vec![0], Vec::new());
+        for expert in self.experts_of(self.me) {
+            for (member, offsets) in (0..).zip(offsets) {
+                origin.extend((offsets[expert]..offsets[expert + 1]).map(|row| [member, row]));
+            }
+            begin.push(origin.len() as u32);
+        }
+        (begin, origin)
     }
 
     /// Members of this rank's node.
@@ -84,9 +97,10 @@ impl Place {
         (0..self.nodes.len()).map(|to| self.rows_for(offsets, members(to))).collect()
     }
 
-    /// Copies that this rank makes of tokens that arrived at it from other nodes, for other ranks of its node.
-    pub fn passed_on<T>(&self, sent: &[Arc<Sent<T>>]) -> u64 {
-        let others = |i: usize| self.here().filter(|&j| j != self.me).map(move |j| sent[i].tokens_to[j]);
+    /// Copies that this rank makes of tokens that arrived at it from other nodes, for other ranks of its node, where each source has so
+    /// many tokens for each member.
+    pub fn passed_on(&self, tokens_to: &[&[u64]]) -> u64 {
+        let others = |i: usize| self.here().filter(|&j| j != self.me).map(move |j| tokens_to[i][j]);
         self.arriving().flat_map(others).sum()
     }
 
@@ -116,7 +130,7 @@ impl Place {
 }
 
 /// How often a rank's tokens are sent by it.
-pub(super) struct Copies {
+pub(in crate::comm) struct Copies {
     /// Tokens that have an expert at each member.
     pub tokens_to: Vec<u64>,
     /// Once to each other node.

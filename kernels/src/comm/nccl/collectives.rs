@@ -7,15 +7,13 @@
 use std::ops::Range;
 
 use super::{
-    Engine,
     abi::{Handle, Piece},
+    way::Way,
 };
 use crate::{
-    comm::{Hub, collectives::Member, mpi},
-    cuda::Lane,
+    comm::collectives::Member,
     dtype::DType,
     error::Result,
-    memory::Memory,
     ptx::{
         Arg, Launch, NCCL_SLOT,
         sum_parts::{slot_bytes, sum_parts},
@@ -26,12 +24,8 @@ use crate::{
 
 /// An op under way.
 struct Op<'a> {
-    engine: &'a Engine,
-    hub: &'a mpi::Hub,
+    way: Way<'a>,
     member: &'a Member<'a>,
-    memory: &'a Memory,
-    lane: &'a mut Lane,
-    task: &'a std::sync::Arc<str>,
     x: Tensor,
     comm: Handle,
 }
@@ -60,15 +54,12 @@ fn with_nccl(
     x: Tensor,
     body: impl FnOnce(Op<'_>) -> Result<()>,
 ) -> Result<bool> {
-    let Hub::Mpi(hub) = member.hub else { return Ok(false) };
-    let Some(engine) = hub.nccl().filter(|_| member.comm.lane == 0 && member.group.len() > 1) else { return Ok(false) };
     if !matches!(x.dtype, DType::F32 | DType::Bf16 | DType::F64) {
         return Ok(false);
     }
-    here.ready()?;
-    let Some((memory, lane, task)) = here.gpu() else { return Ok(false) };
-    let comm = engine.comm(hub, member.group, member.me, lane.most_blocks())?;
-    body(Op { engine, hub, member, memory, lane, task, x, comm })?;
+    let Some(way) = Way::open(member.comm, member.hub, member.group.len(), here)? else { return Ok(false) };
+    let comm = way.comm(member.group, member.me)?;
+    body(Op { way, member, x, comm })?;
     Ok(true)
 }
 
@@ -115,17 +106,17 @@ pub fn gather(
 impl Op<'_> {
     /// Address of an element of x.
     fn at(&self, element: usize) -> Result<u64> {
-        Ok(self.memory.address(self.x)? + (element * self.x.dtype.size_bytes()) as u64)
+        Ok(self.way.memory.address(self.x)? + (element * self.x.dtype.size_bytes()) as u64)
     }
 
     /// In each round, sends every other its part and adds up the own.
     fn sum(mut self, parts: &[Range<usize>], what: &str) -> Result<()> {
-        let staging_bytes = self.engine.staging_bytes;
+        let staging_bytes = self.way.engine.staging_bytes;
         let rounds = rounds(parts, self.x.dtype.size_bytes(), staging_bytes);
         let (x, me, n) = (self.x, self.member.me, self.member.group.len());
         let slot = |parts: &[Range<usize>]| slot_bytes(x.dtype, parts[me].len());
         let most = rounds.iter().map(|parts| n * slot(parts)).max().unwrap_or(0);
-        let staging = self.lane.scratch(NCCL_SLOT, most as u64)?;
+        let staging = self.way.lane.scratch(NCCL_SLOT, most as u64)?;
         let mut all = Vec::with_capacity(rounds.len());
         for parts in &rounds {
             let (mut sends, mut receives) = (Vec::new(), Vec::new());
@@ -136,7 +127,7 @@ impl Op<'_> {
                 receives.push(Piece { member: i, address, bytes: bytes(&parts[me]) });
             }
             let mine = x.slice(parts[me].start, parts[me].len());
-            let sum = self.lane.within_share(sum_parts(Arg::U64(staging), mine, n, me));
+            let sum = self.way.lane.within_share(sum_parts(Arg::U64(staging), mine, n, me));
             all.push(Round { sends, receives, sum });
         }
         self.run(all, Some(format!("{what}, {staging_bytes} bytes at a time")))
@@ -145,36 +136,22 @@ impl Op<'_> {
     /// Meets the others, unless that was just so, and puts it all on the stream; returns when it is done.
     fn run(&mut self, rounds: Vec<Round>, what: Option<String>) -> Result<()> {
         // Whatever the driver may wait for the device in comes before the others wait for this rank.
+        let Way { memory, task, .. } = self.way;
         for round in &rounds {
-            self.lane.prepare(self.memory, self.task, &round.sum)?;
+            self.way.lane.prepare(memory, task, &round.sum)?;
         }
         if let Some(what) = what {
             self.member.meet(format!("{what} by NCCL"), Vec::<u8>::new())?;
         }
         self.member.comm.watch.strike("nccl");
         for Round { sends, receives, sum } in rounds {
-            let [sends, receives] =
-                [sends, receives].map(|pieces| pieces.into_iter().filter(|piece| piece.bytes > 0).collect::<Vec<_>>());
-            if !sends.is_empty() || !receives.is_empty() {
-                self.transfer(&sends, &receives)?;
-            }
+            self.way.put(self.comm, &sends, &receives)?;
             let mut handed = vec![0; self.member.group.len()];
             sends.iter().for_each(|piece| handed[piece.member] += piece.bytes as u64);
             self.member.hand_over(handed.into_iter());
-            self.lane.launch(self.memory, self.task, &sum)?;
+            self.way.lane.launch(memory, task, &sum)?;
         }
-        let (functions, comm, lane) = (&self.engine.functions, self.comm, &*self.lane);
-        self.engine.until(self.hub, || Ok(functions.is_settled(comm)? && lane.is_done()?))
-    }
-
-    /// Puts a group on the stream.
-    fn transfer(&self, sends: &[Piece], receives: &[Piece]) -> Result<()> {
-        let (functions, comm) = (&self.engine.functions, self.comm);
-        // SAFETY: the pieces are of x and of the stream's scratch, which stay until the stream is done; what follows waits for that.
-        let put = unsafe { functions.exchange(comm, sends, receives, self.lane.handle()) };
-        put.inspect_err(|_| self.engine.abort())?;
-        // Nothing may be put on the stream before the library has: until then it does so from a thread of its own.
-        self.engine.until(self.hub, || functions.is_settled(comm))
+        self.way.finish(self.comm)
     }
 }
 

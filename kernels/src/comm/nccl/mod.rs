@@ -1,7 +1,7 @@
-//! Sums and gathers between GPUs of several processes by NCCL, which is loaded at run time and bootstrapped over MPI.
+//! Sums, gathers and rows to experts between GPUs of several processes by NCCL, which is loaded at run time and bootstrapped over MPI.
 //!
 //! NCCL only moves bytes here, by grouped sends and receives: its own reductions have an order of their own, and sums of this crate are
-//! in the order of ranks, so that losses have the same bits on every engine. [`collectives`] says who sends what.
+//! in the order of ranks, so that losses have the same bits on every engine. [`collectives`] and [`rows`] say who sends what.
 //!
 //! Nothing may wait for ever. So an op of NCCL is put on the stream only when all members are there with what they bring: each waits
 //! for its own GPU, then all meet over MPI (`Member::meet`), which is also where ranks that call different things are told so; always,
@@ -13,11 +13,13 @@
 //! That needs one stream in a process: the first that comes, on the first lane. Ops of other lanes go by the host.
 //!
 //! What stays with MPI, and why: messages of pipelines, because a send must not wait for its receiver, and one of NCCL would, on the GPU,
-//! where it may keep what the receiver waits for from running; rows to experts and back, because they are packed on the host, from where
-//! MPI is the shorter way; counts (u32), because their sum is checked.
+//! where it may keep what the receiver waits for from running; rows that are encoded for their way to experts, because the host encodes
+//! them; counts (u32), because their sum is checked, and what ranks tell each other of rows.
 
 mod abi;
 mod collectives;
+mod rows;
+mod way;
 
 use std::{
     collections::BTreeMap,
@@ -31,6 +33,7 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
 pub(super) use collectives::{all_reduce_at_once, gather, reduce_scatter};
+pub(super) use rows::{dispatch, return_rows, send_rows};
 
 use super::{
     Comm,
