@@ -158,13 +158,15 @@ fn launch(world: &mut World, graph: &Graph, handlers: &mut Handlers, events: &mu
     let peers = world.get_resource::<Peers>().map(|peers| peers.0.clone());
     let mut held = vec![false; graph.streams.len()];
     let mut task = 0;
+    let mut seen = gate::Seen::default();
     // One guard around the whole loop: a handler's panic names the task that was being launched.
     let launched = catch_unwind(AssertUnwindSafe(|| -> Result<bool> {
         loop {
-            if graph.gate == Some(task) {
+            // The host runs ahead, but not for ever: of a long step it may be here until the end.
+            if graph.gate.is_some_and(|gate| task == gate || (task < gate && gate::is_called(world, &mut seen))) {
                 (0..graph.streams.len()).for_each(|on| finish(world, on));
                 held.fill(false);
-                if !gate::passes(world, events)? {
+                if !gate::passes(world, events, &mut seen)? {
                     return Ok(false);
                 }
                 start(world);

@@ -95,7 +95,8 @@ scancel --signal=USR1 "$job"
 goes_on 1
 grep -q 'SIGTERM: stopping here, with a checkpoint' "$log" || fail "$name: no checkpoint was said"
 
-submit 'preempted'
+# In the middle of a step, unless it comes between two.
+submit 'preempted' --set watchdog.finish_step_secs=0
 wait_for 60 has_steps "$run" 12
 began=$(now)
 other=$(sbatch --parsable --partition=high --nodes=4 --exclusive --output=/dev/null --wrap 'sleep 2')

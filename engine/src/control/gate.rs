@@ -20,12 +20,21 @@ use crate::{
 /// How often it is looked for signals, and got on with what was sent.
 const LOOK: Duration = Duration::from_millis(2);
 
+/// When a signal was first seen in the step at hand.
+#[derive(Default)]
+pub(crate) struct Seen(Option<u64>);
+
+/// Whether a rank, this one or another, cannot wait any longer for the end of the step: then all come to the gate at once.
+pub(crate) fn is_called(world: &World, seen: &mut Seen) -> bool {
+    world.get_resource::<Control>().is_some_and(|control| control.is_called(seen))
+}
+
 /// Waits until what was launched of the step is done, or a rank cannot wait any longer; whether the step goes on, which all ranks are
 /// told alike.
-pub(crate) fn passes(world: &mut World, launched: &[(Event, Event)]) -> Result<bool> {
+pub(crate) fn passes(world: &mut World, launched: &[(Event, Event)], seen: &mut Seen) -> Result<bool> {
     let Some(control) = world.get_resource::<Control>() else { return Ok(true) };
     let comm = control.comm.clone();
-    let is_done = control.wait(launched)?;
+    let is_done = control.wait(launched, seen)?;
     let mine = if is_done { 0 } else { control.signal.load(Ordering::Relaxed) };
     let all = if comm.num_ranks() == 1 { vec![vec![mine as u8]] } else { comm.all_gather_bytes(vec![mine as u8])? };
     let Some(signal) = all.iter().flatten().copied().find(|&signal| signal != 0) else {
@@ -50,20 +59,23 @@ pub(crate) fn passes(world: &mut World, launched: &[(Event, Event)]) -> Result<b
 }
 
 impl Control {
-    /// Waits for the events; false if a signal came meanwhile, here or elsewhere, and the patience with it is over.
-    fn wait(&self, launched: &[(Event, Event)]) -> Result<bool> {
+    fn is_called(&self, Seen(seen): &mut Seen) -> bool {
         let watch = self.comm.watch();
-        let mut asked = None;
+        if self.signal.load(Ordering::Relaxed) != 0 {
+            let now = now_nanos();
+            if u128::from(now - *seen.get_or_insert(now)) >= self.finish_step.as_nanos() {
+                watch.ask_to_halt();
+            }
+        }
+        // In their first step ranks make what they meet by, and cannot be called away.
+        self.has_passed_gate && watch.asks_to_halt()
+    }
+
+    /// Waits for the events; false if a rank cannot wait any longer.
+    fn wait(&self, launched: &[(Event, Event)], seen: &mut Seen) -> Result<bool> {
         for (_, end) in launched {
             loop {
-                if self.signal.load(Ordering::Relaxed) != 0 {
-                    let now = now_nanos();
-                    if u128::from(now - *asked.get_or_insert(now)) >= self.finish_step.as_nanos() {
-                        watch.ask_to_halt();
-                    }
-                }
-                // In their first step ranks make what they meet by, and cannot be called away.
-                if self.has_passed_gate && watch.asks_to_halt() {
+                if self.is_called(seen) {
                     return Ok(false);
                 }
                 if end.is_reached_within(LOOK) {
@@ -72,7 +84,7 @@ impl Control {
                 self.comm.progress()?;
             }
         }
-        Ok(true)
+        Ok(!self.is_called(seen))
     }
 }
 

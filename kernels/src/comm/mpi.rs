@@ -19,7 +19,9 @@ use std::{
     sync::{
         Arc, OnceLock,
         atomic::{AtomicBool, Ordering},
+        mpsc,
     },
+    thread,
     time::Duration,
 };
 
@@ -66,6 +68,8 @@ type Groups = BTreeMap<(u32, Arc<[u32]>), Handle>;
 const ENVELOPE: usize = 256;
 /// Where in it that begins which must be the same.
 const SAID: usize = 2 * size_of::<u64>();
+/// How long MPI may take to end with something under way.
+const PATIENCE_AT_END: Duration = Duration::from_secs(3);
 /// Numbers of an envelope of a message: tag, type, length.
 const HEADER: usize = 6;
 const HEADERS: u16 = 0;
@@ -167,7 +171,7 @@ impl Hub {
         let patience = self.pulse.lock().as_ref().filter(|_| is_the_librarys).map_or(Duration::ZERO, Pulse::patience);
         let began = clock::now_nanos();
         while u128::from(clock::now_nanos() - began) < patience.as_nanos() && self.lost().is_none() {
-            std::thread::sleep(Duration::from_millis(5));
+            thread::sleep(Duration::from_millis(5));
         }
         self.lost().unwrap_or(error)
     }
@@ -378,6 +382,20 @@ impl Hub {
     }
 }
 
+impl Hub {
+    /// Ends MPI with what streams left under way, so that a launcher sees an end in good order; not if the library waits for that.
+    fn finish_early(&self) {
+        let (done, is_done) = mpsc::sync_channel(1);
+        let world = self.world.clone();
+        let finish = move || {
+            let _ = done.send(world.finish());
+        };
+        if thread::Builder::new().name("end of MPI".into()).spawn(finish).is_ok() {
+            let _ = is_done.recv_timeout(PATIENCE_AT_END);
+        }
+    }
+}
+
 impl Drop for Hub {
     /// Ends MPI where all went well; else the process ends with what is under way, and its launcher with it.
     fn drop(&mut self) {
@@ -397,8 +415,11 @@ impl Drop for Hub {
             }
         }
         drop(self.pulse.lock().take());
-        if ends_early || self.lost().is_some() {
+        if self.lost().is_some() {
             return;
+        }
+        if ends_early {
+            return self.finish_early();
         }
         let headers = self.inboxes.iter().filter_map(|inbox| inbox.lock().header.take());
         let cancelled = headers.collect::<Vec<_>>().into_iter().try_for_each(|request| self.world.cancel(request));
@@ -438,8 +459,8 @@ impl Wait {
         self.num_pauses += 1;
         match self.num_pauses {
             ..64 => std::hint::spin_loop(),
-            64..256 => std::thread::yield_now(),
-            _ => std::thread::sleep(Duration::from_micros(20)),
+            64..256 => thread::yield_now(),
+            _ => thread::sleep(Duration::from_micros(20)),
         }
     }
 
