@@ -182,7 +182,7 @@ fn table(report: &Report) -> String {
     };
     let none = report.gpu_problem.iter().map(|problem| format!("none: {problem}"));
     let gpus: Vec<String> = report.gpus.iter().map(shown).chain(none).collect();
-    let none = || format!("none: {}; HADAL_MPI names one", report.mpi_problem.as_deref().unwrap_or_default());
+    let none = || format!("none, HADAL_MPI names one:\n{}", report.mpi_problem.as_deref().unwrap_or_default());
     let mpi = report.mpi.clone().unwrap_or_else(none);
     let none = || format!("MPI, by the host: {}", report.nccl_problem.as_deref().unwrap_or_default());
     let nccl = report.nccl.clone().unwrap_or_else(none);

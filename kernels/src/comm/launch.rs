@@ -120,7 +120,7 @@ pub fn join(place: &Place, ranks_per_node: u32, variable: &dyn Fn(&str) -> Optio
 /// What the loader said of each name, if none loads.
 pub fn find_mpi(variable: &dyn Fn(&str) -> Option<String>) -> Result<String, String> {
     let libraries = libraries(variable);
-    mpi::Hub::find(&libraries.iter().map(PathBuf::as_path).collect::<Vec<_>>()).map_err(|why| why.join("; "))
+    mpi::Hub::find(&libraries.iter().map(PathBuf::as_path).collect::<Vec<_>>()).map_err(|why| why.join("\n"))
 }
 
 /// Names under which MPI is looked for.

@@ -470,6 +470,12 @@ fn loaders_words(e: libloading::Error) -> String {
     said.unwrap_or_else(|| e.to_string())
 }
 
+/// Why this library is not used: the loader names it, and others do not.
+fn why_not(path: &Path, message: &str) -> String {
+    let name = path.display().to_string();
+    if message.starts_with(&name) { message.to_owned() } else { format!("{name}: {message}") }
+}
+
 #[cfg(test)]
 pub(crate) mod testing;
 #[cfg(test)]

@@ -37,6 +37,7 @@ use super::{
     nccl,
     pack::{Brought, Met, Packed},
     watch::{Limits, Watch},
+    why_not,
 };
 use crate::{
     clock,
@@ -433,7 +434,7 @@ fn load(libraries: &[&Path]) -> std::result::Result<Functions, Vec<String>> {
     for path in libraries {
         match Functions::load(path) {
             Ok(functions) => return Ok(functions),
-            Err(message) => why.push(format!("{}: {message}", path.display())),
+            Err(message) => why.push(why_not(path, &message)),
         }
     }
     Err(why)

@@ -39,7 +39,7 @@ use super::{
     Comm,
     launch::{Gpus, Nccl},
     local::Call,
-    mpi,
+    mpi, why_not,
 };
 use crate::{
     cuda::{self, Gpu},
@@ -80,9 +80,7 @@ fn load(library: &Nccl) -> std::result::Result<Functions, String> {
         Nccl::Usual => abi::NAMES.map(PathBuf::from).to_vec(),
     };
     let mut why = Vec::new();
-    let try_one = |path: &PathBuf| {
-        Functions::load(path).map_err(|message| why.push(format!("{}: {message}", path.display()))).ok()
-    };
+    let try_one = |path: &PathBuf| Functions::load(path).map_err(|message| why.push(why_not(path, &message))).ok();
     names.iter().find_map(try_one).ok_or_else(|| format!("no NCCL library loads: {}", why.join("; ")))
 }
 
