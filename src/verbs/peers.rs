@@ -52,7 +52,8 @@ pub(super) fn join(args: &RunArgs, ranks_per_node: u32, max_secs: f64) -> Result
 /// Asks all whether they are to run the same.
 ///
 /// # Errors
-/// If another cannot run, or this one cannot for the reason that the first one says; on all, if one's scene, program or command line is another one; or if one is lost.
+/// If another cannot run, or this one cannot for the reason that the first one says; on all, if one's scene, program or command line is
+/// another one; or if one is lost.
 pub(super) fn agree(comm: &Comm, args: &RunArgs, checked: Result<&Checked, &Failure>) -> Result<(), Failure> {
     let scene =
         checked.map_err(Failure::message).and_then(|checked| checked.loaded.to_ron().map_err(|e| e.to_string()));

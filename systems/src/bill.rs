@@ -77,8 +77,7 @@ pub(crate) fn keep(app: &mut App, loaded: &Loaded, config: &ModelConfig) -> Resu
     let mut problems = Vec::new();
     let mut needs = |path: &str, limit: Option<f64>, is_known: bool, what: &str| {
         if limit.is_some() && !is_known {
-            let message = format!("needs `plan.hardware` with {what}: what a step takes of it is not known otherwise");
-            problems.push(Problem::new(path, message));
+            problems.push(Problem::new(path, Budget::needs_hardware(what)));
         }
     };
     needs("budget.cost_usd", bill.budget.cost_usd, bill.usd(1.0).is_some(), "`price_per_hour`");

@@ -54,8 +54,8 @@ pub struct Training {
     pub schedule: sections::Schedule,
     /// Source of batches.
     pub loader: Loader,
-    /// Where the step at hand found it.
-    began_at: Option<Cursor>,
+    /// Samples drawn before the step at hand.
+    began_at: Option<u64>,
     /// Tensors of this rank's microbatches; as many as the largest step has.
     pub microbatches: Vec<Inputs>,
     /// Steps done.
@@ -129,7 +129,7 @@ impl Training {
 
     /// What comes after the steps done: a step that is at hand, or was given up, counts for none.
     pub fn cursor(&self) -> Cursor {
-        self.began_at.clone().unwrap_or_else(|| self.loader.cursor())
+        self.loader.cursor_after(self.began_at.unwrap_or_else(|| self.loader.num_drawn()))
     }
 
     /// Experts that had no token for [`DEAD_AFTER_STEPS`] steps.
@@ -174,7 +174,7 @@ pub(crate) fn admit(
     ranks.comm.take_meter();
     let step = training.step;
     ranks.comm.watch().begin_step(step + 1);
-    training.began_at = Some(training.loader.cursor());
+    training.began_at = Some(training.loader.num_drawn());
     let (num_microbatches, num_sequences) = (training.num_microbatches(), training.scene.batch.microbatch_sequences);
     let num_mtp_modules = model.config.num_nextn_predict_layers;
     let (mut num_targets, mut mine, mut num_mtp) = (0, 0, 0);

@@ -470,10 +470,23 @@ fn loaders_words(e: libloading::Error) -> String {
     said.unwrap_or_else(|| e.to_string())
 }
 
-/// Why this library is not used: the loader names it, and others do not.
-fn why_not(path: &Path, message: &str) -> String {
-    let name = path.display().to_string();
-    if message.starts_with(&name) { message.to_owned() } else { format!("{name}: {message}") }
+/// The first library of these that loads, or why each is not used.
+fn first_that_loads<F>(
+    paths: impl IntoIterator<Item = impl AsRef<Path>>,
+    load: impl Fn(&Path) -> std::result::Result<F, String>,
+) -> std::result::Result<F, Vec<String>> {
+    let mut why = Vec::new();
+    for path in paths {
+        match load(path.as_ref()) {
+            Ok(functions) => return Ok(functions),
+            Err(message) => {
+                // The loader names the file, and others do not.
+                let name = path.as_ref().display().to_string();
+                why.push(if message.starts_with(&name) { message } else { format!("{name}: {message}") });
+            }
+        }
+    }
+    Err(why)
 }
 
 #[cfg(test)]

@@ -32,12 +32,11 @@ use pulse::Pulse;
 use world::{Request, World, bytes};
 
 use super::{
-    HOST_LANE,
+    HOST_LANE, first_that_loads,
     local::{Call, MAX_MESSAGES},
     nccl,
     pack::{Brought, Met, Packed},
     watch::{Limits, Watch},
-    why_not,
 };
 use crate::{
     clock,
@@ -55,7 +54,7 @@ pub(super) struct Hub {
     inboxes: Vec<Mutex<Inbox>>,
     outbox: Mutex<Vec<Request>>,
     pulse: Mutex<Option<Pulse>>,
-    /// Whether streams wait for nobody any more: then MPI is left as it is.
+    /// Whether streams wait for nobody any more: then MPI ends with what they left under way.
     is_halted: AtomicBool,
     /// What moves tensors between GPUs, if that is not MPI.
     nccl: OnceLock<nccl::Engine>,
@@ -87,7 +86,7 @@ struct Inbox {
 impl Hub {
     /// Starts the first library of these that loads; `None`, with what the loader said of each, if none does.
     pub fn start(libraries: &[&Path]) -> Result<std::result::Result<Self, Vec<String>>> {
-        let functions = match load(libraries) {
+        let functions = match first_that_loads(libraries, Functions::load) {
             Ok(functions) => functions,
             Err(why) => return Ok(Err(why)),
         };
@@ -109,7 +108,7 @@ impl Hub {
 
     /// Version and file of the first library of these that loads, or what the loader said of each.
     pub fn find(libraries: &[&Path]) -> std::result::Result<String, Vec<String>> {
-        load(libraries).map(|functions| World::unstarted(functions).version())
+        first_that_loads(libraries, Functions::load).map(|functions| World::unstarted(functions).version())
     }
 
     /// Starts to tell the others that this rank lives, and to look whether they do. Collective.
@@ -408,11 +407,11 @@ impl Drop for Hub {
             }
         }
         if let Some(engine) = self.nccl.take() {
-            match self.lost() {
-                Some(_) => engine.abort(),
-                None if ends_early => engine.abort(),
+            if ends_early || self.lost().is_some() {
+                engine.abort();
+            } else {
                 // The others wait for this rank to end its communicators too.
-                None => drop(engine.end(self).inspect_err(|error| self.abort(self.rank(), &error.to_string()))),
+                let _ = engine.end(self).inspect_err(|error| self.abort(self.rank(), &error.to_string()));
             }
         }
         drop(self.pulse.lock().take());
@@ -426,18 +425,6 @@ impl Drop for Hub {
         let cancelled = headers.collect::<Vec<_>>().into_iter().try_for_each(|request| self.world.cancel(request));
         let _ = cancelled.and_then(|()| self.notices.close()).and_then(|()| self.world.finish());
     }
-}
-
-/// The first library of these that loads, or what the loader said of each.
-fn load(libraries: &[&Path]) -> std::result::Result<Functions, Vec<String>> {
-    let mut why = Vec::new();
-    for path in libraries {
-        match Functions::load(path) {
-            Ok(functions) => return Ok(functions),
-            Err(message) => why.push(why_not(path, &message)),
-        }
-    }
-    Err(why)
 }
 
 /// A wait, if there is one: how long it was, and how it is spent.

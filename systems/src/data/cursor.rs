@@ -80,12 +80,22 @@ impl Loader {
         &self.rows
     }
 
+    /// Samples that were drawn.
+    pub fn num_drawn(&self) -> u64 {
+        self.next
+    }
+
     /// Where the loader is.
     pub fn cursor(&self) -> Cursor {
+        self.cursor_after(self.next)
+    }
+
+    /// Where it is after so many samples.
+    pub fn cursor_after(&self, num_drawn: u64) -> Cursor {
         let num_rows = self.rows.num_rows();
         Cursor {
-            epoch: self.next / num_rows,
-            sample: self.next % num_rows,
+            epoch: num_drawn / num_rows,
+            sample: num_drawn % num_rows,
             seed: self.seed,
             num_rows,
             seq_len: self.rows.packing().seq_len as u64,

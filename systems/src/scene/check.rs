@@ -308,7 +308,7 @@ impl Checks<'_> {
             {
                 let may_be_measured = name == "energy_kwh" && scene.device != Device::Cpu;
                 self.expect(limit.is_none() || has_hardware || may_be_measured, &format!("budget.{name}"), || {
-                    format!("needs `plan.hardware` with {what}: what a step takes of it is not known otherwise")
+                    Budget::needs_hardware(what)
                 });
             }
         }

@@ -397,6 +397,13 @@ pub struct Budget {
     pub hours: Option<f64>,
 }
 
+impl Budget {
+    /// What is said of a limit in something that the hardware's `what` would make known.
+    pub(crate) fn needs_hardware(what: &str) -> String {
+        format!("needs `plan.hardware` with {what}: what a step takes of it is not known otherwise")
+    }
+}
+
 /// A continuation that is generated when the run ends.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]

@@ -36,10 +36,10 @@ pub(super) use collectives::{all_reduce_at_once, gather, reduce_scatter};
 pub(super) use rows::{dispatch, return_rows, send_rows};
 
 use super::{
-    Comm,
+    Comm, first_that_loads,
     launch::{Gpus, Nccl},
     local::Call,
-    mpi, why_not,
+    mpi,
 };
 use crate::{
     cuda::{self, Gpu},
@@ -79,9 +79,7 @@ fn load(library: &Nccl) -> std::result::Result<Functions, String> {
         Nccl::At(path) => vec![path.clone()],
         Nccl::Usual => abi::NAMES.map(PathBuf::from).to_vec(),
     };
-    let mut why = Vec::new();
-    let try_one = |path: &PathBuf| Functions::load(path).map_err(|message| why.push(why_not(path, &message))).ok();
-    names.iter().find_map(try_one).ok_or_else(|| format!("no NCCL library loads: {}", why.join("; ")))
+    first_that_loads(names, Functions::load).map_err(|why| format!("no NCCL library loads: {}", why.join("; ")))
 }
 
 fn in_words(version: u32, path: &Path) -> String {

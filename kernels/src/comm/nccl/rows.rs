@@ -18,7 +18,7 @@ use crate::{
         LinkBytes, Wire,
         exchange::{Meeting, Place, Received, once},
         meter::Traffic,
-        pack::{Brought, Met, Packed, take},
+        pack::{Brought, Packed, take},
     },
     dtype::DType,
     error::Result,
@@ -124,19 +124,30 @@ impl Brought for Passed {
     }
 }
 
-/// Rows on their way between the members of one meeting.
-struct Moves<'w, 'm> {
-    way: Way<'w>,
-    meeting: &'m Meeting<'m>,
-    comm: Handle,
+/// Rows one after the other.
+#[derive(Default)]
+struct Rows(usize);
+
+impl Rows {
+    /// The next ones.
+    fn take(&mut self, num_rows: usize) -> Range<usize> {
+        let start = self.0;
+        self.0 += num_rows;
+        start..self.0
+    }
+}
+
+/// Rows that are to move.
+struct Moves<'a> {
+    way: Way<'a>,
     row_bytes: u64,
     sends: Vec<Piece>,
     receives: Vec<Piece>,
 }
 
-impl<'w, 'm: 'w> Moves<'w, 'm> {
-    /// For rows like these; `None` where they go another way.
-    fn open(meeting: &'m Meeting<'m>, here: &'w mut Here<'_>, like: Tensor) -> Result<Option<Self>> {
+impl<'a> Moves<'a> {
+    /// For rows like these, in a meeting; `None` where they go another way.
+    fn open(meeting: &'a Meeting<'_>, here: &'a mut Here<'_>, like: Tensor) -> Result<Option<Self>> {
         let goes_as_it_is = match meeting.wire {
             Wire::Exact => true,
             Wire::Bf16 => like.dtype == DType::Bf16,
@@ -145,21 +156,14 @@ impl<'w, 'm: 'w> Moves<'w, 'm> {
         if !goes_as_it_is {
             return Ok(None);
         }
-        let Some(way) = Way::open(meeting.comm, meeting.hub, meeting.group.len(), here)? else { return Ok(None) };
-        let comm = way.comm(&meeting.comm.group_in_run(&meeting.group), meeting.me)?;
+        let way = Way::open(meeting.comm, meeting.hub, meeting.group.len(), here)?;
         let row_bytes = (like.cols() * like.dtype.size_bytes()) as u64;
-        Ok(Some(Moves { way, meeting, comm, row_bytes, sends: Vec::new(), receives: Vec::new() }))
-    }
-}
-
-impl Moves<'_, '_> {
-    fn meet<T: Brought>(&self, of: Tensor, num_experts: usize, mine: T) -> Result<Met<T>> {
-        let (dtype, d) = (of.dtype, of.cols());
-        self.meeting.meet(format!("{dtype:?} rows of {d}, {num_experts} experts, by NCCL,"), mine)
+        Ok(way.map(|way| Moves { way, row_bytes, sends: Vec::new(), receives: Vec::new() }))
     }
 
-    fn address(&self, tensor: Tensor) -> Result<u64> {
-        self.way.memory.address(tensor)
+    /// The meeting's communicator, which its members make when they first meet.
+    fn comm(&self, meeting: &Meeting<'_>) -> Result<Handle> {
+        self.way.comm(&meeting.comm.group_in_run(&meeting.group), meeting.me)
     }
 
     fn piece(&self, member: usize, from: u64, rows: Range<usize>) -> Piece {
@@ -177,20 +181,20 @@ impl Moves<'_, '_> {
         self.receives.push(self.piece(member, to, rows));
     }
 
-    /// Moves them all, own ones too, and waits; what went to other members.
-    fn run(&mut self) -> Result<LinkBytes> {
-        let me = self.meeting.me;
-        let (mine, sends): (Vec<_>, Vec<_>) = self.sends.drain(..).partition(|piece| piece.member == me);
-        let (own, receives): (Vec<_>, Vec<_>) = self.receives.drain(..).partition(|piece| piece.member == me);
+    /// Moves them all between the members of a meeting, own ones too, and waits; what went to others.
+    fn run(&mut self, meeting: &Meeting<'_>, comm: Handle) -> Result<LinkBytes> {
+        let is_own = |piece: &Piece| piece.member == meeting.me;
+        let (mine, sends): (Vec<_>, Vec<_>) = self.sends.drain(..).partition(is_own);
+        let (own, receives): (Vec<_>, Vec<_>) = self.receives.drain(..).partition(is_own);
         for (from, to) in mine.iter().zip(&own).filter(|(from, _)| from.bytes > 0) {
             self.way.lane.copy(to.address, from.address, from.bytes)?;
         }
-        self.meeting.comm.watch.strike("nccl");
-        self.way.put(self.comm, &sends, &receives)?;
-        self.way.finish(self.comm)?;
-        let mut sent = vec![0; self.meeting.group.len()];
+        meeting.comm.watch.strike("nccl");
+        self.way.put(comm, &sends, &receives)?;
+        self.way.finish(comm)?;
+        let mut sent = vec![0; meeting.group.len()];
         sends.iter().for_each(|piece| sent[piece.member] += piece.bytes as u64);
-        Ok(self.meeting.comm.bytes_to(&self.meeting.group, sent.into_iter()))
+        Ok(meeting.comm.bytes_to(&meeting.group, sent.into_iter()))
     }
 
     /// Puts row `index[i]` after `x` to row i after `rows`; the numbers are written at `numbers`, which nobody reads now.
@@ -204,10 +208,15 @@ impl Moves<'_, '_> {
         self.way.lane.launch(self.way.memory, self.way.task, &launches)
     }
 
-    fn count(&self, traffic: Traffic, rows_to: &[usize], handed: LinkBytes) {
+    fn count(&self, meeting: &Meeting<'_>, traffic: Traffic, rows_to: &[usize], handed: LinkBytes) {
         let bytes = rows_to.iter().map(|&rows| rows as u64 * self.row_bytes);
-        self.meeting.comm.count(traffic, self.meeting.comm.bytes_to(&self.meeting.group, bytes), Some(handed));
+        meeting.comm.count(traffic, meeting.comm.bytes_to(&meeting.group, bytes), Some(handed));
     }
+}
+
+/// What members say of rows like these.
+fn what(of: Tensor, num_experts: usize) -> String {
+    format!("{:?} rows of {}, {num_experts} experts, by NCCL,", of.dtype, of.cols())
 }
 
 /// [`crate::comm::Exchange::send_rows`], if NCCL is there for it.
@@ -221,28 +230,26 @@ pub fn send_rows(
     out: Tensor,
 ) -> Result<Option<Waited>> {
     let Some(mut moves) = Moves::open(meeting, here, rows)? else { return Ok(None) };
-    let memory = moves.way.memory;
+    let (memory, comm) = (moves.way.memory, moves.comm(meeting)?);
     let num_rows = memory.download::<u32>(received.offsets)[at.num_local()] as usize;
-    let met = moves.meet(rows, at.num_experts, Told(memory.download(order.offsets)))?;
+    let met = meeting.meet(what(rows, at.num_experts), Told(memory.download(order.offsets)))?;
     let all: Vec<&[u32]> = met.all.iter().map(|told| &told.0[..]).collect();
     let load = at.load(&all);
     meeting.expect_rows(load.0 as usize, num_rows)?;
-    let (from, to) = (moves.address(rows)?, moves.address(out)?);
+    let (from, to) = (memory.address(rows)?, memory.address(out)?);
     let of_expert = |offsets: &[u32], expert: usize| offsets[expert] as usize..offsets[expert + 1] as usize;
     for member in 0..all.len() {
         at.experts_of(member).for_each(|expert| moves.send(member, from, of_expert(all[at.me], expert)));
     }
-    let mut next = 0;
+    let mut coming = Rows::default();
     for expert in at.experts_of(at.me) {
         for (member, offsets) in all.iter().enumerate() {
-            let end = next + of_expert(offsets, expert).len();
-            moves.receive(member, to, next..end);
-            next = end;
+            moves.receive(member, to, coming.take(of_expert(offsets, expert).len()));
         }
     }
-    let handed = moves.run()?;
+    let handed = moves.run(meeting, comm)?;
     let rows_to: Vec<usize> = (0..all.len()).map(|member| at.rows_to(all[at.me], member)).collect();
-    moves.count(Traffic::Dispatch, &rows_to, handed);
+    moves.count(meeting, Traffic::Dispatch, &rows_to, handed);
     Ok(Some(Waited { nanos: met.nanos, load: Some(load) }))
 }
 
@@ -256,7 +263,7 @@ pub fn return_rows(
     out: Tensor,
 ) -> Result<Option<Waited>> {
     let Some(mut moves) = Moves::open(meeting, here, rows)? else { return Ok(None) };
-    let memory = moves.way.memory;
+    let (memory, comm) = (moves.way.memory, moves.comm(meeting)?);
     let (offsets, origin) = (memory.download::<u32>(received.offsets), memory.download::<u32>(received.origin));
     let n = meeting.group.len();
     // Of each expert here, the rows of each source.
@@ -264,45 +271,29 @@ pub fn return_rows(
     for (counts, rows) in counts.chunks_exact_mut(n).zip(offsets.windows(2)) {
         (rows[0]..rows[1]).for_each(|row| counts[origin[2 * row as usize] as usize] += 1);
     }
-    let met = moves.meet(rows, at.num_experts, Told(counts))?;
-    let (from, to) = (moves.address(rows)?, moves.address(out)?);
-    let (mut next, mut rows_to) = (0, vec![0; n]);
+    let met = meeting.meet(what(rows, at.num_experts), Told(counts))?;
+    let (from, to) = (memory.address(rows)?, memory.address(out)?);
+    let (mut going, mut rows_to) = (Rows::default(), vec![0; n]);
     for counts in met.all[at.me].0.chunks_exact(n) {
         for (member, &count) in counts.iter().enumerate() {
-            let end = next + count as usize;
-            moves.send(member, from, next..end);
+            moves.send(member, from, going.take(count as usize));
             rows_to[member] += count as usize;
-            next = end;
         }
     }
-    let mut back = 0;
+    let mut back = Rows::default();
     for (member, told) in met.all.iter().enumerate() {
         for counts in told.0.chunks_exact(n) {
-            let end = back + counts[at.me] as usize;
-            moves.receive(member, to, back..end);
-            back = end;
+            moves.receive(member, to, back.take(counts[at.me] as usize));
         }
     }
-    if back != out.rows() {
-        let rank = meeting.comm.rank;
+    if back.0 != out.rows() {
+        let (back, rank) = (back.0, meeting.comm.rank);
         return Err(meeting.error(&format!("{back} rows come back to rank {rank}, which has {}", out.rows())));
     }
-    let handed = moves.run()?;
-    moves.count(Traffic::Combine, &rows_to, handed);
+    let handed = moves.run(meeting, comm)?;
+    moves.count(meeting, Traffic::Combine, &rows_to, handed);
     let all = met.all.iter().map(|told| told.0.iter().map(|&count| u64::from(count)).sum::<u64>());
-    Ok(Some(Waited { nanos: met.nanos, load: Some((next as u64, all.max().unwrap_or(0))) }))
-}
-
-/// Numbers rows of the scratch, one after the other.
-#[derive(Default)]
-struct Layout(usize);
-
-impl Layout {
-    fn take(&mut self, num_rows: usize) -> Range<usize> {
-        let start = self.0;
-        self.0 += num_rows;
-        start..self.0
-    }
+    Ok(Some(Waited { nanos: met.nanos, load: Some((going.0 as u64, all.max().unwrap_or(0))) }))
 }
 
 /// [`crate::comm::Exchange::dispatch`], if NCCL is there for it.
@@ -315,20 +306,20 @@ pub fn dispatch(
     to: Received,
 ) -> Result<Option<Waited>> {
     let Some(mut moves) = Moves::open(meeting, here, x)? else { return Ok(None) };
-    let (memory, me, n) = (moves.way.memory, at.me, meeting.group.len());
+    let (memory, comm) = (moves.way.memory, moves.comm(meeting)?);
+    let (me, n) = (at.me, meeting.group.len());
     let copies = at.copies(&memory.download::<u32>(indices), indices.cols());
     let (offsets, token_of_row) = (memory.download::<u32>(order.offsets), memory.download::<u32>(order.token_of_row));
     let parts = at.by_node(&offsets).into_iter().map(|rows| Part::of(&token_of_row, rows, 0)).collect();
-    let met = moves.meet(x, at.num_experts, Source { offsets, tokens_to: copies.tokens_to, parts })?;
+    let met = meeting.meet(what(x, at.num_experts), Source { offsets, tokens_to: copies.tokens_to, parts })?;
     let all: Vec<&[u32]> = met.all.iter().map(|source| &source.offsets[..]).collect();
     let load = at.load(&all);
     meeting.expect_room(load.0 as usize, at)?;
 
     // Where tokens lie in the scratch: those that go out, those that come, those that are passed on, those that come by that.
-    let mut layout = Layout::default();
+    let mut layout = Rows::default();
     let mine = &met.all[me].parts;
     let out: Vec<Range<usize>> = mine.iter().map(|part| layout.take(part.num_tokens())).collect();
-    let num_out = layout.0;
     let coming = |source: usize| if source == me { 0 } else { met.all[source].part_for(me).num_tokens() };
     let came: Vec<Range<usize>> = (0..n).map(|source| layout.take(coming(source))).collect();
     let first_passed = layout.0;
@@ -350,9 +341,10 @@ pub fn dispatch(
     let passed: Vec<(u32, Vec<Part>)> = if passes { at.arriving().map(pass_on).collect() } else { Vec::new() };
     let pass: Vec<Vec<Range<usize>>> =
         passed.iter().map(|(_, parts)| parts.iter().map(|part| layout.take(part.num_tokens())).collect()).collect();
-    let by_others = (0..n).filter(|source| !node.contains(source) && at.arriving().all(|other| other != *source));
-    let by_others: usize = by_others.map(|source| met.all[source].tokens_to[me] as usize).sum();
-    let mut left = layout.take(by_others);
+    let mut by_others = Rows(layout.0);
+    for source in (0..n).filter(|source| !node.contains(source) && at.arriving().all(|other| other != *source)) {
+        layout.take(met.all[source].tokens_to[me] as usize);
+    }
 
     let index_of_out: Vec<u32> = mine.iter().flat_map(|part| &part.tokens).copied().collect();
     let index_of_passed: Vec<u32> =
@@ -369,8 +361,7 @@ pub fn dispatch(
         moves.send(member, scratch, out[member].clone());
         moves.receive(member, scratch, came[member].clone());
     }
-    debug_assert_eq!(num_out, index_of_out.len());
-    let mut handed = moves.run()?;
+    let mut handed = moves.run(meeting, comm)?;
     let mut nanos = met.nanos;
 
     // Where each source's tokens are, and which of its rows is of which.
@@ -387,29 +378,24 @@ pub fn dispatch(
             &[Tensor { offset: 0, ..x }],
         )?;
         let inside = meeting.in_node(at);
-        let comm = moves.way.comm(&meeting.comm.group_in_run(&inside.group), inside.me)?;
-        let what = format!("{:?} rows of {}, by NCCL inside of a node,", x.dtype, x.cols());
-        let met = inside.meet(what, Passed(passed))?;
-        let Moves { way, .. } = moves;
-        let mut within = Moves { way, meeting: &inside, comm, row_bytes, sends: Vec::new(), receives: Vec::new() };
-        for (rows, _) in pass.iter().zip(at.arriving()) {
+        let comm = moves.comm(&inside)?;
+        let met = inside.meet(format!("{} inside of a node,", what(x, at.num_experts)), Passed(passed))?;
+        for rows in &pass {
             for (member, rows) in rows.iter().enumerate().filter(|(member, _)| *member != inside.me) {
-                within.send(member, scratch, rows.clone());
+                moves.send(member, scratch, rows.clone());
             }
         }
         for (member, passed) in met.all.iter().enumerate().filter(|(member, _)| *member != inside.me) {
             for (source, parts) in &passed.0 {
-                let rows = left.start..left.start + parts[0].num_tokens();
-                let place = found.get_mut(*source as usize).filter(|_| rows.end <= left.end);
+                let rows = by_others.take(parts[0].num_tokens());
+                let place = found.get_mut(*source as usize).filter(|_| by_others.0 <= layout.0);
                 let place = place.ok_or_else(|| meeting.error(&format!("tokens of source {source} were passed on")))?;
-                within.receive(member, scratch, rows.clone());
-                (left.start, *place) = (rows.end, (rows.start, parts[0].clone()));
+                moves.receive(member, scratch, rows.clone());
+                *place = (rows.start, parts[0].clone());
             }
         }
-        handed += within.run()?;
+        handed += moves.run(&inside, comm)?;
         nanos += met.nanos;
-        moves =
-            Moves { way: within.way, meeting, comm: moves.comm, row_bytes, sends: Vec::new(), receives: Vec::new() };
     }
 
     let (begin, origin) = at.lay_out(&all);
