@@ -141,9 +141,12 @@ pub(super) fn supervised(ranks: &Command, dir: &Path, cleans_up: bool) -> Result
     if !cleans_up {
         command.arg("-disable-auto-cleanup");
     }
-    let script = format!("trap : USR1; \"$0\" \"$@\"; echo $? > '{}'/$PMI_RANK", codes.display());
+    // Where the launcher is to end the rest, it must see the connection close before the process: a process that it has waited for by then,
+    // which is chance, it takes for one that ended well.
+    let release = if cleans_up { "; exec {PMI_FD}>&-; sleep 1" } else { "" };
+    let script = format!("trap : USR1; \"$0\" \"$@\"; echo $? > '{}'/$PMI_RANK{release}", codes.display());
     let mut rest = ranks.get_args();
-    command.args(rest.by_ref().take(2)).args(["sh", "-c", &script]).args(rest);
+    command.args(rest.by_ref().take(2)).args(["bash", "-c", &script]).args(rest);
     command.envs(ranks.get_envs().filter_map(|(name, value)| Some((name, value?))));
     let log = dir.join("said.txt");
     let file = File::create(&log).map_err(|e| e.to_string())?;
