@@ -141,8 +141,8 @@ pub(super) fn supervised(ranks: &Command, dir: &Path, cleans_up: bool) -> Result
     if !cleans_up {
         command.arg("-disable-auto-cleanup");
     }
-    // Where the launcher is to end the rest, it must see the connection close before the process: a process that it has waited for by then,
-    // which is chance, it takes for one that ended well.
+    // Only the launcher ends a process that is stopped, and MPICH's now and then does not, by the order in which it sees a connection close
+    // and a process end (docs/measurements/2026-11-29-faults.md). Here the connection closes first, which always held.
     let release = if cleans_up { "; exec {PMI_FD}>&-; sleep 1" } else { "" };
     let script = format!("trap : USR1; \"$0\" \"$@\"; echo $? > '{}'/$PMI_RANK{release}", codes.display());
     let mut rest = ranks.get_args();

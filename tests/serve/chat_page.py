@@ -108,7 +108,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("url")
     parser.add_argument("--key")
-    parser.add_argument("--max-tokens", type=int, default=192, help="of the first answer: some seconds, in which the strip moves also on a busy machine; more for a model that is quick")
+    # Some seconds, in which the strip moves also on a busy machine.
+    parser.add_argument("--max-tokens", type=int, default=192, help="of the first answer; more for a model that is quick")
     parser.add_argument("--pictures", type=pathlib.Path, default=pathlib.Path("."))
     parser.add_argument("--chromium", default=shutil.which("chromium"))
     arguments = parser.parse_args()
