@@ -21,8 +21,8 @@ use kernels::clock::now_nanos;
 
 use super::{args, libraries, mpiexec, outcome, processes, text};
 
-/// What happens, and whether the launcher ends the rest by itself, which it must where a stopped process stays.
-const HOW: [(&str, bool); 5] = [("Kill", false), ("Stop", true), ("Panic", false), ("Exit", false), ("Cut", false)];
+/// What happens, and the exit code of the rank it happens to: one that is stopped is killed by the others.
+const HOW: [(&str, i32); 5] = [("Kill", 137), ("Stop", 137), ("Panic", 5), ("Exit", 3), ("Cut", 5)];
 /// Where it happens.
 const AT: [&str; 5] = ["attention_forward", "dispatch", "reduce_scatter_sum", "checkpoint_write", "checkpoint_vote"];
 /// On what meshes; all have experts on several ranks, and data ranks.
@@ -39,7 +39,7 @@ const NUM_AT_A_TIME: usize = 4;
 struct Case {
     number: u64,
     how: &'static str,
-    cleans_up: bool,
+    own_code: i32,
     at: &'static str,
     mesh: (u32, &'static [&'static str]),
     rank: u32,
@@ -64,12 +64,12 @@ impl Case {
             (z ^ (z >> 31)) % below
         };
         let pair = number as usize % (HOW.len() * AT.len());
-        let ((how, cleans_up), at) = (HOW[pair % HOW.len()], AT[pair / HOW.len()]);
+        let ((how, own_code), at) = (HOW[pair % HOW.len()], AT[pair / HOW.len()]);
         let mesh = MESHES[any(MESHES.len() as u64) as usize];
         let rank = any(mesh.0.into()) as u32;
         let is_saving = at.starts_with("checkpoint");
         let step = if is_saving { 2 + 2 * any(2) } else { 1 + any(NUM_STEPS) };
-        Case { number, how, cleans_up, at, mesh, rank, step }
+        Case { number, how, own_code, at, mesh, rank, step }
     }
 
     fn sets(&self) -> Vec<String> {
@@ -80,29 +80,23 @@ impl Case {
     }
 
     fn run(&self, prefix: &Path, dir: &Path, uninterrupted: &Uninterrupted) -> Result<(), String> {
-        let Case { how, at, rank, step, .. } = self;
+        let Case { how, own_code, at, rank, step, .. } = *self;
         let mut sets = self.sets();
         sets.push(format!("watchdog.faults=[(rank: {rank}, step: {step}, at: {at:?}, how: {how})]"));
-        let (codes, said) = self.launch(prefix, dir, &sets, self.cleans_up)?;
+        let (codes, said) = self.launch(prefix, dir, &sets)?;
         let said_of = said.replace("\n\n", "\n");
         let expect =
             |holds: bool, what: &str| if holds { Ok(()) } else { Err(format!("{what}; {codes:?}\n{said_of}")) };
-        let is_gone = matches!(*how, "Kill" | "Stop" | "Exit");
-        for other in 0..self.mesh.0 {
-            let code = codes.get(&other).copied();
-            if other == *rank && is_gone {
-                expect(code != Some(0), "the rank that came to harm did not end well")?;
-            } else if !self.cleans_up {
-                expect(code == Some(5), &format!("expected exit code 5 of rank {other}"))?;
-            }
+        for of in 0..self.mesh.0 {
+            let code = if of == rank { own_code } else { 5 };
+            expect(codes.get(&of) == Some(&code), &format!("expected exit code {code} of rank {of}"))?;
         }
-        expect(!self.cleans_up || codes.values().any(|&code| code == 5), "expected exit code 5 of a rank")?;
         // As the reason that the run ended, or, where a call of MPI did not return, as the reason that it was ended.
         let named = [format!("peer lost: rank {rank}: "), format!("error: rank {rank} is lost: ")];
         expect(named.iter().any(|named| said.contains(named)), "the others say who it was")?;
         expect(processes(dir).is_empty(), "no process is left")?;
 
-        let (codes, said) = self.launch(prefix, dir, &self.sets(), false)?;
+        let (codes, said) = self.launch(prefix, dir, &self.sets())?;
         if codes.len() != self.mesh.0 as usize || codes.values().any(|&code| code != 0) {
             return Err(format!("it resumes; {codes:?}\n{said}"));
         }
@@ -117,36 +111,27 @@ impl Case {
     }
 
     /// Resumes the run, under [`supervised`].
-    fn launch(
-        &self,
-        prefix: &Path,
-        dir: &Path,
-        sets: &[String],
-        cleans_up: bool,
-    ) -> Result<(BTreeMap<u32, i32>, String), String> {
+    fn launch(&self, prefix: &Path, dir: &Path, sets: &[String]) -> Result<(BTreeMap<u32, i32>, String), String> {
         let sets: Vec<&str> = sets.iter().map(String::as_str).collect();
         let mut args = args(dir, &sets);
         args.push("--resume".into());
-        supervised(&mpiexec(prefix, self.mesh.0 as usize, &args), dir, cleans_up)
+        supervised(&mpiexec(prefix, self.mesh.0 as usize, &args), dir)
     }
 }
 
 /// Exit codes by rank of those that ended by themselves, and what was said. Kills what does not end within the deadline.
-pub(super) fn supervised(ranks: &Command, dir: &Path, cleans_up: bool) -> Result<(BTreeMap<u32, i32>, String), String> {
+///
+/// The launcher ends nothing by itself, so that ranks can speak, and so that what is not left was ended by them.
+pub(super) fn supervised(ranks: &Command, dir: &Path) -> Result<(BTreeMap<u32, i32>, String), String> {
     let codes = dir.join("codes");
     let _ = fs::remove_dir_all(&codes);
     fs::create_dir_all(&codes).map_err(|e| e.to_string())?;
     // The shell writes down how each process ended, which the launcher only sums up.
     let mut command = Command::new(ranks.get_program());
-    if !cleans_up {
-        command.arg("-disable-auto-cleanup");
-    }
-    // Only the launcher ends a process that is stopped, and MPICH's now and then does not, by the order in which it sees a connection close
-    // and a process end (docs/measurements/2026-11-29-faults.md). Here the connection closes first, which always held.
-    let release = if cleans_up { "; exec {PMI_FD}>&-; sleep 1" } else { "" };
-    let script = format!("trap : USR1; \"$0\" \"$@\"; echo $? > '{}'/$PMI_RANK{release}", codes.display());
+    command.arg("-disable-auto-cleanup");
+    let script = format!("trap : USR1; \"$0\" \"$@\"; echo $? > '{}'/$PMI_RANK", codes.display());
     let mut rest = ranks.get_args();
-    command.args(rest.by_ref().take(2)).args(["bash", "-c", &script]).args(rest);
+    command.args(rest.by_ref().take(2)).args(["sh", "-c", &script]).args(rest);
     command.envs(ranks.get_envs().filter_map(|(name, value)| Some((name, value?))));
     let log = dir.join("said.txt");
     let file = File::create(&log).map_err(|e| e.to_string())?;

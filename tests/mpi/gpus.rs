@@ -118,7 +118,7 @@ fn a_rank_that_is_gone_in_an_op_of_nccl_is_named_by_the_others() {
         let dir = tempfile::tempdir().expect("a folder");
         let fault = format!("watchdog.faults=[(rank: 1, step: 2, at: \"nccl\", how: {how})]");
         let ranks = on_standins(mpiexec(&prefix, 2, &args(dir.path(), &["mesh.dp=2", &fault])), dir.path());
-        let (codes, said) = supervised(&ranks, dir.path(), false).unwrap_or_else(|why| panic!("{how}: {why}"));
+        let (codes, said) = supervised(&ranks, dir.path()).unwrap_or_else(|why| panic!("{how}: {why}"));
         let codes: BTreeMap<u32, bool> = codes.into_iter().map(|(rank, code)| (rank, code == 5)).collect();
         assert_eq!(codes.get(&0), Some(&true), "the first rank ends with exit code 5: {codes:?}\n{said}");
         assert_ne!(codes.get(&1), Some(&true), "{codes:?}\n{said}");

@@ -45,8 +45,7 @@ fn all_processes_give_the_step_up_and_the_run_goes_on_to_the_same_bits() {
         assert!(output.status.success(), "{}", text(&output));
 
         let told = args(stopped.path(), &[&sets[..], &[TOLD]].concat());
-        let (codes, said) =
-            supervised(&mpiexec(&prefix, num_ranks, &told), stopped.path(), false).expect("it ends in time");
+        let (codes, said) = supervised(&mpiexec(&prefix, num_ranks, &told), stopped.path()).expect("it ends in time");
         assert!(codes.len() == num_ranks && codes.values().all(|&code| code == 143), "{codes:?} of {mesh:?}\n{said}");
         assert!(said.contains("step 4 is given up in the middle"), "{said}");
         assert!(processes(stopped.path()).is_empty(), "no process is left");

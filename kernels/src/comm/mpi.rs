@@ -8,6 +8,7 @@
 //! also what makes the library get on with things, and sees whether somebody has given up.
 
 mod abi;
+mod neighbours;
 mod notices;
 mod pulse;
 mod world;
