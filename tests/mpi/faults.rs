@@ -38,8 +38,7 @@ const NUM_AT_A_TIME: usize = 4;
 #[derive(Clone, Copy)]
 struct Case {
     number: u64,
-    how: &'static str,
-    own_code: i32,
+    how: (&'static str, i32),
     at: &'static str,
     mesh: (u32, &'static [&'static str]),
     rank: u32,
@@ -48,7 +47,7 @@ struct Case {
 
 impl fmt::Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Case { number, how, at, rank, step, mesh, .. } = self;
+        let Case { number, how: (how, _), at, rank, step, mesh } = self;
         write!(f, "case {number}: {how} at {at} of rank {rank} of {} in step {step}", mesh.0)
     }
 }
@@ -64,12 +63,12 @@ impl Case {
             (z ^ (z >> 31)) % below
         };
         let pair = number as usize % (HOW.len() * AT.len());
-        let ((how, own_code), at) = (HOW[pair % HOW.len()], AT[pair / HOW.len()]);
+        let (how, at) = (HOW[pair % HOW.len()], AT[pair / HOW.len()]);
         let mesh = MESHES[any(MESHES.len() as u64) as usize];
         let rank = any(mesh.0.into()) as u32;
         let is_saving = at.starts_with("checkpoint");
         let step = if is_saving { 2 + 2 * any(2) } else { 1 + any(NUM_STEPS) };
-        Case { number, how, own_code, at, mesh, rank, step }
+        Case { number, how, at, mesh, rank, step }
     }
 
     fn sets(&self) -> Vec<String> {
@@ -80,7 +79,7 @@ impl Case {
     }
 
     fn run(&self, prefix: &Path, dir: &Path, uninterrupted: &Uninterrupted) -> Result<(), String> {
-        let Case { how, own_code, at, rank, step, .. } = *self;
+        let Case { how: (how, own_code), at, rank, step, .. } = *self;
         let mut sets = self.sets();
         sets.push(format!("watchdog.faults=[(rank: {rank}, step: {step}, at: {at:?}, how: {how})]"));
         let (codes, said) = self.launch(prefix, dir, &sets)?;

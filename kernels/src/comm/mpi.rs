@@ -112,11 +112,11 @@ impl Hub {
         first_that_loads(libraries, Functions::load).map(|functions| World::unstarted(functions).version())
     }
 
-    /// Starts to tell the others that this rank lives, and to look whether they do. Collective.
+    /// Starts to tell the others that this rank lives, to look whether they do, and to look after those that are near. Collective.
     pub fn watch_over(&self, watch: &Arc<Watch>, limits: Limits) -> Result<()> {
         let pulse = Pulse::start(&self.world, &self.notices, watch, limits)?;
         *self.pulse.lock() = Some(pulse);
-        Ok(())
+        neighbours::meet(self).map_err(|error| self.explain(error))
     }
 
     /// Sums and gathers on GPUs go this way from here on.

@@ -5,25 +5,17 @@
 //! Only those that are stopped: one that hangs or is cut off ends by itself, and says why; one that a debugger holds is the debugger's.
 
 use std::{
-    fs,
-    hash::{DefaultHasher, Hash as _, Hasher as _},
-    process,
+    fs, process,
     sync::{Arc, OnceLock},
-    thread,
-    time::Duration,
 };
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::{
-    abi::Handle,
-    notices::Notices,
-    world::{World, bytes},
-};
-use crate::error::{Error, Result};
+use super::{Hub, Wait, digest, notices::Notices, world::bytes};
+use crate::error::Result;
 
-/// Other processes of the run, by rank.
-pub struct Neighbours {
+/// Other processes of the run, by rank, and where it is said that a rank is lost.
+struct Neighbours {
     notices: Arc<Notices>,
     processes: Vec<(u32, Process)>,
 }
@@ -38,45 +30,34 @@ struct Process {
     began: u64,
 }
 
-/// Those whom this process looks after when it exits.
-static AT_EXIT: OnceLock<Arc<Neighbours>> = OnceLock::new();
+/// This process's; MPI starts once in a process.
+static NEIGHBOURS: OnceLock<Neighbours> = OnceLock::new();
 
-impl Neighbours {
-    /// Learns who is on the same machine, and ends those that are stopped where this process exits for a lost rank. Collective.
-    pub fn meet(world: &World, comm: Handle, notices: &Arc<Notices>) -> Result<Arc<Self>> {
-        let me = Process::this();
-        let mine = me.numbers().map(u64::to_le_bytes).concat();
-        let mut request = world.all_to_all(comm, mine.repeat(world.num_ranks as usize), mine.len())?;
-        while !world.is_done(&mut request)? {
-            thread::sleep(Duration::from_micros(100));
-        }
-        let all = request.take_received();
-        let all = (0..).zip(bytes(&all).chunks_exact(mine.len()).map(Process::from_bytes));
-        let is_near =
-            |&(rank, process): &(u32, Process)| rank != world.rank && me.space != 0 && process.space == me.space;
-        let neighbours = Arc::new(Neighbours { notices: notices.clone(), processes: all.filter(is_near).collect() });
-        if AT_EXIT.set(neighbours.clone()).is_ok() {
-            // SAFETY: the function is there as long as the program, and takes and returns nothing.
-            unsafe { libc::atexit(end_stopped_at_exit) };
-        }
-        Ok(neighbours)
+/// Learns who is on the same machine; from here on this process calls [`end_stopped`] when it exits. Collective.
+pub fn meet(hub: &Hub) -> Result<()> {
+    let (me, world) = (Process::this(), &hub.world);
+    let mine = me.to_bytes();
+    let mut request = world.all_to_all(hub.messages, mine.repeat(world.num_ranks as usize), mine.len())?;
+    hub.wait(&mut request, &mut Wait::default())?;
+    let all = request.take_received();
+    let all = (0..).zip(bytes(&all).chunks_exact(mine.len()).map(Process::from_bytes));
+    let is_near = |of: &(u32, Process)| of.0 != world.rank && me.space != 0 && of.1.space == me.space;
+    let neighbours = Neighbours { notices: hub.notices.clone(), processes: all.filter(is_near).collect() };
+    if NEIGHBOURS.set(neighbours).is_ok() {
+        // SAFETY: the function is there as long as the program, and takes and returns nothing.
+        unsafe { libc::atexit(end_stopped) };
     }
-
-    /// Kills those that are stopped, if a rank is lost; what comes after this may not be reached.
-    pub fn end_stopped(&self) {
-        let Some(Error::PeerLost { .. }) = self.notices.lost() else { return };
-        for (rank, process) in &self.processes {
-            if process.is_stopped() {
-                eprintln!("rank {rank} is stopped and cannot end by itself: its process {} is killed", process.id);
-                process.kill();
-            }
-        }
-    }
+    Ok(())
 }
 
-extern "C" fn end_stopped_at_exit() {
-    if let Some(neighbours) = AT_EXIT.get() {
-        neighbours.end_stopped();
+/// Kills neighbours that are stopped, if a rank is lost; what comes after this may not be reached.
+pub extern "C" fn end_stopped() {
+    let Some(neighbours) = NEIGHBOURS.get().filter(|of| of.notices.lost().is_some()) else { return };
+    for (rank, process) in &neighbours.processes {
+        if process.is_stopped() {
+            eprintln!("rank {rank} is stopped and cannot end by itself: its process {} is killed", process.id);
+            process.kill();
+        }
     }
 }
 
@@ -84,10 +65,9 @@ impl Process {
     fn this() -> Self {
         let id = u64::from(process::id());
         let space = || {
-            let mut hasher = DefaultHasher::new();
-            fs::read("/proc/sys/kernel/random/boot_id").ok()?.hash(&mut hasher);
-            fs::read_link("/proc/self/ns/pid").ok()?.hash(&mut hasher);
-            Some(hasher.finish())
+            let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+            let numbers = fs::read_link("/proc/self/ns/pid").ok()?;
+            Some(digest(&format!("{boot} {}", numbers.display())))
         };
         match (space(), look(id)) {
             (Some(space), Some((_, began))) => Process { space, id, began },
@@ -95,13 +75,13 @@ impl Process {
         }
     }
 
-    fn numbers(self) -> [u64; 3] {
-        [self.space, self.id, self.began]
+    fn to_bytes(self) -> [u8; 24] {
+        bytemuck::cast([self.space, self.id, self.began])
     }
 
     fn from_bytes(bytes: &[u8]) -> Self {
-        let number = |at: usize| bytes[8 * at..].first_chunk().map_or(0, |b| u64::from_le_bytes(*b));
-        Process { space: number(0), id: number(1), began: number(2) }
+        let [space, id, began] = bytemuck::pod_read_unaligned(bytes);
+        Process { space, id, began }
     }
 
     fn is_stopped(self) -> bool {
@@ -124,7 +104,11 @@ fn look(id: u64) -> Option<(char, u64)> {
 
 #[cfg(test)]
 mod tests {
-    use std::process::{Child, Command, ExitStatus, Stdio};
+    use std::{
+        process::{Child, Command, Stdio},
+        thread,
+        time::Duration,
+    };
 
     use super::*;
 
@@ -145,9 +129,9 @@ mod tests {
         }
     }
 
-    fn end(mut child: Child) -> ExitStatus {
+    fn end(mut child: Child) {
         let _ = child.kill();
-        child.wait().expect("it was started")
+        child.wait().expect("it was started");
     }
 
     #[test]
@@ -177,6 +161,6 @@ mod tests {
     fn a_process_comes_over_as_it_is() {
         let me = Process::this();
         assert_ne!(me.space, 0);
-        assert_eq!(Process::from_bytes(&me.numbers().map(u64::to_le_bytes).concat()), me);
+        assert_eq!(Process::from_bytes(&me.to_bytes()), me);
     }
 }

@@ -17,7 +17,7 @@ use parking_lot::Mutex;
 
 use super::{
     abi::Handle,
-    neighbours::Neighbours,
+    neighbours,
     notices::Notices,
     world::{Request, World, bytes},
 };
@@ -46,7 +46,6 @@ struct Board {
     rank: u32,
     watch: Arc<Watch>,
     notices: Arc<Notices>,
-    neighbours: Arc<Neighbours>,
     limits: Limits,
     heard: Mutex<Vec<Heard>>,
     /// When the speaker last came around.
@@ -67,7 +66,6 @@ impl Pulse {
     /// Collective.
     pub fn start(world: &Arc<World>, notices: &Arc<Notices>, watch: &Arc<Watch>, limits: Limits) -> Result<Self> {
         let comm = world.duplicate()?;
-        let neighbours = Neighbours::meet(world, comm, notices)?;
         world.obey(watch);
         let now = clock::now_nanos();
         let heard = |rank| Heard { rank, report: None, heard_nanos: now, changed_nanos: now };
@@ -77,7 +75,6 @@ impl Pulse {
             rank: world.rank,
             watch: watch.clone(),
             notices: notices.clone(),
-            neighbours,
             limits,
             heard: Mutex::new(ranks.into_iter().map(heard).collect()),
             turned_nanos: AtomicU64::new(now),
@@ -293,7 +290,7 @@ impl Board {
         }
         thread::sleep(Duration::from_secs_f64(self.limits.min_secs));
         eprintln!("error: {lost}; rank {} did not end by itself in {} s and is ended", self.rank, self.limits.min_secs);
-        self.neighbours.end_stopped();
+        neighbours::end_stopped();
         // SAFETY: nothing runs after this, and nothing has to: exit handlers of a library that hangs would hang too.
         unsafe { libc::_exit(PEER_LOST) };
     }
